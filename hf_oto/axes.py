@@ -1,0 +1,259 @@
+"""The axis algebra: what it means that two tensor dimensions are the same.
+
+A dimension is an ordered list of leaves (row-major product), a leaf an array of index ids; equal ids are cut together.
+The rules (rules.py) unify, pin and factor dimensions; zigs.py solves the result into prunable axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# What is known of an id, as bits.
+PRODUCER, CONSUMER, NOT_ZERO, HEADS, EXPANDED, GROUPS, SHARED = 1, 2, 4, 8, 16, 32, 64
+
+
+class Leaf(NamedTuple):
+    """Index ids of one factor of a dimension, shape (n,); `zero`: removed positions of the tensor are exactly zero."""
+
+    ids: np.ndarray
+    zero: bool
+
+
+Dim = tuple[Leaf, ...]  # () is a dimension of size 1
+
+
+class Product(NamedTuple):
+    """Parent (i, j, ...) is removed if and only if one of factor[0][i], factor[1][j], ... is."""
+
+    parent: np.ndarray  # (n0, n1, ...)
+    factors: tuple[np.ndarray, ...]  # (n0,), (n1,), ...
+
+
+def size(dim: Dim) -> int:
+    """Number of positions of a dimension."""
+    return math.prod(len(leaf.ids) for leaf in dim)
+
+
+def with_zero(dim: Dim, zero: bool) -> Dim:
+    """The same positions, with another claim on what removed ones hold."""
+    return tuple(Leaf(leaf.ids, zero) for leaf in dim)
+
+
+class Algebra:
+    """Union-find over index ids with pins and product records. Id 0 is the position that can never be removed."""
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1 << 12, np.int64)
+        self._pin = np.zeros(1 << 12, np.int32)  # index into reasons, 0: not pinned
+        self._mark = np.zeros(1 << 12, np.uint8)
+        self.count = 1
+        self.reasons: list[str] = [""]
+        self._reason_of: dict[str, int] = {}
+        self.products: list[Product] = []
+        self._factored: dict[tuple[bytes, tuple[int, ...]], tuple[np.ndarray, ...]] = {}
+        self._merged: dict[tuple[bytes, ...], np.ndarray] = {}
+
+    def copy(self) -> Algebra:
+        """An independent copy, to solve without spoiling this one."""
+        twin = Algebra.__new__(Algebra)
+        vars(twin).update({k: v.copy() if isinstance(v, (np.ndarray, list, dict)) else v for k, v in vars(self).items()})
+        return twin
+
+    # ids -------------------------------------------------------------------------------------------------------------
+
+    def new(self, n: int, zero: bool = False, marks: int = 0) -> Leaf:
+        """A leaf of n fresh ids."""
+        start, self.count = self.count, self.count + n
+        while self.count > len(self._parent):
+            self._parent, self._pin, self._mark = (
+                np.concatenate([a, np.zeros_like(a)]) for a in (self._parent, self._pin, self._mark)
+            )
+        ids = np.arange(start, self.count)
+        self._parent[start : self.count] = ids
+        self._mark[start : self.count] = marks
+        return Leaf(ids, zero)
+
+    def fixed(self, n: int) -> Dim:
+        """A dimension of n positions that can't be removed (an input's, an index's)."""
+        return () if n == 1 else (Leaf(np.zeros(n, np.int64), False),)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """The representative of each id's class: its smallest member."""
+        root = self._parent[ids]
+        while True:
+            above = self._parent[root]
+            if np.array_equal(above, root):
+                break
+            root = above
+        self._parent[ids] = root
+        return root
+
+    def union(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Makes positions of equal place in a and b one class. Both must be free of id 0."""
+        while True:
+            ra, rb = self.find(a), self.find(b)
+            different = ra != rb
+            if not different.any():
+                return
+            ra, rb = ra[different], rb[different]
+            self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
+
+    def pin(self, dim: Dim, why: str) -> None:
+        """No position of dim may be removed; the first reason given to a position is kept."""
+        for leaf in dim:
+            self.pin_ids(leaf.ids, why)
+
+    def pin_ids(self, ids: np.ndarray, why: str) -> None:
+        """`pin` for plain ids."""
+        reason = self._reason_of.get(why)
+        if reason is None:
+            reason = self._reason_of[why] = len(self.reasons)
+            self.reasons.append(why)
+        ids = ids[(ids != 0) & (self._pin[ids] == 0)]
+        self._pin[ids] = reason
+
+    def mark(self, dim: Dim, marks: int) -> None:
+        """Adds marks to every id of dim."""
+        for leaf in dim:
+            self._mark[leaf.ids] |= marks
+
+    # dimensions ------------------------------------------------------------------------------------------------------
+
+    def factor(self, leaf: Leaf, sizes: Sequence[int]) -> Dim:
+        """Splits a leaf of n = prod(sizes) positions into row-major factors and records the product."""
+        sizes = tuple(s for s in sizes if s != 1)
+        if len(sizes) <= 1:
+            return (leaf,) if sizes else ()
+        if not leaf.ids.any():
+            return tuple(Leaf(np.zeros(s, np.int64), leaf.zero) for s in sizes)
+        key = (leaf.ids.tobytes(), sizes)
+        factors = self._factored.get(key)
+        if factors is None:
+            factors = self._factored[key] = tuple(self.new(s).ids for s in sizes)
+            self.products.append(Product(leaf.ids.reshape(sizes), factors))
+        return tuple(Leaf(f, leaf.zero) for f in factors)
+
+    def merge(self, dim: Dim) -> Leaf:
+        """One leaf for a whole dimension of more than one position: the inverse of `factor`."""
+        if len(dim) == 1:
+            return dim[0]
+        zero = all(leaf.zero for leaf in dim)
+        sizes = tuple(len(leaf.ids) for leaf in dim)
+        free = [i for i, leaf in enumerate(dim) if leaf.ids.any()]
+        if len(free) <= 1:  # the others never go: a position goes with its one free factor
+            axis = free[0] if free else 0
+            shape = [1] * len(sizes)
+            shape[axis] = -1
+            return Leaf(np.broadcast_to(dim[axis].ids.reshape(shape), sizes).reshape(-1), zero)
+        key = tuple(leaf.ids.tobytes() for leaf in dim)
+        if key not in self._merged:
+            parent = self._merged[key] = self.new(math.prod(sizes)).ids
+            factors = tuple(leaf.ids for leaf in dim)
+            self.products.append(Product(parent.reshape(sizes), factors))
+            self._factored[parent.tobytes(), sizes] = factors
+        return Leaf(self._merged[key], zero)
+
+    def align(self, a: Dim, b: Dim, why: str) -> tuple[Dim, Dim] | None:
+        """Unifies two dimensions of equal size and returns both, refined to the same leaf boundaries.
+
+        None if their factors don't fit each other; both are pinned then. `why`: for positions that meet one that stays.
+        """
+        left, right = list(a), list(b)
+        out_a, out_b = [], []
+        while left and right:
+            na, nb = len(left[0].ids), len(right[0].ids)
+            if na % nb and nb % na:
+                self.pin(a, "its factors don't fit those of another axis")
+                self.pin(b, "its factors don't fit those of another axis")
+                return None
+            if na > nb:
+                left[:1] = self.factor(left[0], (nb, na // nb))
+            elif nb > na:
+                right[:1] = self.factor(right[0], (na, nb // na))
+            la, lb = left.pop(0), right.pop(0)
+            self._unify(la.ids, lb.ids, why)
+            out_a.append(la)
+            out_b.append(lb)
+        return tuple(out_a), tuple(out_b)
+
+    def _unify(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
+        if a is b or np.array_equal(a, b):
+            return
+        fixed_a, fixed_b = a == 0, b == 0
+        if fixed_a.any() or fixed_b.any():
+            self.pin_ids(a[fixed_b], why)
+            self.pin_ids(b[fixed_a], why)
+            both = ~(fixed_a | fixed_b)
+            a, b = a[both], b[both]
+        if len(a):
+            self.union(a, b)
+
+    def reshape(self, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
+        """The dimensions of a tensor of the same elements in row-major order under another shape."""
+        if 0 in shape:
+            return [self.fixed(n) for n in shape]
+        leaves = [leaf for dim in dims for leaf in dim]
+        result: list[Dim] = []
+        for need in shape:
+            dim: list[Leaf] = []
+            while need > 1:
+                n = len(leaves[0].ids)
+                if need % n == 0:
+                    dim.append(leaves.pop(0))
+                    need //= n
+                elif n % need == 0:
+                    first, *rest = self.factor(leaves[0], (need, n // need))
+                    dim.append(first)
+                    leaves[:1] = rest
+                    need = 1
+                else:
+                    leaves[:2] = [self.merge(tuple(leaves[:2]))]
+            result.append(tuple(dim))
+        return result
+
+    def take(self, dim: Dim, index: np.ndarray) -> Dim:
+        """The dimension that indexing `dim` with known positions gives, shape (m,)."""
+        if len(index) == 1:
+            # One position of a dimension: it has to exist at that place ever after.
+            self.pin(dim, "a fixed position of it is read")
+            return ()
+        if not dim:
+            return (Leaf(np.zeros(len(index), np.int64), False),)
+        outer = len(dim[0].ids)
+        inner = size(dim) // outer
+        if len(dim) > 1 and len(index) % inner == 0:
+            rows = index.reshape(-1, inner)
+            if np.array_equal(rows, rows[:, :1] + np.arange(inner)) and not (rows[:, 0] % inner).any():
+                if len(rows) == 1:
+                    self.pin(dim[:1], "a fixed position of it is read")
+                    return dim[1:]
+                return (Leaf(dim[0].ids[rows[:, 0] // inner], dim[0].zero), *dim[1:])
+        leaf = self.merge(dim)
+        return (Leaf(leaf.ids[index], leaf.zero),)
+
+    def cat(self, dims: Sequence[Dim]) -> Dim:
+        """Dimensions laid one after the other."""
+        if len(dims) == 1:
+            return dims[0]
+        leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, np.int64), False) for dim in dims]
+        return (Leaf(np.concatenate([leaf.ids for leaf in leaves]), all(leaf.zero for leaf in leaves)),)
+
+    # what the solver reads -------------------------------------------------------------------------------------------
+
+    def roots(self) -> np.ndarray:
+        """The class of every id, shape (count,)."""
+        return self.find(np.arange(self.count))
+
+    @property
+    def pins(self) -> np.ndarray:
+        """The reason given to every id itself, an index into `reasons`; 0 for none. Shape (count,)."""
+        return self._pin[: self.count]
+
+    @property
+    def marks(self) -> np.ndarray:
+        """The marks given to every id itself, shape (count,), writable."""
+        return self._mark[: self.count]

@@ -1,0 +1,231 @@
+"""Cutting: slices parameters and buffers, sets the sizes modules keep, and fills the zeros in again.
+
+Stands after training, when the plan says which ZIGs are zero; what it did is written into the model's config.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .modeling_oto import OTOError, become_compact_
+from .zigs import Member, PruningPlan, ZIGPartition
+
+logger = logging.getLogger(__name__)
+
+Cuts = dict[tuple[str, int], np.ndarray]  # (parameter, dim) -> the positions that stay
+
+
+def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[tuple[str, str, int | None], int]]:
+    """What can be cut of a plan: removed ZIGs, bool (num_zigs + 1,), and the module attributes that change.
+
+    Where the sizes that modules keep contradict each other, those ZIGs stay as zeros: correct, only larger.
+    """
+    removed = np.zeros(partition.num_zigs + 1, bool)
+    of_plan = plan.removed(partition)
+    start = 0
+    for axis in partition.axes:
+        if axis.name in of_plan:
+            removed[start + of_plan[axis.name]] = True
+        start += axis.size
+    if partition.sizes is None:
+        return removed, {}
+    while True:
+        attributes, conflicts = partition.sizes.solve(removed)
+        if not conflicts:
+            return removed, attributes
+        back = partition.sizes.involved(conflicts)
+        back = back[removed[back]] if removed[back].any() else np.flatnonzero(removed)
+        logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), conflicts[0].layer or "forward")
+        removed[back] = False
+
+
+def kept_positions(partition: ZIGPartition, removed: np.ndarray, sizes: dict[str, torch.Size]) -> Cuts:
+    """The positions that stay of every dimension that loses some."""
+    alive: dict[tuple[str, int], np.ndarray] = {}
+    start = 0
+    for axis in partition.axes:
+        gone = np.flatnonzero(removed[start : start + axis.size])
+        start += axis.size
+        if len(gone):
+            for m in axis.members:
+                mask = alive.setdefault((m.param, m.dim), np.ones(sizes[m.param][m.dim], bool))
+                mask[m.positions(axis.size)[gone].reshape(-1)] = False
+    return {key: np.flatnonzero(mask) for key, mask in alive.items()}
+
+
+def cut_(model: nn.Module, cuts: Cuts, attributes: dict[tuple[str, str, int | None], int]) -> None:
+    """Slices the tensors that `cuts` names and sets the attributes, in place; tied tensors stay tied."""
+    by_param: dict[str, dict[int, np.ndarray]] = {}
+    for (name, dim), keep in cuts.items():
+        by_param.setdefault(name, {})[dim] = keep
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    new: dict[int, torch.Tensor] = {}
+    for name, dims in by_param.items():
+        old = tensors[name]
+        cut = old.detach()
+        for dim, keep in dims.items():
+            cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
+        new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if id(tensor) in new:
+                    store[name] = new[id(tensor)]
+    for (path, name, index), value in attributes.items():
+        module = model.get_submodule(path)
+        if index is not None:
+            values = list(vars(module)[name])
+            values[index] = value
+            value = type(vars(module)[name])(values)
+        setattr(module, name, value)
+    for module in model.modules():
+        for name, value in own_sizes(module).items():
+            setattr(module, name, value)
+
+
+def own_sizes(module: nn.Module) -> dict[str, int]:
+    """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return {}
+    shape = weight.shape
+    if isinstance(module, nn.Linear):
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if isinstance(module, Conv1D):
+        return {"nx": shape[0], "nf": shape[1]}
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"in_channels": shape[1] * module.groups, "out_channels": shape[0]}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": shape[0]}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": shape[0]}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    return {}
+
+
+def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
+    """Cuts out what `plan` removes, in place; the output equals that of the model with those ZIGs zeroed.
+
+    A Transformers model becomes an instance of a subclass of its own class and name that saves its widths in
+    `config.oto`; `from_pretrained` reads them. (OTOv2, arXiv 2303.06862, Sec. 3.3)
+
+    Args:
+        model: the model the partition was made for.
+        partition: its ZIGs.
+        plan: kept positions per axis.
+
+    Returns:
+        the same model object.
+
+    Raises:
+        ValueError: the plan doesn't fit the partition.
+        OTOError: the model isn't the one the partition was made for.
+    """
+    removed, attributes = resolve(partition, plan)
+    tensors = partition.tensors(model)
+    for axis in partition.axes:
+        for m in axis.members:
+            if m.positions(axis.size).max() >= tensors[m.param].shape[m.dim]:
+                raise OTOError(f"{m.param} is smaller than this partition says: has the model been compacted already?")
+    before = _sizes_of(model)
+    shapes = {name: t.shape for name, t in tensors.items()}
+    cuts = kept_positions(partition, removed, shapes)
+    cut_(model, cuts, attributes)
+    if isinstance(model, PreTrainedModel) and cuts:
+        become_compact_(model, _record(model, partition, removed, cuts, before))
+    return model
+
+
+def _sizes_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {path: dict(vars(module)) for path, module in model.named_modules()}
+
+
+def _record(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, cuts: Cuts, before: dict[str, dict[str, Any]]) -> dict:
+    """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut."""
+    modules: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, module in model.named_modules():
+        changed = {n: v for n, v in vars(module).items() if not n.startswith("_") and n in before[path] and _differs(before[path][n], v)}
+        if changed:
+            values = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in changed.items()}
+            modules.setdefault(path, {})["attributes"] = values
+    for (name, dim), keep in cuts.items():
+        path, _, leaf = name.rpartition(".")
+        tensor = dict(model.get_submodule(path).named_parameters(recurse=False)) | dict(model.get_submodule(path).named_buffers(recurse=False))
+        shape = modules.setdefault(path, {}).setdefault("shapes", {}).setdefault(leaf, [None] * tensor[leaf].dim())
+        shape[dim] = len(keep)
+    cut_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
+    step = max((cut["step"] for cut in cut_before), default=-1) + 1
+    found, start = [], 0
+    for axis in partition.axes:
+        kept = axis.size - int(removed[start : start + axis.size].sum())
+        start += axis.size
+        if kept < axis.size:
+            members = [
+                [m.param, m.dim, m.index.tolist()] if m.index is not None else [m.param, m.dim, m.start, m.outer, m.inner]
+                for m in axis.members
+            ]
+            found.append({"step": step, "size": axis.size, "kept": kept, "members": members})
+    return {"version": 1, "modules": modules, "cuts": found}
+
+
+def _differs(old: Any, new: Any) -> bool:
+    return type(old) in (int, list, tuple, torch.Size) and type(old) is type(new) and old != new
+
+
+@torch.no_grad()
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model of the same outputs: dense widths again, what was cut filled with zeros.
+
+    The kept ZIGs come first along every axis, whatever their places were before: the order of ZIGs means nothing.
+
+    Args:
+        model: a compact model; it is not changed.
+
+    Returns:
+        a model of the stock class, which saves and loads without hf_oto.
+
+    Raises:
+        OTOError: the model is no Transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise OTOError(f"to_dense needs a Transformers model, which can be built from its config; this is a {type(model).__name__}")
+    config = copy.deepcopy(model.config)
+    record = vars(config).pop("oto", {"cuts": []})
+    vars(config).pop("auto_map", None)
+    dense = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
+    tensors = model.state_dict()
+    for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
+        tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
+    dense.load_state_dict(tensors)
+    dense.generation_config = copy.deepcopy(model.generation_config)
+    return dense.train(model.training)
+
+
+def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The tensors before these cuts, with zeros where something was cut."""
+    gone: dict[tuple[str, int], list[np.ndarray]] = {}
+    for cut in cuts:
+        for name, dim, *rest in cut["members"]:
+            layout = {"index": np.array(rest[0])} if len(rest) == 1 else dict(zip(("start", "outer", "inner"), rest, strict=True))
+            positions = Member(name, dim, "producer", **layout).positions(cut["size"])
+            gone.setdefault((name, dim), []).append(positions[cut["kept"] :].reshape(-1))
+    filled = dict(tensors)
+    for (name, dim), lost in gone.items():
+        old = filled[name]
+        removed = np.concatenate(lost)
+        stay = np.setdiff1d(np.arange(old.shape[dim] + len(removed)), removed)
+        shape = list(old.shape)
+        shape[dim] += len(removed)
+        filled[name] = old.new_zeros(shape).index_copy_(dim, torch.from_numpy(stay).to(old.device), old)
+    return filled

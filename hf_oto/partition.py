@@ -1,0 +1,337 @@
+"""The front door: from a model to its ZIG partition, rehearsed before anybody trains on it.
+
+Trace, rules, solve, sizes; then the cut is tried on weightless copies, and on the real weights where there are some:
+what can't be rebuilt exactly is pinned with that reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from .compact import cut_, kept_positions, resolve
+from .rules import Axes, apply_rules
+from .sizes import Sizes
+from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
+from .zigs import OTOError, PruningPlan, Source, ZIGPartition, fold, solve
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # relative; exact models stay below 1.4e-6 in float32, off-by-one cuts are mostly above 1e-4
+
+
+def partition_zigs(model: nn.Module, inputs: Mapping[str, Any] | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
+    """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
+
+    Args:
+        model: any `nn.Module`; on the meta device too.
+        inputs: one small batch, the keyword arguments of forward; None: made from the config.
+        protect: regular expressions; a parameter whose name one of them matches anywhere is not pruned.
+
+    Returns:
+        the partition; its `pinned` says for every other parameter dimension why it stays.
+
+    Raises:
+        OTOError: the model can't run on the inputs.
+        ValueError: a pattern of `protect` that matches nothing.
+    """
+    inputs = dict(make_inputs(model) if inputs is None else inputs)
+    protected = _protected(model, protect)
+    traced = _traced(model, inputs)
+    found = apply_rules(traced)
+    buffers = persistent_buffers(model)
+    sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
+    for name in protected & sources.keys():
+        for dim in sources[name].dims:
+            found.algebra.pin(dim, "protected by the caller")
+    partition = _consistent(model, traced, found, sources)
+    return _rehearsed(model, inputs, traced, found, sources, partition)
+
+
+def make_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A small batch made from a Transformers config: text, images or waveforms.
+
+    Raises:
+        OTOError: what the model reads is none of these.
+    """
+    config = model.config.get_text_config().to_dict() | model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    name = model.main_input_name if isinstance(model, PreTrainedModel) else ""
+    generator = torch.Generator().manual_seed(0)
+    if name == "input_ids":
+        inputs = {"input_ids": torch.randint(3, config["vocab_size"], (2, 16), generator=generator)}
+        if config.get("is_encoder_decoder"):
+            inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+        return inputs
+    if name == "pixel_values":
+        size = config.get("image_size", 64)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.randn(2, config.get("num_channels", 3), height, width, generator=generator)}
+    if name == "input_values":
+        return {"input_values": torch.randn(2, 4000, generator=generator)}
+    raise OTOError(f"can't make a batch for {type(model).__name__} from its config: pass inputs={{...}}, the arguments of its forward")
+
+
+def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
+    names = [name for name, _ in model.named_parameters()]
+    found = set()
+    for pattern in [protect] if isinstance(protect, str) else protect:
+        matching = {name for name in names if re.search(pattern, name)}
+        if not matching:
+            raise ValueError(f"protect: {pattern!r} matches no parameter of the model, for example {names[0]!r}")
+        found |= matching
+    return found
+
+
+def _traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    try:
+        return trace(model, inputs)
+    except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
+        logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
+        if any(p.is_meta for p in model.parameters()):
+            raise OTOError(f"the model can't be traced without weights ({error}): load it before partitioning") from error
+    try:
+        return trace(model, inputs, fake=False)
+    except Exception as error:
+        shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        raise OTOError(f"{type(model).__name__} can't take the batch {shapes}: {type(error).__name__}: {error}") from error
+
+
+def _solved(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> tuple[ZIGPartition, np.ndarray]:
+    solution = solve(found.algebra.copy(), sources)
+    spans, values = {}, {}
+    modules = dict(model.named_modules())
+    stack = [e for q in traced.equations for e in q[:2]]
+    while stack:
+        expr = stack.pop()
+        if expr[0] == "span" and expr[1:3] not in spans:
+            factors = tuple(solution.zig_of[leaf.ids] for leaf in found.dims[expr[1]][expr[2]]) if expr[1] in found.dims else ()
+            spans[expr[1:3]] = factors
+        elif expr[0] == "attribute":
+            value = vars(modules[expr[1]])[expr[2]]
+            values[expr[1:]] = value if expr[3] is None else value[expr[3]]
+        elif expr[0] not in ("const", "span"):
+            stack += expr[1:]
+    spans = {key: factors for key, factors in spans.items() if any((f >= 0).any() for f in factors)}
+    sizes = Sizes(traced.equations, spans, values)
+    return ZIGPartition(solution.axes, solution.pinned, sizes), solution.zig_of
+
+
+def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> ZIGPartition:
+    """Solves, and pins what contradicts itself for random cuts, until nothing does."""
+    while True:
+        partition, zig_of = _solved(model, traced, found, sources)
+        for seed in range(3):
+            removed = _draw(partition, seed)
+            _, conflicts = partition.sizes.solve(removed)
+            if conflicts:
+                break
+        else:
+            return partition
+        zigs = partition.sizes.involved(conflicts)
+        layer = next((c.layer for c in conflicts if c.layer), "")
+        _pin_axes(partition, zig_of, found, np.unique(_axis_of(partition)[zigs]), f"a size used in {layer or 'forward'} can't follow it")
+
+
+def _draw(partition: ZIGPartition, seed: int) -> np.ndarray:
+    """A random cut with another width for every axis, bool (num_zigs + 1,)."""
+    rng = np.random.default_rng(seed)
+    parts = [rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes]
+    return np.concatenate([*parts, np.zeros(1, bool)])
+
+
+def _axis_of(partition: ZIGPartition) -> np.ndarray:
+    return np.repeat(np.arange(len(partition.axes)), [axis.size for axis in partition.axes])
+
+
+def _pin_axes(partition: ZIGPartition, zig_of: np.ndarray, found: Axes, axes: Iterable[int], why: str) -> None:
+    which = _axis_of(partition)
+    of_id = np.where(zig_of >= 0, np.append(which, 0)[zig_of], -1)
+    for a in axes:
+        found.algebra.pin_ids(np.flatnonzero(of_id == a), why)
+
+
+# rehearsal ---------------------------------------------------------------------------------------------------------------
+
+
+def _rehearsed(
+    model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes, sources: dict[str, Source], partition: ZIGPartition
+) -> ZIGPartition:
+    """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
+    tries = [_Fake(model, inputs, traced)]
+    if not any(t.is_meta for t in model.parameters()):
+        tries.append(_Numeric(model, inputs))
+    for attempt in tries:
+        while partition.axes and (problem := attempt(partition, None)):
+            families = sorted({fold(axis.name) for axis in partition.axes})
+            bad = {f: p for f in families if (p := attempt(partition, {f}))}
+            if not bad:  # each alone is fine: drop the last one that breaks the growing set
+                good: set[str] = set()
+                for f in families:
+                    if p := attempt(partition, good | {f}):
+                        bad[f] = p
+                    else:
+                        good.add(f)
+            bad = bad or dict.fromkeys(families, problem)
+            for f, p in bad.items():
+                logger.info("pinned %s: %s", f, p)
+                _, zig_of = _solved(model, traced, found, sources)
+                axes = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == f]
+                _pin_axes(partition, zig_of, found, axes, f"cutting it failed in rehearsal: {p}")
+            partition = _consistent(model, traced, found, sources)
+    return partition
+
+
+def _half(partition: ZIGPartition, families: set[str] | None) -> PruningPlan:
+    rng = np.random.default_rng(0)
+    kept = {}
+    for axis in partition.axes:
+        keep = np.sort(rng.permutation(axis.size)[: rng.integers(1, axis.size)])
+        if families is None or fold(axis.name) in families:
+            kept[axis.name] = keep
+    return PruningPlan(kept)
+
+
+def _copy_structure(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
+    """The modules again, over the given tensors (by the id of the original's)."""
+    return copy.deepcopy(model, dict(tensors))
+
+
+class _Fake:
+    """A cut on weightless copies must run and keep the shapes of the outputs."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], traced: Trace) -> None:
+        self.model, self.inputs = model, inputs
+        self.shapes = [ref.shape for ref in traced.outputs]
+
+    def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        weights = fake_weights(self.model, mode)
+        tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        with mode:
+            fakes = {id(t): nn.Parameter(weights[n], t.requires_grad) if isinstance(t, nn.Parameter) else weights[n] for n, t in tensors}
+            small = _copy_structure(self.model, fakes)
+            removed, attributes = resolve(partition, _half(partition, families))
+            try:
+                cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in tensors}), attributes)
+                with evaluating(small):
+                    out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
+            except DynamicOutputShapeException:
+                return None
+            except Exception as error:
+                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        shapes = [tuple(t.shape) for t in out]
+        return None if shapes == self.shapes else f"the outputs change shape, {self.shapes} -> {shapes}"
+
+
+class _Numeric:
+    """A cut model must compute what the full one does with the same ZIGs zeroed."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+
+    def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
+        try:
+            difference = cut_difference(self.model, partition, _half(partition, families), self.inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        limit = tolerance(self.model)
+        return None if difference <= limit else f"the outputs differ by {difference:.1e}"
+
+
+def tolerance(model: nn.Module) -> float:
+    """The largest relative difference that rounding explains: 1e-5 in float32."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max([TOLERANCE * torch.finfo(d).eps / torch.finfo(torch.float32).eps for d in dtypes], default=TOLERANCE)
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    with evaluating(model):
+        torch.manual_seed(0)
+        inputs = tree_map_only(torch.Tensor, torch.clone, dict(inputs))
+        out = model(**inputs) if weights is None else torch.func.functional_call(model, dict(weights), (), inputs)
+        return [t for t in tensors_of(out) if t.is_floating_point()]
+
+
+def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    """Largest difference relative to the largest entry of each output; inf where shapes or infinities differ."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        finite = torch.isfinite(x)
+        if x.shape != y.shape or not torch.equal(finite, torch.isfinite(y)):
+            return float("inf")
+        if finite.any():
+            x, y = x[finite].double(), y[finite].double()
+            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
+    return worst
+
+
+def _with_group(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, noise: bool) -> dict[str, torch.Tensor]:
+    """Copies of the weights with the plan's ZIGs zeroed and, if `noise`, their other side filled at random."""
+    removed = plan.removed(partition)
+    tensors = partition.tensors(model)
+    changed: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for axis in partition.axes:
+        if axis.name not in removed:
+            continue
+        for m in axis.members:
+            if m.role == "statistic":
+                continue
+            w = changed.setdefault(m.param, tensors[m.param].detach().clone())
+            index = torch.from_numpy(m.positions(axis.size)[removed[axis.name]].reshape(-1)).to(w.device)
+            zero = m.role == ("producer" if axis.zero_path else "consumer")
+            if zero or not noise:
+                if zero or m in axis.group:
+                    w.index_fill_(m.dim, index, 0)
+            else:
+                part = w.index_select(m.dim, index)
+                w.index_copy_(m.dim, index, torch.randn(part.shape, generator=generator).to(w))
+    # zeros win where a tensor is on both sides
+    for axis in partition.axes:
+        if axis.name in removed:
+            for m in axis.members:
+                if m.role == ("producer" if axis.zero_path else "consumer"):
+                    index = torch.from_numpy(m.positions(axis.size)[removed[axis.name]].reshape(-1)).to(changed[m.param].device)
+                    changed[m.param].index_fill_(m.dim, index, 0)
+    return changed
+
+
+def check_zero_invariance(
+    model: nn.Module, partition: ZIGPartition, inputs: Mapping[str, Any], plan: PruningPlan | None = None
+) -> float:
+    """The certificate: zero ZIGs, then fill what reads them once with zeros and once with noise; nothing may change.
+
+    Two forwards prove every group of the plan at once, independent of the rules that found them. The model is not
+    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.)
+
+    Args:
+        plan: the ZIGs to test; None: a random half of every axis.
+
+    Returns:
+        the largest difference of the outputs, relative to their largest entry: below 1e-5 in float32 if it holds.
+    """
+    plan = plan or _half(partition, None)
+    quiet = _outputs(model, inputs, _with_group(model, partition, plan, noise=False))
+    loud = _outputs(model, inputs, _with_group(model, partition, plan, noise=True))
+    return _difference(quiet, loud)
+
+
+def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
+    """How far a cut copy is from the zeroed full model, as `check_zero_invariance` measures it. The model is not touched."""
+    zeroed = _with_group(model, partition, plan, noise=False)
+    tensors = [*model.parameters(), *model.buffers()]
+    small = _copy_structure(model, {id(t): t for t in tensors})
+    by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])
+    removed, attributes = resolve(partition, plan)
+    cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()}), attributes)
+    return _difference(_outputs(model, inputs, zeroed), _outputs(small, inputs))

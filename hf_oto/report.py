@@ -1,0 +1,98 @@
+"""What a compact model is against the dense one: parameters, MACs, file size, latency, and a table of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .rules import base_name, is_ref
+from .trace import Call, evaluating, trace
+
+
+def macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of one forward on `inputs`: matrix products, convolutions and attention, bias excluded."""
+    try:
+        traced = trace(model, inputs)
+    except Exception:  # what doesn't run on FakeTensors runs for real
+        traced = trace(model, inputs, fake=False)
+    return sum(_macs(call) for call in traced.calls)
+
+
+def _macs(call: Call) -> int:
+    name = base_name(call.op)
+    refs = [a for a in call.args if is_ref(a)]
+    if name in ("mm", "bmm", "mv", "dot"):
+        return math.prod(call.outs[0].shape) * refs[0].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return math.prod(call.outs[0].shape) * refs[1].shape[-1]
+    if name == "convolution":
+        x, weight = refs[:2]
+        image = x if call.args[6] else call.outs[0]  # a transposed convolution multiplies once per input position
+        return image.shape[0] * math.prod(image.shape[2:]) * math.prod(weight.shape)
+    if name.startswith("_scaled_dot_product"):
+        q, k, v = refs[:3]
+        return math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    return 0
+
+
+def measure(model: nn.Module, inputs: Mapping[str, Any], repeats: int = 5) -> dict[str, float]:
+    """Parameters, MACs of `inputs`, bytes of the saved weights and the median latency in seconds of a forward on them."""
+    model_tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    device = next(model.parameters()).device
+    seconds = []
+    with evaluating(model):
+        for _ in range(repeats + 1):  # the first one warms up
+            start = time.perf_counter()
+            model(**inputs)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return {
+        "params": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        "macs": macs(model, inputs),
+        "bytes": sum(t.numel() * t.element_size() for t in model_tensors),
+        "latency": statistics.median(seconds[1:]),
+    }
+
+
+def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The measurements of two models side by side, one line each; keys that both have, known ones with their units.
+
+    Example:
+        >>> print(table({"params": 2000000, "accuracy": 0.99}, {"params": 500000, "accuracy": 0.985}))
+                       dense   compact   ratio
+        parameters      2.0M    500.0k    25 %
+        accuracy      0.9900    0.9850
+    """
+    rows = [("", "dense", "compact", "ratio")]
+    for key in before:
+        if key not in after:
+            continue
+        label, show = _SHOWN.get(key, (key, None))
+        if show is None:
+            rows.append((label, f"{before[key]:.4f}", f"{after[key]:.4f}", ""))
+        else:
+            rows.append((label, show(before[key]), show(after[key]), f"{after[key] / before[key]:.0%}".replace("%", " %")))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>6}".rstrip() for a, b, c, d in rows)
+
+
+def _count(n: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return f"{n:.0f}"
+
+
+_SHOWN = {
+    "params": ("parameters", _count),
+    "macs": ("MACs", _count),
+    "bytes": ("file size", lambda n: f"{_count(n)}B"),
+    "latency": ("latency", lambda s: f"{s * 1e3:.1f} ms"),
+}

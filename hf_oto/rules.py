@@ -1,0 +1,684 @@
+"""One short function per ATen op: how the dimensions it takes become the dimensions it gives.
+
+`apply_rules` walks a trace once and fills the axis algebra; an op without a rule, or a rule that fails, pins.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_iter
+
+from .axes import CONSUMER, EXPANDED, GROUPS, HEADS, NOT_ZERO, PRODUCER, Algebra, Dim, Leaf, size, with_zero
+from .trace import Call, Ref, Trace
+
+logger = logging.getLogger(__name__)
+
+
+class Axes:
+    """The dimensions of every tensor of a trace, filled in call order.
+
+    Attributes:
+        algebra: the union-find the dimensions live in.
+        dims: value number -> its dimensions.
+        const: numbers of the values that depend on parameters and buffers only.
+    """
+
+    def __init__(self) -> None:
+        self.algebra = Algebra()
+        self.dims: dict[int, list[Dim]] = {}
+        self.const: set[int] = set()
+        self.layer = ""
+
+    def of(self, ref: Ref) -> list[Dim]:
+        """The dimensions of a tensor; one the trace did not see made (an input) can't be cut."""
+        if ref.value not in self.dims:
+            self.dims[ref.value] = [self.algebra.fixed(n) for n in ref.shape]
+        return self.dims[ref.value]
+
+    def source(self, ref: Ref) -> None:
+        """A parameter or buffer: every dimension starts as fresh ids, claimed to be zeroed where removed."""
+        self.dims[ref.value] = [(self.algebra.new(n, zero=True),) if n > 1 else () for n in ref.shape]
+        self.const.add(ref.value)
+
+    def why(self, text: str) -> str:
+        """A reason with the layer it comes from."""
+        return f"{text} in {self.layer}" if self.layer else text
+
+    def pin(self, dim: Dim, text: str) -> None:
+        """Pins with a reason."""
+        self.algebra.pin(dim, self.why(text))
+
+    def unify(self, a: Dim, b: Dim, zero: Callable[[bool, bool], bool] = lambda a, b: a and b) -> Dim:
+        """The common dimension of two operands of an elementwise op; size 1 broadcasts."""
+        if not a or not b:
+            long = a or b
+            return tuple(Leaf(x.ids, zero(x.zero, False) if a else zero(False, x.zero)) for x in long)
+        if size(a) != size(b):
+            raise ValueError(f"sizes {size(a)} and {size(b)} don't match")
+        pair = self.algebra.align(a, b, self.why("it meets a position that stays (of an input or an index, say)"))
+        if pair is None:
+            return self.algebra.fixed(size(a))
+        return tuple(Leaf(x.ids, zero(x.zero, y.zero)) for x, y in zip(*pair, strict=True))
+
+    def contract(self, a: Dim, b: Dim, a_const: bool, b_const: bool) -> None:
+        """The summed dimension of a product: the weight's side consumes what the other side produces."""
+        if not a or not b:
+            return
+        pair = self.algebra.align(a, b, self.why("it meets a position that stays (of an input or an index, say)"))
+        for x, y in zip(*pair, strict=True) if pair else ():
+            if a_const and b_const:
+                self.algebra.mark((x,), PRODUCER)
+                self.algebra.mark((y,), CONSUMER)
+            elif a_const or b_const:
+                weight, data = (x, y) if a_const else (y, x)
+                self.algebra.mark((weight,), CONSUMER if data.zero else CONSUMER | NOT_ZERO)
+            elif not (x.zero or y.zero):
+                self.pin((x,), "summed over between activations that do not become zero")
+
+    def produce(self, ref: Ref, *dims: Dim) -> None:
+        """Marks dimensions as made by a parameter, where the tensor comes from parameters."""
+        if ref.value in self.const:
+            for dim in dims:
+                self.algebra.mark(dim, PRODUCER)
+
+
+# elementwise -------------------------------------------------------------------------------------------------------------
+
+KEEPS_ZERO = {
+    "relu", "gelu", "silu", "tanh", "neg", "abs", "sqrt", "sin", "erf", "tan", "asinh", "atan", "sign", "round", "floor", "ceil", "trunc",
+    "hardswish", "leaky_relu", "elu", "celu", "mish", "relu6", "expm1", "log1p", "clone", "_to_copy", "detach", "alias", "nan_to_num",
+    "lift_fresh", "lift", "square", "native_dropout", "contiguous", "sgn", "zeros_like", "_conj", "positive", "deg2rad", "_prelu_kernel",
+}  # fmt: skip
+ALL_ZERO = {"add", "sub", "maximum", "minimum", "where", "lerp", "hypot", "copy", "logical_or", "bitwise_or"}
+ANY_ZERO = {"mul", "logical_and", "bitwise_and"}
+FIRST_ZERO = {"div", "floor_divide", "remainder", "fmod"}
+
+
+def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
+    """... , ... -> ...: operands broadcast against each other; what is zero depends on the function."""
+    name = base_name(call.op)
+    refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
+    numbers = [a for a in call.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    if name == "where" and len(refs) == 3:  # the condition decides nothing about zeros
+        refs = [*refs[1:], refs[0]]
+    if name == "copy":
+        refs = refs[::-1]
+    many = len(refs) > 1
+    out = call.outs[0].shape
+    result: list[Dim] = [()] * len(out)
+    for i, ref in enumerate(refs):
+        dims = [()] * (len(out) - len(ref.shape)) + list(s.of(ref))
+        if many:
+            s.produce(ref, *dims)
+        if i == 0:
+            result = dims
+            continue
+        if (name == "where" and i == 2) or name == "copy":
+            zero = lambda a, b: a  # noqa: E731
+        elif name in ALL_ZERO:
+            zero = lambda a, b: a and b  # noqa: E731
+        elif name in ANY_ZERO:
+            zero = lambda a, b: a or b  # noqa: E731
+        elif name in FIRST_ZERO or name == "_prelu_kernel":
+            zero = lambda a, b: a  # noqa: E731
+        else:
+            zero = lambda a, b: False  # noqa: E731
+        result = [s.unify(a, b, zero) for a, b in zip(result, dims, strict=True)]
+    if not many and not _keeps_zero(name, call, numbers):
+        result = [with_zero(dim, False) for dim in result]
+    return [result] * len(call.outs)
+
+
+def _keeps_zero(name: str, call: Call, numbers: list[float]) -> bool:
+    if name in KEEPS_ZERO or name in ANY_ZERO or name == "div":
+        return True
+    if name in ("hardtanh", "clamp"):
+        low, high = [*call.args[1:], *[None] * 3][:2]
+        return (low is None or low <= 0) and (high is None or high >= 0)
+    if name == "clamp_min":
+        return numbers[0] <= 0
+    if name == "clamp_max":
+        return numbers[0] >= 0
+    if name == "pow":
+        return bool(numbers) and is_ref(call.args[0]) and numbers[0] > 0
+    if name in ("add", "sub"):
+        return numbers == [0]
+    if name == "masked_fill":
+        return len(call.args) > 2 and call.args[2] == 0
+    return False
+
+
+def masked_fill(s: Axes, call: Call) -> list[list[Dim]]:
+    """x, mask -> x"""
+    x, mask = s.of(call.args[0]), s.of(call.args[1])
+    x = [()] * (len(call.outs[0].shape) - len(x)) + x
+    mask = [()] * (len(x) - len(mask)) + mask
+    keep = call.args[2] == 0
+    return [[s.unify(a, b, lambda a, b: a and keep) for a, b in zip(x, mask, strict=True)]]
+
+
+# layout ------------------------------------------------------------------------------------------------------------------
+
+
+def view(s: Axes, call: Call) -> list[list[Dim]]:
+    """the same elements in row-major order under another shape"""
+    return [s.algebra.reshape(s.of(call.args[0]), call.outs[0].shape)]
+
+
+def permute(s: Axes, call: Call) -> list[list[Dim]]:
+    """dimensions reordered"""
+    dims = s.of(call.args[0])
+    return [[dims[d] for d in call.args[1]]]
+
+
+def transpose(s: Axes, call: Call) -> list[list[Dim]]:
+    """two dimensions exchanged; `t` the last two"""
+    dims = list(s.of(call.args[0]))
+    if len(dims) > 1:
+        a, b = call.args[1:] if len(call.args) == 3 else (0, 1)
+        dims[a], dims[b] = dims[b], dims[a]
+    return [dims]
+
+
+def unsqueeze(s: Axes, call: Call) -> list[list[Dim]]:
+    """a dimension of size 1 appears"""
+    dims, d = list(s.of(call.args[0])), call.args[1]
+    dims.insert(d if d >= 0 else d + len(dims) + 1, ())
+    return [dims]
+
+
+def squeeze(s: Axes, call: Call) -> list[list[Dim]]:
+    """dimensions of size 1 disappear"""
+    ref = call.args[0]
+    n = len(ref.shape)
+    which = range(n) if len(call.args) == 1 else {d % n for d in as_list(call.args[1])}
+    return [[dim for d, dim in enumerate(s.of(ref)) if not (d in which and ref.shape[d] == 1)]]
+
+
+def expand(s: Axes, call: Call) -> list[list[Dim]]:
+    """size 1 -> n: a new axis along which all is equal"""
+    out = call.outs[0].shape
+    dims = [()] * (len(out) - len(call.args[0].shape)) + list(s.of(call.args[0]))
+    grown = [n > 1 and not dim for n, dim in zip(out, dims, strict=True)]
+    return [[(s.algebra.new(n, marks=EXPANDED),) if g else d for n, d, g in zip(out, dims, grown, strict=True)]]
+
+
+def repeat(s: Axes, call: Call) -> list[list[Dim]]:
+    """n -> r n, the copies outermost"""
+    out, times = call.outs[0].shape, call.args[1]
+    dims = [()] * (len(out) - len(call.args[0].shape)) + list(s.of(call.args[0]))
+    return [[(*((s.algebra.new(r, marks=EXPANDED),) if r > 1 else ()), *d) for r, d in zip(times, dims, strict=True)]]
+
+
+def slice_(s: Axes, call: Call) -> list[list[Dim]]:
+    """positions start:stop:step of one dimension"""
+    ref, d, start, stop, step = [*call.args, *[0, None, None, 1][len(call.args) - 1 :]]
+    d %= len(ref.shape)
+    index = np.arange(ref.shape[d])[slice(start, stop, step)]
+    return [_taken(s, ref, d, index)]
+
+
+def _taken(s: Axes, ref: Ref, d: int, index: np.ndarray) -> list[Dim]:
+    dims = list(s.of(ref))
+    if len(index) == 0:
+        dims[d] = s.algebra.fixed(0)
+    elif len(index) != ref.shape[d] or not np.array_equal(index, np.arange(len(index))):
+        dims[d] = s.algebra.take(dims[d], index)
+    return dims
+
+
+def select(s: Axes, call: Call) -> list[list[Dim]]:
+    """one position of a dimension, which disappears"""
+    ref, d = call.args[0], call.args[1] % len(call.args[0].shape)
+    dims = list(s.of(ref))
+    s.pin(dims.pop(d), "a fixed position of it is read")
+    return [dims]
+
+
+def unbind(s: Axes, call: Call) -> list[list[Dim]]:
+    """every position of a dimension by itself"""
+    ref = call.args[0]
+    d = (call.args[1] if len(call.args) > 1 else 0) % len(ref.shape)
+    dims = list(s.of(ref))
+    s.pin(dims.pop(d), "its positions are read one by one")
+    return [dims] * len(call.outs)
+
+
+def split(s: Axes, call: Call) -> list[list[Dim]]:
+    """pieces of a dimension"""
+    ref = call.args[0]
+    d = (call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0)) % len(ref.shape)
+    ends = np.cumsum([out.shape[d] for out in call.outs])
+    return [_taken(s, ref, d, np.arange(end - out.shape[d], end)) for out, end in zip(call.outs, ends, strict=True)]
+
+
+def cat(s: Axes, call: Call) -> list[list[Dim]]:
+    """dimensions laid one after the other"""
+    refs = [r for r in call.args[0] if r.shape != (0,)]
+    n = len(refs[0].shape)
+    d = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % n
+    result = list(s.of(refs[0]))
+    for ref in refs:
+        s.produce(ref, *s.of(ref))
+    for ref in refs[1:]:
+        result = [a if i == d else s.unify(a, b) for i, (a, b) in enumerate(zip(result, s.of(ref), strict=True))]
+    result[d] = s.algebra.cat([s.of(ref)[d] for ref in refs if ref.shape[d]])
+    return [result]
+
+
+def stack(s: Axes, call: Call) -> list[list[Dim]]:
+    """tensors side by side along a new dimension, which can't be cut"""
+    refs, d = call.args[0], (call.args[1] if len(call.args) > 1 else 0)
+    result = list(s.of(refs[0]))
+    for ref in refs:
+        s.produce(ref, *s.of(ref))
+    for ref in refs[1:]:
+        result = [s.unify(a, b) for a, b in zip(result, s.of(ref), strict=True)]
+    result.insert(d if d >= 0 else d + len(result) + 1, s.algebra.fixed(len(refs)))
+    return [result]
+
+
+def roll(s: Axes, call: Call) -> list[list[Dim]]:
+    """positions rotated"""
+    ref, shifts, dims = call.args[0], as_list(call.args[1]), as_list(call.args[2]) if len(call.args) > 2 else []
+    if not dims:
+        return unknown(s, call)
+    result = list(s.of(ref))
+    for shift, d in zip(shifts, dims, strict=True):
+        if result[d]:
+            result[d] = s.algebra.take(result[d], np.roll(np.arange(ref.shape[d]), shift))
+    return [result]
+
+
+def flip(s: Axes, call: Call) -> list[list[Dim]]:
+    """positions reversed"""
+    result = list(s.of(call.args[0]))
+    for d in call.args[1]:
+        if result[d]:
+            result[d] = s.algebra.take(result[d], np.arange(call.args[0].shape[d])[::-1])
+    return [result]
+
+
+def pad(s: Axes, call: Call) -> list[list[Dim]]:
+    """positions added (or taken away) at both ends"""
+    ref, amounts = call.args[0], call.args[1]
+    result = list(s.of(ref))
+    for i in range(len(amounts) // 2):
+        d = len(ref.shape) - 1 - i
+        before, after = amounts[2 * i], amounts[2 * i + 1]
+        n = ref.shape[d]
+        if before or after:
+            kept = _taken(s, ref, d, np.arange(max(0, -before), n + min(0, after)))[d]
+            parts = [s.algebra.fixed(before)] * (before > 0) + [kept] + [s.algebra.fixed(after)] * (after > 0)
+            result[d] = s.algebra.cat(parts)
+    return [result]
+
+
+def pixel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
+    """n (c r r) h w -> n c (h r) (w r)"""
+    ref, r = call.args
+    *batch, channels, h, w = s.of(ref)
+    inner = s.algebra.reshape([channels], [ref.shape[-3] // r**2, r, r])
+    for dim in (*inner[1:], h, w):
+        s.pin(dim, "it becomes part of the image plane")
+    return [[*batch, inner[0], *map(s.algebra.fixed, call.outs[0].shape[-2:])]]
+
+
+# lookups -----------------------------------------------------------------------------------------------------------------
+
+
+def embedding(s: Axes, call: Call) -> list[list[Dim]]:
+    """v d, i -> i d"""
+    weight, index = call.args[:2]
+    table, d = s.of(weight)
+    s.pin(table, "rows are looked up by number")
+    s.produce(weight, d)
+    return [[*s.of(index), d]]
+
+
+def index_(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[i, j, ...]: indexed dimensions are looked up by number, the others stay"""
+    ref, index = call.args
+    dims, shape = s.of(ref), call.outs[0].shape
+    used = [k for k, i in enumerate(index) if i is not None]
+    for k in used:
+        s.pin(dims[k], "positions are looked up by number")
+        for dim in s.of(index[k]):
+            s.pin(dim, "it is an index")
+    rest = [dims[k] for k in range(len(dims)) if k not in used]
+    new = len(shape) - len(rest)
+    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    s.produce(ref, *rest)
+    return [[*rest[:at], *map(s.algebra.fixed, shape[at : at + new]), *rest[at:]]]
+
+
+def index_select(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[:, i]"""
+    ref, d, index = call.args
+    dims = list(s.of(ref))
+    if dims:
+        s.pin(dims[d], "positions are looked up by number")
+        dims[d] = s.algebra.fixed(index.shape[0] if index.shape else 1)
+    s.produce(ref, *dims)
+    return [dims]
+
+
+# contractions ------------------------------------------------------------------------------------------------------------
+
+
+def mm(s: Axes, call: Call) -> list[list[Dim]]:
+    """... i k, ... k j -> ... i j: k is contracted; leading dimensions go together"""
+    a, b = call.args[-2:] if base_name(call.op) in ("addmm", "baddbmm", "addmv") else call.args[:2]
+    a_const, b_const = a.value in s.const, b.value in s.const
+    da, db = s.of(a), s.of(b)
+    batch = [s.unify(x, y, lambda x, y: x or y) for x, y in zip(da[:-2], db[:-2], strict=False)]
+    if not (a_const or b_const):
+        for dim in batch:
+            s.algebra.mark(dim, HEADS)
+    s.contract(da[-1], db[-2] if len(db) > 1 else db[-1], a_const, b_const)
+    s.produce(a, *da[:-1])
+    s.produce(b, *db[:-2], *db[-1:] if len(db) > 1 else ())
+    out = [*batch, *da[-2:-1], *(db[-1:] if len(db) > 1 else ())]
+    if len(call.args) > 2 and (a, b) != call.args[:2]:
+        bias = call.args[0]
+        db = [()] * (len(out) - len(bias.shape)) + list(s.of(bias))
+        s.produce(bias, *db)
+        out = [s.unify(x, y) for x, y in zip(out, db, strict=True)]
+    return [out]
+
+
+def convolution(s: Axes, call: Call) -> list[list[Dim]]:
+    """b (g i) x, (g o) i k -> b (g o) x"""
+    x, weight, bias, *_, transposed, _, groups = call.args[:9]
+    batch, channels, *space = s.of(x)
+    first, second, *kernel = s.of(weight)
+    for dim in (*space, *kernel):
+        s.pin(dim, "it is a spatial axis")
+    x_const, w_const = x.value in s.const, weight.value in s.const
+    if groups > 1:
+        outer = s.algebra.reshape([channels], [groups, x.shape[1] // groups])
+        grouped = s.algebra.reshape([first], [groups, weight.shape[0] // groups])
+        group = s.unify(outer[0], grouped[0], lambda a, b: a or b)
+        if weight.shape[1] > 1 or weight.shape[0] > groups:
+            s.algebra.mark(group, GROUPS)
+        if transposed:
+            s.contract(outer[1], grouped[1], x_const, w_const)
+            out = (*group, *second)
+        else:
+            s.contract(outer[1], second, x_const, w_const)
+            out = (*group, *grouped[1])
+        s.produce(weight, *grouped, *([second] if transposed else []))
+    else:
+        inside, out = (first, second) if transposed else (second, first)
+        s.contract(channels, inside, x_const, w_const)
+        s.produce(weight, out)
+    if bias is not None:
+        s.produce(bias, *s.of(bias))
+        out = s.unify(out, s.of(bias)[0])
+    else:
+        out = tuple(out)
+    return [[batch, out, *map(s.algebra.fixed, call.outs[0].shape[2:])]]
+
+
+def attention(s: Axes, call: Call) -> list[list[Dim]]:
+    """b h q d, b h k d, b h k v -> b h q v: heads go together, d and k are contracted"""
+    q, k, v = call.args[:3]
+    mask = next((a for a in [call.kwargs.get("attn_mask"), call.kwargs.get("attn_bias"), *call.args[3:]] if is_ref(a)), None)
+    dq, dk, dv = s.of(q), s.of(k), s.of(v)
+    batch = s.unify(s.unify(dq[0], dk[0]), dv[0])
+    shared = s.unify(dk[1], dv[1], lambda a, b: b)
+    heads = dq[1]
+    if k.shape[1] != q.shape[1]:  # grouped queries
+        group, each = s.algebra.reshape([heads], [k.shape[1], q.shape[1] // k.shape[1]])
+        s.algebra.mark(each, EXPANDED)
+        heads = (*s.unify(group, shared, lambda a, b: b), *with_zero(each, False))
+    else:
+        heads = s.unify(heads, shared, lambda a, b: b)
+    s.algebra.mark(heads, HEADS)
+    s.contract(dq[3], dk[3], False, False)
+    for dim in (dk[2], dv[2]):
+        s.pin(dim, "attention runs over it")
+    if mask is not None:
+        dm = [()] * (4 - len(mask.shape)) + list(s.of(mask))
+        s.produce(mask, *dm)
+        for a, b in zip((batch, heads, dq[2], dk[2]), dm, strict=True):
+            s.unify(a, b)
+    result = [batch, heads, dq[2], dv[3]]
+    return [result] + [[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]
+
+
+# normalisations and reductions -------------------------------------------------------------------------------------------
+
+
+def softmax(s: Axes, call: Call) -> list[list[Dim]]:
+    """normalised over one dimension"""
+    dims = s.of(call.args[0])
+    if dims:
+        s.pin(dims[call.args[1]], "a softmax runs over it")
+    return [[with_zero(dim, False) for dim in dims]]
+
+
+def layer_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """normalised over the last dimensions: their mean and variance would change"""
+    x, shape = call.args[:2]
+    dims = list(s.of(x))
+    for d in range(len(dims) - len(shape), len(dims)):
+        s.pin(dims[d], "a layer norm takes mean and variance over it")
+    for affine in call.args[2:4]:
+        if is_ref(affine):
+            s.produce(affine, *s.of(affine))
+            tail = [s.unify(a, b) for a, b in zip(dims[-len(shape) :], s.of(affine), strict=True)]
+            dims[-len(shape) :] = tail
+    kept = dims[: len(dims) - len(shape)]
+    stats = [[*[with_zero(d, False) for d in kept], *[()] * (len(out.shape) - len(kept))] for out in call.outs[1:]]
+    return [[*[with_zero(d, False) for d in kept], *dims[-len(shape) :]], *stats]
+
+
+def batch_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """b c x: each channel by its own statistics"""
+    x, weight, bias = call.args[:3]
+    dims = list(s.of(x))
+    for d, dim in enumerate(dims):
+        if d != 1:
+            s.pin(dim, "a batch norm averages over it")
+    channels = with_zero(dims[1], is_ref(weight) and (bias is None or is_ref(bias)))
+    for vector in call.args[1:5]:
+        if is_ref(vector):
+            s.produce(vector, *s.of(vector))
+            channels = s.unify(channels, s.of(vector)[0], lambda a, b: a)
+    dims[1] = channels
+    return [dims] + [[channels] if len(out.shape) == 1 and out.shape[0] else [() for _ in out.shape] for out in call.outs[1:]]
+
+
+def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """b (g c) x: each group by its own statistics, so that whole groups go"""
+    x, weight, bias, _, channels, _, groups, _ = call.args
+    dims = list(s.of(x))
+    outer, inner = s.algebra.reshape([dims[1]], [groups, channels // groups])
+    s.pin(inner, "a group norm takes mean and variance over it")
+    s.algebra.mark(outer, GROUPS)
+    dim = with_zero((*outer, *inner), is_ref(weight) and is_ref(bias))
+    for affine in (weight, bias):
+        if is_ref(affine):
+            s.produce(affine, *s.of(affine))
+            dim = s.unify(dim, s.of(affine)[0], lambda a, b: a)
+    dims[1] = dim
+    return [dims] + [[dims[0], with_zero(outer, False)] for _ in call.outs[1:]]
+
+
+def _reduced(s: Axes, call: Call, harmless: Callable[[Leaf], bool], why: str, at: int = 1) -> list[list[Dim]]:
+    ref = call.args[0]
+    n = len(ref.shape)
+    given = call.args[at] if len(call.args) > at else call.kwargs.get("dim")
+    if isinstance(given, bool):
+        given = None
+    which = set(range(n)) if given is None or given == [] else {d % n for d in as_list(given) if n}
+    dims = s.of(ref)
+    for d in which:
+        for leaf in dims[d]:
+            if not harmless(leaf):
+                s.pin((leaf,), why)
+    keep = len(call.outs[0].shape) == n
+    result = [() if d in which else dim for d, dim in enumerate(dims) if keep or d not in which]
+    return [result] * len(call.outs)
+
+
+def sum_(s: Axes, call: Call) -> list[list[Dim]]:
+    """summed over some dimensions: zeros change nothing"""
+    s.produce(call.args[0], *s.of(call.args[0]))
+    return _reduced(s, call, lambda leaf: leaf.zero, "it is summed over, and removed positions would not be zero")
+
+
+def vector_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """a p-norm over some dimensions: zeros change nothing"""
+    s.produce(call.args[0], *s.of(call.args[0]))
+    return _reduced(s, call, lambda leaf: leaf.zero, "a norm is taken over it", at=2)
+
+
+def mean(s: Axes, call: Call) -> list[list[Dim]]:
+    """averaged over some dimensions: the number of positions counts"""
+    result = _reduced(s, call, lambda leaf: False, "an average is taken over it")
+    return result if "mean" in base_name(call.op) else [[with_zero(d, False) for d in dims] for dims in result]
+
+
+def along(s: Axes, call: Call) -> list[list[Dim]]:
+    """ordered or accumulated along one dimension, which stays"""
+    dims = list(s.of(call.args[0]))
+    numbers = [a for a in call.args[1:] if isinstance(a, int) and not isinstance(a, bool)]
+    d = call.kwargs.get("dim", {"topk": (numbers[1:] or [-1])[0], "sort": (numbers or [-1])[0]}.get(base_name(call.op), (numbers or [0])[0]))
+    if dims:
+        s.pin(dims[d], f"{base_name(call.op)} runs along it")
+        dims[d] = s.algebra.fixed(call.outs[0].shape[d])
+    return [[with_zero(dim, False) for dim in dims]] * len(call.outs)
+
+
+def spatial(s: Axes, call: Call) -> list[list[Dim]]:
+    """b c x -> b c y: pooling and resizing within the image plane"""
+    name = base_name(call.op)
+    k = next(n for n in (1, 2, 3) if f"{n}d" in name or {1: "linear1", 2: "bi", 3: "tri"}[n] in name)
+    dims = list(s.of(call.args[0]))
+    for dim in dims[-k:]:
+        s.pin(dim, "it is a spatial axis")
+    return [[*dims[:-k], *map(s.algebra.fixed, out.shape[-k:])] for out in call.outs]
+
+
+# new tensors and the rest ------------------------------------------------------------------------------------------------
+
+
+def fill(s: Axes, call: Call) -> list[list[Dim]]:
+    """a new tensor that is the same everywhere: its axes are whatever meets them"""
+    return [[(s.algebra.new(n),) if n > 1 else () for n in out.shape] for out in call.outs]
+
+
+def count(s: Axes, call: Call) -> list[list[Dim]]:
+    """a new tensor whose values are positions"""
+    return [[s.algebra.fixed(n) for n in out.shape] for out in call.outs]
+
+
+def unknown(s: Axes, call: Call) -> list[list[Dim]]:
+    """no rule: nothing that takes part may be cut"""
+    return _all_pinned(s, call, f"{base_name(call.op)} has no rule")
+
+
+def lookup(s: Axes, call: Call) -> list[list[Dim]]:
+    """positions found by number at run time: nothing that takes part may be cut"""
+    return _all_pinned(s, call, "positions are looked up by number")
+
+
+def _all_pinned(s: Axes, call: Call, why: str) -> list[list[Dim]]:
+    for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref):
+        if is_ref(a):
+            s.produce(a, *s.of(a))
+            for dim in s.of(a):
+                s.pin(dim, why)
+    return [[s.algebra.fixed(n) for n in out.shape] for out in call.outs]
+
+
+def base_name(op: torch._ops.OpOverload) -> str:
+    """aten::add_.Tensor -> add"""
+    name = op._schema.name.split("::")[1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def is_ref(a: Any) -> bool:
+    """Whether an argument is a tensor."""
+    return isinstance(a, Ref)
+
+
+def as_list(a: int | Sequence[int]) -> list[int]:
+    """One dimension or several, as a list."""
+    return [a] if isinstance(a, int) else list(a)
+
+
+RULES: dict[str, Callable[[Axes, Call], list[list[Dim]]]] = {
+    **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], view),
+    **dict.fromkeys(["transpose", "t"], transpose),
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "mv", "dot"], mm),
+    **dict.fromkeys(["convolution", "_convolution"], convolution),
+    **dict.fromkeys([
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
+    ], attention),
+    **dict.fromkeys(["native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
+                     "miopen_batch_norm", "_batch_norm_no_update"], batch_norm),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], softmax),
+    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk", "split_copy", "split_with_sizes_copy"], split),
+    **dict.fromkeys(["mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "all", "any", "argmax", "argmin",
+                     "logsumexp"], mean),
+    **dict.fromkeys(["cumsum", "cumprod", "topk", "sort", "logcumsumexp"], along),
+    **dict.fromkeys([
+        "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d",
+        "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+        "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
+    ], spatial),
+    **dict.fromkeys(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "rand", "randn",
+                     "empty_strided", "new_empty_strided"], fill),
+    **dict.fromkeys(["arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm"], count),
+    **dict.fromkeys(["_to_copy", "copy", "hardswish", "native_dropout", "alias", "detach", "lift_fresh", "lift", "contiguous", "rsub",
+                     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "fill", "zero",
+                     "_prelu_kernel", "tril", "triu", "_conj", "positive"], elementwise),
+    **dict.fromkeys(["gather", "scatter", "scatter_add", "index_put", "index_add", "index_copy", "bucketize", "searchsorted", "nonzero",
+                     "masked_select", "one_hot", "_local_scalar_dense"], lookup),
+    "masked_fill": masked_fill, "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze, "expand": expand, "repeat": repeat,
+    "slice": slice_, "select": select, "unbind": unbind, "cat": cat, "stack": stack, "roll": roll, "flip": flip, "constant_pad_nd": pad,
+    "pixel_shuffle": pixel_shuffle, "embedding": embedding, "index": index_, "index_select": index_select,
+    "native_layer_norm": layer_norm, "native_group_norm": group_norm, "sum": sum_, "linalg_vector_norm": vector_norm,
+}  # fmt: skip
+
+
+def apply_rules(trace: Trace) -> Axes:
+    """The dimensions of every tensor of the trace, unified and pinned as its calls demand."""
+    s = Axes()
+    for ref in trace.sources.values():
+        s.source(ref)
+    missing: set[str] = set()
+    for call in trace.calls:
+        s.layer = call.layer
+        name = base_name(call.op)
+        rule = RULES.get(name, elementwise if torch.Tag.pointwise in call.op.tags else unknown)
+        try:
+            outs = rule(s, call)
+            for ref, dims in zip(call.outs, outs, strict=True):
+                if [size(dim) if 0 not in ref.shape else 0 for dim in dims] != [n if 0 not in ref.shape else 0 for n in ref.shape]:
+                    raise ValueError(f"the rule gives {[size(dim) for dim in dims]} for {ref.shape}")
+        except Exception as error:  # a rule that fails must pin, never raise and never guess
+            logger.info("the rule of %s failed in %s: %s: its tensors are pinned", name, call.layer, error)
+            rule, outs = unknown, unknown(s, call)
+        if rule is unknown and call.outs and name not in missing:
+            missing.add(name)
+            logger.info("no rule for %s (in %s): its tensors are pinned", name, call.layer)
+        const = all(a.value in s.const for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a))
+        for ref, dims in zip(call.outs, outs, strict=True):
+            s.dims[ref.value] = dims
+            if const:
+                s.const.add(ref.value)
+    for ref in trace.outputs:
+        for dim in s.of(ref):
+            s.algebra.pin(dim, "it is part of the model's output")
+    return s

@@ -1,0 +1,165 @@
+"""Sizes that modules keep to themselves: which attribute must become what, so that a cut model still runs.
+
+Every size argument seen in the trace gave an equation "expression == what a cut leaves of an axis". Solving them for a
+set of removed ZIGs gives the new attributes; a contradiction names the ZIGs that can't be removed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .trace import Equation, Expr
+
+Attribute = tuple[str, str, int | None]  # module path, name, index in a list
+
+
+class Span(NamedTuple):
+    """What a cut may remove of a dimension: the ZIG of every position of each factor, -1 for those that stay."""
+
+    factors: tuple[np.ndarray, ...]
+    start: int
+    stop: int
+
+    def kept(self, removed: np.ndarray) -> int:
+        """Positions in [start, stop) that stay; `removed` is bool (num_zigs + 1,), its last entry False."""
+        alive = [~removed[factor] for factor in self.factors]
+        if self.stop - self.start == np.prod([len(a) for a in alive], dtype=np.int64):
+            return int(np.prod([a.sum() for a in alive], dtype=np.int64))
+        whole = alive[0]
+        for a in alive[1:]:
+            whole = (whole[:, None] & a).reshape(-1)
+        return int(whole[self.start : self.stop].sum())
+
+
+class Sizes:
+    """The size equations of a model that a cut can touch.
+
+    Args:
+        equations: as traced.
+        spans: (value, dim) -> the ZIG numbers of its factors' positions; dimensions without any are left out.
+        values: attribute -> its value in the dense model.
+    """
+
+    def __init__(self, equations: Sequence[Equation], spans: dict[tuple[int, int], tuple[np.ndarray, ...]], values: dict[Attribute, int]) -> None:
+        self.values = values
+        self.spans: dict[Expr, Span] = {}
+        self.equations: list[Equation] = []
+        seen = set()
+        for equation in equations:
+            left, right = self._bind(equation.left, spans), self._bind(equation.right, spans)
+            if (left, right) in seen or left == right or left[0] == right[0] == "const":
+                continue
+            seen.add((left, right))
+            self.equations.append(Equation(left, right, equation.layer))
+        nothing = np.zeros(1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1) + 1, bool)
+        self.equations = [e for e in self.equations if self._holds(e, values, nothing)]
+
+    def _bind(self, expr: Expr, spans: dict[tuple[int, int], tuple[np.ndarray, ...]]) -> Expr:
+        """Spans that no cut touches become constants; equal ones become the same key."""
+        if expr[0] == "span":
+            _, value, dim, start, stop = expr
+            factors = spans.get((value, dim))
+            if factors is None:
+                return ("const", stop - start)
+            key = ("span", *(f.tobytes() for f in factors), start, stop)
+            self.spans[key] = Span(factors, start, stop)
+            return key
+        if expr[0] in ("const", "attribute"):
+            return expr
+        left, right = self._bind(expr[1], spans), self._bind(expr[2], spans)
+        if left[0] == right[0] == "const":
+            value = _compute(expr[0], left[1], right[1])
+            if value is not None:
+                return ("const", value)
+        return (expr[0], left, right)
+
+    def _value(self, expr: Expr, attributes: dict[Attribute, int], removed: np.ndarray) -> int | None:
+        if expr[0] == "const":
+            return expr[1]
+        if expr[0] == "attribute":
+            return attributes[expr[1:]]
+        if expr[0] == "span":
+            return self.spans[expr].kept(removed)
+        left, right = (self._value(e, attributes, removed) for e in expr[1:])
+        return None if left is None or right is None else _compute(expr[0], left, right)
+
+    def _holds(self, equation: Equation, attributes: dict[Attribute, int], removed: np.ndarray) -> bool:
+        left, right = (self._value(e, attributes, removed) for e in equation[:2])
+        return left is not None and left == right
+
+    def solve(self, removed: np.ndarray) -> tuple[dict[Attribute, int], list[Equation]]:
+        """The attributes that change when ZIGs are removed, and the equations that then can't hold.
+
+        Args:
+            removed: bool, shape (num_zigs + 1,), the last entry False.
+        """
+        attributes = dict(self.values)
+        fixed: set[Attribute] = set()
+        pending = [e for e in self.equations if self._touched(e, removed)]
+        conflicts: list[Equation] = []
+        for alone in (True, False):  # attributes that stand alone first: they are certain
+            progress = True
+            while progress:
+                progress = False
+                for equation in list(pending):
+                    unknown = {a for e in equation[:2] for a in _attributes(e)} - fixed
+                    if len(unknown) > 1 or (unknown and alone and not any(e[0] == "attribute" for e in equation[:2])):
+                        continue
+                    pending.remove(equation)
+                    if unknown:
+                        (attribute,) = unknown
+                        value = self._fit(equation, attribute, attributes, removed)
+                        if value is not None:
+                            attributes[attribute] = value
+                            fixed.add(attribute)
+                            progress = True
+                            continue
+                    if not self._holds(equation, attributes, removed):
+                        conflicts.append(equation)
+        changed = {a: v for a, v in attributes.items() if v != self.values[a]}
+        for equation in self.equations:
+            involved = any(a in changed for e in equation[:2] for a in _attributes(e))
+            if (involved or equation in pending) and equation not in conflicts and not self._holds(equation, attributes, removed):
+                conflicts.append(equation)
+        return changed, conflicts
+
+    def _fit(self, equation: Equation, attribute: Attribute, attributes: dict[Attribute, int], removed: np.ndarray) -> int | None:
+        old = self.values[attribute]
+        for value in (old, *range(1, max(old, 1) + 1)):
+            if self._holds(equation, attributes | {attribute: value}, removed):
+                return value
+        return None
+
+    def _touched(self, equation: Equation, removed: np.ndarray) -> bool:
+        return any(removed[f].any() for e in equation[:2] for s in _spans(e) for f in self.spans[s].factors)
+
+    def involved(self, equations: Sequence[Equation]) -> np.ndarray:
+        """The ZIGs whose removal the equations speak of; where there are none, those of equations with the same attributes."""
+        zigs = [f for q in equations for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
+        if not zigs:
+            shared = {a for q in equations for e in q[:2] for a in _attributes(e)}
+            linked = [q for q in self.equations if shared & {a for e in q[:2] for a in _attributes(e)}]
+            zigs = [f for q in linked for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
+        found = np.unique(np.concatenate(zigs)) if zigs else np.zeros(0, np.int64)
+        return found[found >= 0]
+
+
+def _compute(op: str, left: int, right: int) -> int | None:
+    if op in ("//", "%") and right == 0:
+        return None
+    return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "//": int.__floordiv__, "%": int.__mod__}[op](left, right)
+
+
+def _attributes(expr: Expr) -> list[Attribute]:
+    if expr[0] == "attribute":
+        return [expr[1:]]
+    return [] if expr[0] in ("const", "span") else [*_attributes(expr[1]), *_attributes(expr[2])]
+
+
+def _spans(expr: Expr) -> list[Expr]:
+    if expr[0] == "span":
+        return [expr]
+    return [] if expr[0] in ("const", "attribute") else [*_spans(expr[1]), *_spans(expr[2])]

@@ -1,0 +1,436 @@
+"""What is pruned: a ZIG partition names, for every prunable axis, the parameter slices that go together.
+
+Stands between the axis algebra, which finds the axes, and everything that uses them (optimizer, cutting, report).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from .axes import CONSUMER, EXPANDED, GROUPS, HEADS, NOT_ZERO, PRODUCER, SHARED, Algebra, Dim
+from .modeling_oto import OTOError
+
+Role = Literal["producer", "consumer", "statistic"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of one parameter or buffer that belongs to an axis.
+
+    `p.narrow(dim, start, outer * size * inner).unflatten(dim, (outer, size, inner))` has the axis as its middle
+    dimension. Positions that are not evenly strided are listed in `index` instead.
+
+    Attributes:
+        param: name of the parameter or buffer, as in `model.state_dict()`.
+        dim: the dimension of it that the axis cuts.
+        role: "producer" (its slice makes the structure), "consumer" (its slice reads it) or "statistic" (a buffer).
+        index: positions along `dim`, shape (size, k), or None.
+    """
+
+    param: str
+    dim: int
+    role: Role
+    start: int = 0
+    outer: int = 1
+    inner: int = 1
+    index: np.ndarray | None = field(default=None, compare=False)
+
+    def positions(self, size: int) -> np.ndarray:
+        """Positions along `dim` of every ZIG of an axis of `size`, shape (size, k)."""
+        if self.index is not None:
+            return self.index
+        block = np.arange(self.outer * size * self.inner).reshape(self.outer, size, self.inner)
+        return self.start + block.transpose(1, 0, 2).reshape(size, -1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `from_dict` reads it."""
+        data: dict[str, Any] = {"param": self.param, "dim": self.dim, "role": self.role}
+        if self.index is not None:
+            return data | {"index": self.index.tolist()}
+        return data | {"start": self.start, "outer": self.outer, "inner": self.inner}
+
+
+@dataclass(frozen=True)
+class PrunableAxis:
+    """One prunable axis; position j along it is one zero-invariant group (ZIG).
+
+    Attributes:
+        name: stable name, the first producer and its dimension: "encoder.layer.0.query.weight[0]".
+        kind: what one position is: "channels", "units", "heads", "kv_groups" or "groups".
+        size: number of ZIGs.
+        members: every parameter and buffer slice that goes with a position.
+        params: parameters that one ZIG alone takes with it.
+        zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
+            part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
+    """
+
+    name: str
+    kind: str
+    size: int
+    members: tuple[Member, ...]
+    params: int = 0
+    zero_path: bool = True
+
+    @property
+    def group(self) -> tuple[Member, ...]:
+        """The members whose slices are the ZIG: once they are zero, the position contributes exactly zero."""
+        roles = ("producer",) if self.zero_path else ("producer", "consumer")
+        return tuple(m for m in self.members if m.role in roles)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for machines."""
+        members = [m.to_dict() for m in self.members]
+        data = {"name": self.name, "kind": self.kind, "size": self.size, "params": self.params, "zero_path": self.zero_path}
+        return data | {"members": members}
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which positions of each axis stay: `{axis name: kept indices}`. Axes that are not named stay whole.
+
+    Example:
+        >>> PruningPlan.from_json(PruningPlan({"fc.weight[0]": [0, 2]}).to_json()).kept
+        {'fc.weight[0]': (0, 2)}
+    """
+
+    kept: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", {name: tuple(int(i) for i in kept) for name, kept in self.kept.items()})
+
+    def to_json(self) -> str:
+        """The plan as one JSON object."""
+        return json.dumps(self.kept)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Reads what `to_json` wrote."""
+        return cls(json.loads(text))
+
+    @classmethod
+    def from_zeros(cls, model: torch.nn.Module, partition: ZIGPartition) -> PruningPlan:
+        """The plan that removes every ZIG of `model` that is exactly zero (an axis never goes empty: one zero stays)."""
+        kept = {}
+        for axis, zero in partition.zero_zigs(model):
+            if zero.any():
+                alive = np.flatnonzero(~zero)
+                kept[axis.name] = alive.tolist() or [0]
+        return cls(kept)
+
+    def removed(self, partition: ZIGPartition) -> dict[str, np.ndarray]:
+        """Removed positions per axis name; checks the plan against the partition.
+
+        Raises:
+            ValueError: unknown axis, index out of range, repeated index, or an axis left empty.
+        """
+        sizes = {axis.name: axis.size for axis in partition.axes}
+        result = {}
+        for name, kept in self.kept.items():
+            if name not in sizes:
+                raise ValueError(f"the plan names {name!r}, which is no axis of this partition (see partition.axes)")
+            if not kept:
+                raise ValueError(f"the plan empties axis {name!r}: at least one of its {sizes[name]} ZIGs must stay")
+            if len(set(kept)) != len(kept):
+                raise ValueError(f"the plan repeats an index of axis {name!r}")
+            if min(kept) < 0 or max(kept) >= sizes[name]:
+                raise ValueError(f"the plan keeps an index outside [0, {sizes[name]}) of axis {name!r}")
+            if len(kept) < sizes[name]:
+                result[name] = np.setdiff1d(np.arange(sizes[name]), kept)
+        return result
+
+
+@dataclass(frozen=True)
+class ZIGPartition:
+    """Every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Sec. 3.1).
+
+    Attributes:
+        axes: the prunable axes; position j along an axis is one ZIG.
+        pinned: "parameter[dim]" -> why that dimension may not be cut.
+        sizes: the equations that tie the modules' own size attributes to the axes (sizes.py).
+    """
+
+    axes: tuple[PrunableAxis, ...]
+    pinned: Mapping[str, str]
+    sizes: Any = None
+
+    @property
+    def num_zigs(self) -> int:
+        """Number of ZIGs over all axes."""
+        return sum(axis.size for axis in self.axes)
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The model's parameters and persistent buffers that members name, by name."""
+        names = {m.param for axis in self.axes for m in axis.members}
+        found = {n: t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()] if n in names}
+        if missing := names - found.keys():
+            raise OTOError(f"the model has no parameter {min(missing)!r}, which this partition names: was it made for another model?")
+        return found
+
+    @torch.no_grad()
+    def zero_(self, model: torch.nn.Module, plan: PruningPlan) -> None:
+        """Zeroes, in place, the ZIGs that `plan` removes."""
+        removed = plan.removed(self)
+        tensors = self.tensors(model)
+        for axis in self.axes:
+            if axis.name in removed:
+                for m in axis.group:
+                    t = tensors[m.param]
+                    index = m.positions(axis.size)[removed[axis.name]].reshape(-1)
+                    t.index_fill_(m.dim, torch.from_numpy(index).to(t.device), 0)
+
+    @torch.no_grad()
+    def zero_zigs(self, model: torch.nn.Module) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
+        """Yields (axis, bool array (size,)): which of its ZIGs are exactly zero."""
+        tensors = self.tensors(model)
+        for axis in self.axes:
+            zero = np.ones(axis.size, bool)
+            for m in axis.group:
+                t = tensors[m.param]
+                alive = (t != 0).movedim(m.dim, 0).flatten(1).any(1).cpu().numpy()  # (n,)
+                zero &= ~alive[m.positions(axis.size)].any(1)
+            yield axis, zero
+
+    def __str__(self) -> str:
+        """A table: one line per family of axes (layers of equal structure folded), then the pins by reason."""
+        families: dict[tuple[str, str, int], list[PrunableAxis]] = {}
+        for axis in self.axes:
+            families.setdefault((fold(axis.name), axis.kind, axis.size), []).append(axis)
+        head = ("axis (its first parameter)", "kind", "ZIGs", "parameters")
+        rows = [head]
+        for (name, kind, size), axes in families.items():
+            rows.append((name, kind, f"{len(axes)} x {size}", f"{sum(a.params * a.size for a in axes):,}"))
+        width = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"{len(self.axes)} prunable axes, {self.num_zigs:,} ZIGs"]
+        lines += [f"  {a:{width[0]}}  {b:{width[1]}}  {c:>{width[2]}}  {d:>{width[3]}}" for a, b, c, d in rows]
+        reasons: dict[str, dict[str, None]] = {}
+        for name, why in self.pinned.items():
+            reasons.setdefault(re.sub(r" in [\w.]*$", "", why), {})[fold(name)] = None
+        lines.append("pinned (kept whole)")
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  {why}: {', '.join(list(names)[:3])}{more}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for machines."""
+        return {"axes": [axis.to_dict() for axis in self.axes], "pinned": dict(self.pinned)}
+
+
+def fold(name: str) -> str:
+    """A name with its layer numbers folded: axes of layers of equal structure share it.
+
+    Example:
+        >>> fold("encoder.layer.11.query.weight[0]")
+        'encoder.layer.*.query.weight[0]'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+# solving -----------------------------------------------------------------------------------------------------------------
+
+UNUSED = "the traced forward never used it"
+INNER = "it is a position inside a group (a head, say) that is pruned as a whole"
+
+
+class Source(NamedTuple):
+    """A parameter or buffer as the algebra knows it."""
+
+    dims: list[Dim]
+    is_buffer: bool
+    shape: tuple[int, ...]
+
+
+class Solution(NamedTuple):
+    """Axes and pins; `zig_of[id]` is the number of the ZIG an index id belongs to, -1 for none, shape (count,)."""
+
+    axes: tuple[PrunableAxis, ...]
+    pinned: dict[str, str]
+    zig_of: np.ndarray
+
+
+def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
+    """Solves the algebra into prunable axes, leaf by leaf.
+
+    Pins spread through the products; of the factors that are still free the outermost goes (heads, not head_dim) and
+    the inner ones are pinned; then a product is as good as an equation. Classes with the same members form one axis.
+    """
+    _spread_marks(algebra)
+    for source in sources.values():
+        for leaf in (leaf for dim in source.dims for leaf in dim):
+            if not (algebra.marks[leaf.ids] & (PRODUCER | CONSUMER)).any():
+                algebra.pin_ids(leaf.ids, UNUSED)
+    root = algebra.roots()
+    reason = _earliest(root, algebra.pins)
+    reason[0] = len(algebra.reasons)  # id 0 is pinned; _settle_products adds the text
+    kept = _settle_products(algebra, root, reason)
+    for product, factor in zip(algebra.products, kept, strict=True):
+        if factor is not None:
+            ids = np.broadcast_to(_along(product.factors[factor], factor, product.parent.ndim), product.parent.shape)
+            algebra.union(product.parent, ids)
+    reason = _earliest(algebra.roots(), reason[root])
+    return _axes(algebra, sources, reason)
+
+
+def _earliest(root: np.ndarray, pins: np.ndarray) -> np.ndarray:
+    """The smallest reason given to any id of a class, at its root; 0 for a free class."""
+    reason = np.zeros(len(root), np.int64)
+    given = np.flatnonzero(pins)
+    reason[root[given]] = np.iinfo(np.int64).max
+    np.minimum.at(reason, root[given], pins[given])
+    return reason
+
+
+def _along(vector: np.ndarray, k: int, ndim: int) -> np.ndarray:
+    return vector.reshape([-1 if i == k else 1 for i in range(ndim)])
+
+
+def _spread_marks(algebra: Algebra) -> None:
+    """What is known of a product is known of its factors, and the other way round."""
+    marks, spread = algebra.marks, PRODUCER | CONSUMER | NOT_ZERO
+    for product in [*algebra.products, *reversed(algebra.products)]:
+        ndim = product.parent.ndim
+        for k, factor in enumerate(product.factors):
+            others = tuple(i for i in range(ndim) if i != k)
+            marks[factor] |= np.bitwise_or.reduce(marks[product.parent], axis=others) & spread
+        for k, factor in enumerate(product.factors):
+            marks[product.parent] |= _along(marks[factor], k, ndim) & spread
+
+
+def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> list[int | None]:
+    """Spreads pins through the products and pins all free factors of each but the outermost: which one that is."""
+    products = [(root[p.parent], [root[f] for f in p.factors]) for p in algebra.products]
+    algebra.reasons.append("it meets a position that can't go")  # reason[0]
+    inner = len(algebra.reasons)
+    algebra.reasons.append(INNER)
+
+    def spread() -> None:
+        changed = True
+        while changed:
+            changed = False
+            for parent, factors in products:
+                for k, factor in enumerate(factors):
+                    others = tuple(i for i in range(parent.ndim) if i != k)
+                    why = reason[parent].max(axis=others)
+                    new = (why > 0) & (reason[factor] == 0)
+                    reason[factor[new]] = why[new]
+                    changed |= bool(new.any())
+                why = np.minimum.reduce(np.broadcast_arrays(*[_along(reason[f], k, parent.ndim) for k, f in enumerate(factors)]))
+                new = (why > 0) & (reason[parent] == 0)
+                reason[parent[new]] = inner
+                changed |= bool(new.any())
+
+    def free(factors: list[np.ndarray]) -> list[int]:
+        return [k for k, factor in enumerate(factors) if (reason[factor] == 0).any()]
+
+    spread()
+    settled = False
+    while not settled:
+        settled = True
+        for _, factors in products:
+            for k in free(factors)[1:]:
+                settled = False
+                reason[factors[k][reason[factors[k]] == 0]] = inner
+        spread()
+    kept = [free(factors)[0] if free(factors) else None for _, factors in products]
+    expanded = np.zeros(len(root), bool)
+    np.logical_or.at(expanded, root, (algebra.marks & EXPANDED) > 0)
+    for product, (_, factors), k in zip(algebra.products, products, kept, strict=True):
+        if k is not None and any(expanded[f].any() for i, f in enumerate(factors) if i != k):
+            algebra.marks[product.factors[k]] |= SHARED
+    return kept
+
+
+def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -> Solution:
+    root = algebra.roots()
+    marks = np.zeros(algebra.count, np.uint8)
+    np.bitwise_or.at(marks, root, algebra.marks)
+    made, used = np.zeros(algebra.count, bool), np.zeros(algebra.count, bool)
+    dims: list[tuple[str, int, Role, np.ndarray]] = []
+    for name, source in sources.items():
+        for d, dim in enumerate(source.dims):
+            for leaf in dim:
+                raw = algebra.marks[leaf.ids]
+                role: Role = "statistic" if source.is_buffer else "producer" if (raw & PRODUCER).any() else "consumer"
+                dims.append((name, d, role, root[leaf.ids]))
+                if role == "producer":
+                    made[root[leaf.ids]] = True
+                if not source.is_buffer and (raw & CONSUMER).any():
+                    used[root[leaf.ids]] = True
+    for missing, text in ((~made, "no parameter makes it"), (~used, "no parameter consumes it")):
+        number = len(algebra.reasons)
+        algebra.reasons.append(text)
+        reason[missing & (reason == 0)] = number
+
+    rng = np.random.default_rng(0)
+    signature = np.zeros(algebra.count, np.uint64)
+    for _, _, _, roots in dims:
+        which, counts = np.unique(roots[reason[roots] == 0], return_counts=True)
+        signature[which] += rng.integers(1, 1 << 63, dtype=np.uint64) * counts.astype(np.uint64)
+    classes = np.flatnonzero(signature)  # roots are the smallest ids, so this is the order of the first parameter
+    groups: dict[int, list[int]] = {}
+    for r in classes:
+        groups.setdefault(int(signature[r]), []).append(int(r))
+    alone = len(algebra.reasons)
+    algebra.reasons.append("it is the only one of its axis")
+    axis_of = np.full(algebra.count, -1)
+    position = np.zeros(algebra.count, np.int64)
+    members: list[tuple[np.ndarray, list[Member]]] = []
+    for ids in groups.values():
+        if len(ids) == 1:
+            reason[ids] = alone
+            continue
+        axis_of[ids] = len(members)
+        position[ids] = np.arange(len(ids))
+        members.append((np.array(ids), []))
+    pinned = {}
+    for name, d, role, roots in dims:
+        axis = axis_of[roots]
+        if (axis < 0).any() and role != "statistic":
+            first = int(reason[roots[axis < 0]][0])
+            pinned[f"{name}[{d}]"] = algebra.reasons[first] + ("" if (axis < 0).all() else " (some positions)")
+        for a in np.unique(axis[axis >= 0]):
+            where = np.flatnonzero(axis == a)
+            order = where[np.argsort(position[roots[where]], kind="stable")]
+            members[a][1].append(_member(name, d, role, order.reshape(len(members[a][0]), -1)))
+    axes, zig_of, names = [], np.full(algebra.count, -1), {}
+    total = 0
+    for ids, found in members:
+        first = next(m for m in found if m.role == "producer")
+        name = f"{first.param}[{first.dim}]"
+        names[name] = names.get(name, 0) + 1
+        name += f"#{names[name]}" if names[name] > 1 else ""
+        known = marks[ids[0]]
+        if known & HEADS:
+            kind = "kv_groups" if known & SHARED else "heads"
+        elif known & GROUPS:
+            kind = "groups"
+        else:
+            kind = "channels" if any(len(sources[m.param].shape) > 2 for m in found if m.role == "producer") else "units"
+        zig_of[ids] = total + np.arange(len(ids))
+        total += len(ids)
+        params = 0
+        for m in found:
+            shape = sources[m.param].shape
+            params += 0 if m.role == "statistic" else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
+        zero_path = not (marks[ids] & NOT_ZERO).any()
+        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, zero_path))
+    return Solution(tuple(axes), pinned, zig_of[root])
+
+
+def _member(name: str, dim: int, role: Role, index: np.ndarray) -> Member:
+    """A member by its positions (size, k), as an even stride where it is one."""
+    size, k = index.shape
+    start = int(index[0, 0])
+    inner = 1
+    while inner < k and index[0, inner] == start + inner:
+        inner += 1
+    even = Member(name, dim, role, start, k // inner, inner)
+    return even if k % inner == 0 and np.array_equal(even.positions(size), index) else Member(name, dim, role, index=index)
