@@ -1,6 +1,20 @@
-"""Train once, get a compact model back: OTOv2 for Hugging Face (arXiv 2303.06862)."""
+"""Train once, get a compact model back: OTOv2 (arXiv 2303.06862) for Hugging Face.
 
-from . import saving
-from .compact import compact
+Importing it makes `from_pretrained` of stock Transformers classes load compact models.
+"""
+
+from .compact import compact, to_dense
 from .partition import check_zero_invariance, partition_zigs
+from .saving import install_hook
 from .zigs import PruningPlan, ZIGPartition
+
+install_hook()
+
+__all__ = [
+    "PruningPlan",
+    "ZIGPartition",
+    "check_zero_invariance",
+    "compact",
+    "partition_zigs",
+    "to_dense",
+]

@@ -60,7 +60,9 @@ class Algebra:
     def copy(self) -> Algebra:
         """An independent copy, to solve without spoiling this one."""
         twin = Algebra.__new__(Algebra)
-        vars(twin).update({k: v.copy() if isinstance(v, (np.ndarray, list, dict)) else v for k, v in vars(self).items()})
+        vars(twin).update(
+            {k: v.copy() if isinstance(v, (np.ndarray, list, dict)) else v for k, v in vars(self).items()}
+        )
         return twin
 
     # ids -------------------------------------------------------------------------------------------------------------

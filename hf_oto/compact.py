@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .modeling_oto import OTOError, become_compact_
+from .sizes import Attribute
 from .zigs import Member, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -23,18 +25,12 @@ logger = logging.getLogger(__name__)
 Cuts = dict[tuple[str, int], np.ndarray]  # (parameter, dim) -> the positions that stay
 
 
-def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[tuple[str, str, int | None], int]]:
-    """What can be cut of a plan: removed ZIGs, bool (num_zigs + 1,), and the module attributes that change.
+def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[Attribute, int]]:
+    """What can be cut of a plan: removed ZIGs, bool (num_zigs,), and the module attributes that change.
 
     Where the sizes that modules keep contradict each other, those ZIGs stay as zeros: correct, only larger.
     """
-    removed = np.zeros(partition.num_zigs + 1, bool)
-    of_plan = plan.removed(partition)
-    start = 0
-    for axis in partition.axes:
-        if axis.name in of_plan:
-            removed[start + of_plan[axis.name]] = True
-        start += axis.size
+    removed = plan.removed(partition)
     if partition.sizes is None:
         return removed, {}
     while True:
@@ -43,25 +39,20 @@ def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dic
             return removed, attributes
         back = partition.sizes.involved(conflicts)
         back = back[removed[back]] if removed[back].any() else np.flatnonzero(removed)
-        logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), conflicts[0].layer or "forward")
+        layer = conflicts[0].layer or "forward"
+        logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), layer)
         removed[back] = False
 
 
-def kept_positions(partition: ZIGPartition, removed: np.ndarray, sizes: dict[str, torch.Size]) -> Cuts:
-    """The positions that stay of every dimension that loses some."""
+def kept_positions(partition: ZIGPartition, removed: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Cuts:
+    """The positions that stay of every dimension that loses some; `removed` is bool (num_zigs,)."""
     alive: dict[tuple[str, int], np.ndarray] = {}
-    start = 0
-    for axis in partition.axes:
-        gone = np.flatnonzero(removed[start : start + axis.size])
-        start += axis.size
-        if len(gone):
-            for m in axis.members:
-                mask = alive.setdefault((m.param, m.dim), np.ones(sizes[m.param][m.dim], bool))
-                mask[m.positions(axis.size)[gone].reshape(-1)] = False
+    for _, m, index in partition.slices(removed):
+        alive.setdefault((m.param, m.dim), np.ones(shapes[m.param][m.dim], bool))[index] = False
     return {key: np.flatnonzero(mask) for key, mask in alive.items()}
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: dict[tuple[str, str, int | None], int]) -> None:
+def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> None:
     """Slices the tensors that `cuts` names and sets the attributes, in place; tied tensors stay tied."""
     by_param: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), keep in cuts.items():
@@ -151,30 +142,39 @@ def _sizes_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {path: dict(vars(module)) for path, module in model.named_modules()}
 
 
-def _record(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, cuts: Cuts, before: dict[str, dict[str, Any]]) -> dict:
+def _record(
+    model: nn.Module, partition: ZIGPartition, removed: np.ndarray, cuts: Cuts, before: dict[str, dict[str, Any]]
+) -> dict:
     """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut."""
     modules: dict[str, dict[str, dict[str, Any]]] = {}
     for path, module in model.named_modules():
-        changed = {n: v for n, v in vars(module).items() if not n.startswith("_") and n in before[path] and _differs(before[path][n], v)}
+        changed = {
+            n: v
+            for n, v in vars(module).items()
+            if not n.startswith("_") and n in before[path] and _differs(before[path][n], v)
+        }
         if changed:
             values = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in changed.items()}
             modules.setdefault(path, {})["attributes"] = values
     for (name, dim), keep in cuts.items():
         path, _, leaf = name.rpartition(".")
-        tensor = dict(model.get_submodule(path).named_parameters(recurse=False)) | dict(model.get_submodule(path).named_buffers(recurse=False))
+        tensor = dict(model.get_submodule(path).named_parameters(recurse=False)) | dict(
+            model.get_submodule(path).named_buffers(recurse=False)
+        )
         shape = modules.setdefault(path, {}).setdefault("shapes", {}).setdefault(leaf, [None] * tensor[leaf].dim())
         shape[dim] = len(keep)
     cut_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
     step = max((cut["step"] for cut in cut_before), default=-1) + 1
-    found, start = [], 0
-    for axis in partition.axes:
-        kept = axis.size - int(removed[start : start + axis.size].sum())
-        start += axis.size
-        if kept < axis.size:
+    found = []
+    for axis, gone in partition.split(removed):
+        if gone.any():
             members = [
-                [m.param, m.dim, m.index.tolist()] if m.index is not None else [m.param, m.dim, m.start, m.outer, m.inner]
+                [m.param, m.dim, m.index.tolist()]
+                if m.index is not None
+                else [m.param, m.dim, m.start, m.outer, m.inner]
                 for m in axis.members
             ]
+            kept = int((~gone).sum())
             found.append({"step": step, "size": axis.size, "kept": kept, "members": members})
     return {"version": 1, "modules": modules, "cuts": found}
 
@@ -199,7 +199,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         OTOError: the model is no Transformers model.
     """
     if not isinstance(model, PreTrainedModel):
-        raise OTOError(f"to_dense needs a Transformers model, which can be built from its config; this is a {type(model).__name__}")
+        raise OTOError(
+            f"to_dense needs a Transformers model, which can be built from its config; this is a {type(model).__name__}"
+        )
     config = copy.deepcopy(model.config)
     record = vars(config).pop("oto", {"cuts": []})
     vars(config).pop("auto_map", None)
@@ -217,7 +219,11 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     for cut in cuts:
         for name, dim, *rest in cut["members"]:
-            layout = {"index": np.array(rest[0])} if len(rest) == 1 else dict(zip(("start", "outer", "inner"), rest, strict=True))
+            layout = (
+                {"index": np.array(rest[0])}
+                if len(rest) == 1
+                else dict(zip(("start", "outer", "inner"), rest, strict=True))
+            )
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
             gone.setdefault((name, dim), []).append(positions[cut["kept"] :].reshape(-1))
     filled = dict(tensors)

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # relative; exact models stay below 1.4e-6 in float32, off-by-one cuts are mostly above 1e-4
 
 
-def partition_zigs(model: nn.Module, inputs: Mapping[str, Any] | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
+def partition_zigs(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, protect: Sequence[str] = ()
+) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
 
     Args:
@@ -64,7 +66,9 @@ def make_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         OTOError: what the model reads is none of these.
     """
-    config = model.config.get_text_config().to_dict() | model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    config = (
+        model.config.get_text_config().to_dict() | model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    )
     name = model.main_input_name if isinstance(model, PreTrainedModel) else ""
     generator = torch.Generator().manual_seed(0)
     if name == "input_ids":
@@ -78,7 +82,9 @@ def make_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.randn(2, config.get("num_channels", 3), height, width, generator=generator)}
     if name == "input_values":
         return {"input_values": torch.randn(2, 4000, generator=generator)}
-    raise OTOError(f"can't make a batch for {type(model).__name__} from its config: pass inputs={{...}}, the arguments of its forward")
+    raise OTOError(
+        f"can't make a batch for {type(model).__name__} from its config: pass inputs={{...}}, the arguments of its forward"
+    )
 
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -98,15 +104,21 @@ def _traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
         logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
         if any(p.is_meta for p in model.parameters()):
-            raise OTOError(f"the model can't be traced without weights ({error}): load it before partitioning") from error
+            raise OTOError(
+                f"the model can't be traced without weights ({error}): load it before partitioning"
+            ) from error
     try:
         return trace(model, inputs, fake=False)
     except Exception as error:
         shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        raise OTOError(f"{type(model).__name__} can't take the batch {shapes}: {type(error).__name__}: {error}") from error
+        raise OTOError(
+            f"{type(model).__name__} can't take the batch {shapes}: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _solved(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> tuple[ZIGPartition, np.ndarray]:
+def _solved(
+    model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
+) -> tuple[ZIGPartition, np.ndarray]:
     solution = solve(found.algebra.copy(), sources)
     spans, values = {}, {}
     modules = dict(model.named_modules())
@@ -114,7 +126,11 @@ def _solved(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Sou
     while stack:
         expr = stack.pop()
         if expr[0] == "span" and expr[1:3] not in spans:
-            factors = tuple(solution.zig_of[leaf.ids] for leaf in found.dims[expr[1]][expr[2]]) if expr[1] in found.dims else ()
+            factors = (
+                tuple(solution.zig_of[leaf.ids] for leaf in found.dims[expr[1]][expr[2]])
+                if expr[1] in found.dims
+                else ()
+            )
             spans[expr[1:3]] = factors
         elif expr[0] == "attribute":
             value = vars(modules[expr[1]])[expr[2]]
@@ -139,14 +155,20 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str,
             return partition
         zigs = partition.sizes.involved(conflicts)
         layer = next((c.layer for c in conflicts if c.layer), "")
-        _pin_axes(partition, zig_of, found, np.unique(_axis_of(partition)[zigs]), f"a size used in {layer or 'forward'} can't follow it")
+        _pin_axes(
+            partition,
+            zig_of,
+            found,
+            np.unique(_axis_of(partition)[zigs]),
+            f"a size used in {layer or 'forward'} can't follow it",
+        )
 
 
 def _draw(partition: ZIGPartition, seed: int) -> np.ndarray:
-    """A random cut with another width for every axis, bool (num_zigs + 1,)."""
+    """A random cut with another width for every axis, bool (num_zigs,)."""
     rng = np.random.default_rng(seed)
     parts = [rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes]
-    return np.concatenate([*parts, np.zeros(1, bool)])
+    return np.concatenate([np.zeros(0, bool), *parts])
 
 
 def _axis_of(partition: ZIGPartition) -> np.ndarray:
@@ -164,10 +186,15 @@ def _pin_axes(partition: ZIGPartition, zig_of: np.ndarray, found: Axes, axes: It
 
 
 def _rehearsed(
-    model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes, sources: dict[str, Source], partition: ZIGPartition
+    model: nn.Module,
+    inputs: dict[str, Any],
+    traced: Trace,
+    found: Axes,
+    sources: dict[str, Source],
+    partition: ZIGPartition,
 ) -> ZIGPartition:
     """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
-    tries = [_Fake(model, inputs, traced)]
+    tries: list[_Fake | _Numeric] = [_Fake(model, inputs, traced)] if traced.fake else []
     if not any(t.is_meta for t in model.parameters()):
         tries.append(_Numeric(model, inputs))
     for attempt in tries:
@@ -216,9 +243,15 @@ class _Fake:
     def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         weights = fake_weights(self.model, mode)
-        tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        tensors = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
         with mode:
-            fakes = {id(t): nn.Parameter(weights[n], t.requires_grad) if isinstance(t, nn.Parameter) else weights[n] for n, t in tensors}
+            fakes = {
+                id(t): nn.Parameter(weights[n], t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
+                for n, t in tensors
+            }
             small = _copy_structure(self.model, fakes)
             removed, attributes = resolve(partition, _half(partition, families))
             try:
@@ -254,7 +287,9 @@ def tolerance(model: nn.Module) -> float:
     return max([TOLERANCE * torch.finfo(d).eps / torch.finfo(torch.float32).eps for d in dtypes], default=TOLERANCE)
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+def _outputs(
+    model: nn.Module, inputs: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     with evaluating(model):
         torch.manual_seed(0)
         inputs = tree_map_only(torch.Tensor, torch.clone, dict(inputs))
@@ -275,34 +310,23 @@ def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     return worst
 
 
-def _with_group(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, noise: bool) -> dict[str, torch.Tensor]:
+def _zeroed(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, noise: bool) -> dict[str, torch.Tensor]:
     """Copies of the weights with the plan's ZIGs zeroed and, if `noise`, their other side filled at random."""
-    removed = plan.removed(partition)
+    slices = [s for s in partition.slices(plan.removed(partition)) if s[1].role != "statistic"]
     tensors = partition.tensors(model)
-    changed: dict[str, torch.Tensor] = {}
+    changed = {m.param: tensors[m.param].detach().clone() for _, m, _ in slices}
     generator = torch.Generator().manual_seed(0)
-    for axis in partition.axes:
-        if axis.name not in removed:
-            continue
-        for m in axis.members:
-            if m.role == "statistic":
-                continue
-            w = changed.setdefault(m.param, tensors[m.param].detach().clone())
-            index = torch.from_numpy(m.positions(axis.size)[removed[axis.name]].reshape(-1)).to(w.device)
-            zero = m.role == ("producer" if axis.zero_path else "consumer")
-            if zero or not noise:
-                if zero or m in axis.group:
-                    w.index_fill_(m.dim, index, 0)
-            else:
-                part = w.index_select(m.dim, index)
-                w.index_copy_(m.dim, index, torch.randn(part.shape, generator=generator).to(w))
-    # zeros win where a tensor is on both sides
-    for axis in partition.axes:
-        if axis.name in removed:
-            for m in axis.members:
-                if m.role == ("producer" if axis.zero_path else "consumer"):
-                    index = torch.from_numpy(m.positions(axis.size)[removed[axis.name]].reshape(-1)).to(changed[m.param].device)
-                    changed[m.param].index_fill_(m.dim, index, 0)
+    if noise:
+        for _, m, index in slices:
+            w = changed[m.param]
+            where = torch.from_numpy(index).to(w.device)
+            shape = w.index_select(m.dim, where).shape
+            w.index_copy_(m.dim, where, torch.randn(shape, generator=generator).to(w))
+    for axis, m, index in slices:  # zeros win where a tensor is on both sides
+        silent = m.role == "consumer" if noise and not axis.zero_path else m in axis.group
+        if silent:
+            w = changed[m.param]
+            w.index_fill_(m.dim, torch.from_numpy(index).to(w.device), 0)
     return changed
 
 
@@ -321,14 +345,14 @@ def check_zero_invariance(
         the largest difference of the outputs, relative to their largest entry: below 1e-5 in float32 if it holds.
     """
     plan = plan or _half(partition, None)
-    quiet = _outputs(model, inputs, _with_group(model, partition, plan, noise=False))
-    loud = _outputs(model, inputs, _with_group(model, partition, plan, noise=True))
+    quiet = _outputs(model, inputs, _zeroed(model, partition, plan, noise=False))
+    loud = _outputs(model, inputs, _zeroed(model, partition, plan, noise=True))
     return _difference(quiet, loud)
 
 
 def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
     """How far a cut copy is from the zeroed full model, as `check_zero_invariance` measures it. The model is not touched."""
-    zeroed = _with_group(model, partition, plan, noise=False)
+    zeroed = _zeroed(model, partition, plan, noise=False)
     tensors = [*model.parameters(), *model.buffers()]
     small = _copy_structure(model, {id(t): t for t in tensors})
     by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])

@@ -78,7 +78,9 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         if show is None:
             rows.append((label, f"{before[key]:.4f}", f"{after[key]:.4f}", ""))
         else:
-            rows.append((label, show(before[key]), show(after[key]), f"{after[key] / before[key]:.0%}".replace("%", " %")))
+            rows.append(
+                (label, show(before[key]), show(after[key]), f"{after[key] / before[key]:.0%}".replace("%", " %"))
+            )
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>6}".rstrip() for a, b, c, d in rows)
 

@@ -18,6 +18,31 @@ from .trace import Call, Ref, Trace
 
 logger = logging.getLogger(__name__)
 
+MEETS = "it meets a position that stays (of an input or an index, say)"
+
+
+# Whether the result of two operands is zero where they (or not) are: a + b, a * b, a / b, ...
+
+
+def both(a: bool, b: bool) -> bool:
+    return a and b
+
+
+def either(a: bool, b: bool) -> bool:
+    return a or b
+
+
+def first(a: bool, b: bool) -> bool:
+    return a
+
+
+def second(a: bool, b: bool) -> bool:
+    return b
+
+
+def never(a: bool, b: bool) -> bool:
+    return False
+
 
 class Axes:
     """The dimensions of every tensor of a trace, filled in call order.
@@ -53,14 +78,14 @@ class Axes:
         """Pins with a reason."""
         self.algebra.pin(dim, self.why(text))
 
-    def unify(self, a: Dim, b: Dim, zero: Callable[[bool, bool], bool] = lambda a, b: a and b) -> Dim:
+    def unify(self, a: Dim, b: Dim, zero: Callable[[bool, bool], bool] = both) -> Dim:
         """The common dimension of two operands of an elementwise op; size 1 broadcasts."""
         if not a or not b:
             long = a or b
             return tuple(Leaf(x.ids, zero(x.zero, False) if a else zero(False, x.zero)) for x in long)
         if size(a) != size(b):
             raise ValueError(f"sizes {size(a)} and {size(b)} don't match")
-        pair = self.algebra.align(a, b, self.why("it meets a position that stays (of an input or an index, say)"))
+        pair = self.algebra.align(a, b, self.why(MEETS))
         if pair is None:
             return self.algebra.fixed(size(a))
         return tuple(Leaf(x.ids, zero(x.zero, y.zero)) for x, y in zip(*pair, strict=True))
@@ -69,7 +94,7 @@ class Axes:
         """The summed dimension of a product: the weight's side consumes what the other side produces."""
         if not a or not b:
             return
-        pair = self.algebra.align(a, b, self.why("it meets a position that stays (of an input or an index, say)"))
+        pair = self.algebra.align(a, b, self.why(MEETS))
         for x, y in zip(*pair, strict=True) if pair else ():
             if a_const and b_const:
                 self.algebra.mark((x,), PRODUCER)
@@ -89,14 +114,14 @@ class Axes:
 
 # elementwise -------------------------------------------------------------------------------------------------------------
 
-KEEPS_ZERO = {
-    "relu", "gelu", "silu", "tanh", "neg", "abs", "sqrt", "sin", "erf", "tan", "asinh", "atan", "sign", "round", "floor", "ceil", "trunc",
-    "hardswish", "leaky_relu", "elu", "celu", "mish", "relu6", "expm1", "log1p", "clone", "_to_copy", "detach", "alias", "nan_to_num",
-    "lift_fresh", "lift", "square", "native_dropout", "contiguous", "sgn", "zeros_like", "_conj", "positive", "deg2rad", "_prelu_kernel",
-}  # fmt: skip
-ALL_ZERO = {"add", "sub", "maximum", "minimum", "where", "lerp", "hypot", "copy", "logical_or", "bitwise_or"}
-ANY_ZERO = {"mul", "logical_and", "bitwise_and"}
-FIRST_ZERO = {"div", "floor_divide", "remainder", "fmod"}
+KEEPS_ZERO = frozenset(  # f(0) = 0
+    """relu gelu silu tanh neg abs sqrt sin erf tan asinh atan sign sgn round floor ceil trunc hardswish leaky_relu elu celu
+    mish relu6 expm1 log1p square clone _to_copy detach alias lift lift_fresh contiguous nan_to_num native_dropout zeros_like
+    _conj positive _prelu_kernel mul div logical_and bitwise_and""".split()
+)
+ALL_ZERO = frozenset("add sub maximum minimum where lerp hypot logical_or bitwise_or".split())
+ANY_ZERO = frozenset("mul logical_and bitwise_and".split())
+FIRST_ZERO = frozenset("div floor_divide remainder fmod copy _prelu_kernel".split())
 
 
 def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
@@ -118,16 +143,16 @@ def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
         if i == 0:
             result = dims
             continue
-        if (name == "where" and i == 2) or name == "copy":
-            zero = lambda a, b: a  # noqa: E731
-        elif name in ALL_ZERO:
-            zero = lambda a, b: a and b  # noqa: E731
-        elif name in ANY_ZERO:
-            zero = lambda a, b: a or b  # noqa: E731
-        elif name in FIRST_ZERO or name == "_prelu_kernel":
-            zero = lambda a, b: a  # noqa: E731
-        else:
-            zero = lambda a, b: False  # noqa: E731
+        condition = name == "where" and i == 2
+        zero = (
+            first
+            if condition or name in FIRST_ZERO
+            else both
+            if name in ALL_ZERO
+            else either
+            if name in ANY_ZERO
+            else never
+        )
         result = [s.unify(a, b, zero) for a, b in zip(result, dims, strict=True)]
     if not many and not _keeps_zero(name, call, numbers):
         result = [with_zero(dim, False) for dim in result]
@@ -135,7 +160,7 @@ def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
 
 
 def _keeps_zero(name: str, call: Call, numbers: list[float]) -> bool:
-    if name in KEEPS_ZERO or name in ANY_ZERO or name == "div":
+    if name in KEEPS_ZERO:
         return True
     if name in ("hardtanh", "clamp"):
         low, high = [*call.args[1:], *[None] * 3][:2]
@@ -376,7 +401,7 @@ def mm(s: Axes, call: Call) -> list[list[Dim]]:
     a, b = call.args[-2:] if base_name(call.op) in ("addmm", "baddbmm", "addmv") else call.args[:2]
     a_const, b_const = a.value in s.const, b.value in s.const
     da, db = s.of(a), s.of(b)
-    batch = [s.unify(x, y, lambda x, y: x or y) for x, y in zip(da[:-2], db[:-2], strict=False)]
+    batch = [s.unify(x, y, either) for x, y in zip(da[:-2], db[:-2], strict=False)]
     if not (a_const or b_const):
         for dim in batch:
             s.algebra.mark(dim, HEADS)
@@ -403,7 +428,7 @@ def convolution(s: Axes, call: Call) -> list[list[Dim]]:
     if groups > 1:
         outer = s.algebra.reshape([channels], [groups, x.shape[1] // groups])
         grouped = s.algebra.reshape([first], [groups, weight.shape[0] // groups])
-        group = s.unify(outer[0], grouped[0], lambda a, b: a or b)
+        group = s.unify(outer[0], grouped[0], either)
         if weight.shape[1] > 1 or weight.shape[0] > groups:
             s.algebra.mark(group, GROUPS)
         if transposed:
@@ -428,17 +453,19 @@ def convolution(s: Axes, call: Call) -> list[list[Dim]]:
 def attention(s: Axes, call: Call) -> list[list[Dim]]:
     """b h q d, b h k d, b h k v -> b h q v: heads go together, d and k are contracted"""
     q, k, v = call.args[:3]
-    mask = next((a for a in [call.kwargs.get("attn_mask"), call.kwargs.get("attn_bias"), *call.args[3:]] if is_ref(a)), None)
+    mask = next(
+        (a for a in [call.kwargs.get("attn_mask"), call.kwargs.get("attn_bias"), *call.args[3:]] if is_ref(a)), None
+    )
     dq, dk, dv = s.of(q), s.of(k), s.of(v)
     batch = s.unify(s.unify(dq[0], dk[0]), dv[0])
-    shared = s.unify(dk[1], dv[1], lambda a, b: b)
+    shared = s.unify(dk[1], dv[1], second)
     heads = dq[1]
     if k.shape[1] != q.shape[1]:  # grouped queries
         group, each = s.algebra.reshape([heads], [k.shape[1], q.shape[1] // k.shape[1]])
         s.algebra.mark(each, EXPANDED)
-        heads = (*s.unify(group, shared, lambda a, b: b), *with_zero(each, False))
+        heads = (*s.unify(group, shared, second), *with_zero(each, False))
     else:
-        heads = s.unify(heads, shared, lambda a, b: b)
+        heads = s.unify(heads, shared, second)
     s.algebra.mark(heads, HEADS)
     s.contract(dq[3], dk[3], False, False)
     for dim in (dk[2], dv[2]):
@@ -490,9 +517,11 @@ def batch_norm(s: Axes, call: Call) -> list[list[Dim]]:
     for vector in call.args[1:5]:
         if is_ref(vector):
             s.produce(vector, *s.of(vector))
-            channels = s.unify(channels, s.of(vector)[0], lambda a, b: a)
+            channels = s.unify(channels, s.of(vector)[0], first)
     dims[1] = channels
-    return [dims] + [[channels] if len(out.shape) == 1 and out.shape[0] else [() for _ in out.shape] for out in call.outs[1:]]
+    return [dims] + [
+        [channels] if len(out.shape) == 1 and out.shape[0] else [() for _ in out.shape] for out in call.outs[1:]
+    ]
 
 
 def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
@@ -506,7 +535,7 @@ def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
     for affine in (weight, bias):
         if is_ref(affine):
             s.produce(affine, *s.of(affine))
-            dim = s.unify(dim, s.of(affine)[0], lambda a, b: a)
+            dim = s.unify(dim, s.of(affine)[0], first)
     dims[1] = dim
     return [dims] + [[dims[0], with_zero(outer, False)] for _ in call.outs[1:]]
 
@@ -550,7 +579,10 @@ def along(s: Axes, call: Call) -> list[list[Dim]]:
     """ordered or accumulated along one dimension, which stays"""
     dims = list(s.of(call.args[0]))
     numbers = [a for a in call.args[1:] if isinstance(a, int) and not isinstance(a, bool)]
-    d = call.kwargs.get("dim", {"topk": (numbers[1:] or [-1])[0], "sort": (numbers or [-1])[0]}.get(base_name(call.op), (numbers or [0])[0]))
+    d = call.kwargs.get(
+        "dim",
+        {"topk": (numbers[1:] or [-1])[0], "sort": (numbers or [-1])[0]}.get(base_name(call.op), (numbers or [0])[0]),
+    )
     if dims:
         s.pin(dims[d], f"{base_name(call.op)} runs along it")
         dims[d] = s.algebra.fixed(call.outs[0].shape[d])
@@ -615,41 +647,55 @@ def as_list(a: int | Sequence[int]) -> list[int]:
     return [a] if isinstance(a, int) else list(a)
 
 
-RULES: dict[str, Callable[[Axes, Call], list[list[Dim]]]] = {
-    **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], view),
-    **dict.fromkeys(["transpose", "t"], transpose),
-    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "mv", "dot"], mm),
-    **dict.fromkeys(["convolution", "_convolution"], convolution),
-    **dict.fromkeys([
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
-    ], attention),
-    **dict.fromkeys(["native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
-                     "miopen_batch_norm", "_batch_norm_no_update"], batch_norm),
-    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], softmax),
-    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk", "split_copy", "split_with_sizes_copy"], split),
-    **dict.fromkeys(["mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "all", "any", "argmax", "argmin",
-                     "logsumexp"], mean),
-    **dict.fromkeys(["cumsum", "cumprod", "topk", "sort", "logcumsumexp"], along),
-    **dict.fromkeys([
-        "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-        "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d",
-        "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
-        "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
-    ], spatial),
-    **dict.fromkeys(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "rand", "randn",
-                     "empty_strided", "new_empty_strided"], fill),
-    **dict.fromkeys(["arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm"], count),
-    **dict.fromkeys(["_to_copy", "copy", "hardswish", "native_dropout", "alias", "detach", "lift_fresh", "lift", "contiguous", "rsub",
-                     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "fill", "zero",
-                     "_prelu_kernel", "tril", "triu", "_conj", "positive"], elementwise),
-    **dict.fromkeys(["gather", "scatter", "scatter_add", "index_put", "index_add", "index_copy", "bucketize", "searchsorted", "nonzero",
-                     "masked_select", "one_hot", "_local_scalar_dense"], lookup),
-    "masked_fill": masked_fill, "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze, "expand": expand, "repeat": repeat,
-    "slice": slice_, "select": select, "unbind": unbind, "cat": cat, "stack": stack, "roll": roll, "flip": flip, "constant_pad_nd": pad,
-    "pixel_shuffle": pixel_shuffle, "embedding": embedding, "index": index_, "index_select": index_select,
-    "native_layer_norm": layer_norm, "native_group_norm": group_norm, "sum": sum_, "linalg_vector_norm": vector_norm,
-}  # fmt: skip
+_NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
+    elementwise: """_to_copy copy hardswish native_dropout alias detach lift_fresh lift contiguous rsub zeros_like ones_like
+        full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel tril triu _conj positive""",
+    masked_fill: "masked_fill",
+    view: "view _unsafe_view reshape _reshape_alias",
+    permute: "permute",
+    transpose: "transpose t",
+    unsqueeze: "unsqueeze",
+    squeeze: "squeeze",
+    expand: "expand",
+    repeat: "repeat",
+    slice_: "slice",
+    select: "select",
+    unbind: "unbind",
+    split: "split split_with_sizes unsafe_split chunk unsafe_chunk split_copy split_with_sizes_copy",
+    cat: "cat",
+    stack: "stack",
+    roll: "roll",
+    flip: "flip",
+    pad: "constant_pad_nd",
+    pixel_shuffle: "pixel_shuffle",
+    embedding: "embedding",
+    index_: "index",
+    index_select: "index_select",
+    lookup: """gather scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select one_hot
+        _local_scalar_dense""",
+    mm: "mm addmm bmm baddbmm mv dot",
+    convolution: "convolution _convolution",
+    attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
+    softmax: "_softmax _log_softmax _safe_softmax",
+    layer_norm: "native_layer_norm",
+    batch_norm: """native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm
+        miopen_batch_norm _batch_norm_no_update""",
+    group_norm: "native_group_norm",
+    sum_: "sum",
+    vector_norm: "linalg_vector_norm",
+    mean: "mean var std var_mean std_mean amax amin max min prod all any argmax argmin logsumexp",
+    along: "cumsum cumprod topk sort logcumsumexp",
+    spatial: """max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+        _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d
+        upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+        reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
+    fill: """zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor rand randn empty_strided
+        new_empty_strided""",
+    count: "arange linspace eye tril_indices triu_indices randint randperm",
+}
+RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 def apply_rules(trace: Trace) -> Axes:
@@ -665,7 +711,9 @@ def apply_rules(trace: Trace) -> Axes:
         try:
             outs = rule(s, call)
             for ref, dims in zip(call.outs, outs, strict=True):
-                if [size(dim) if 0 not in ref.shape else 0 for dim in dims] != [n if 0 not in ref.shape else 0 for n in ref.shape]:
+                if [size(dim) if 0 not in ref.shape else 0 for dim in dims] != [
+                    n if 0 not in ref.shape else 0 for n in ref.shape
+                ]:
                     raise ValueError(f"the rule gives {[size(dim) for dim in dims]} for {ref.shape}")
         except Exception as error:  # a rule that fails must pin, never raise and never guess
             logger.info("the rule of %s failed in %s: %s: its tensors are pinned", name, call.layer, error)

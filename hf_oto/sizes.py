@@ -43,7 +43,12 @@ class Sizes:
         values: attribute -> its value in the dense model.
     """
 
-    def __init__(self, equations: Sequence[Equation], spans: dict[tuple[int, int], tuple[np.ndarray, ...]], values: dict[Attribute, int]) -> None:
+    def __init__(
+        self,
+        equations: Sequence[Equation],
+        spans: dict[tuple[int, int], tuple[np.ndarray, ...]],
+        values: dict[Attribute, int],
+    ) -> None:
         self.values = values
         self.spans: dict[Expr, Span] = {}
         self.equations: list[Equation] = []
@@ -54,7 +59,9 @@ class Sizes:
                 continue
             seen.add((left, right))
             self.equations.append(Equation(left, right, equation.layer))
-        nothing = np.zeros(1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1) + 1, bool)
+        nothing = np.zeros(
+            1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1) + 1, bool
+        )
         self.equations = [e for e in self.equations if self._holds(e, values, nothing)]
 
     def _bind(self, expr: Expr, spans: dict[tuple[int, int], tuple[np.ndarray, ...]]) -> Expr:
@@ -94,8 +101,9 @@ class Sizes:
         """The attributes that change when ZIGs are removed, and the equations that then can't hold.
 
         Args:
-            removed: bool, shape (num_zigs + 1,), the last entry False.
+            removed: bool, shape (num_zigs,).
         """
+        removed = np.append(removed, False)  # what -1 stands for
         attributes = dict(self.values)
         fixed: set[Attribute] = set()
         pending = [e for e in self.equations if self._touched(e, removed)]
@@ -122,14 +130,26 @@ class Sizes:
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
         for equation in self.equations:
             involved = any(a in changed for e in equation[:2] for a in _attributes(e))
-            if (involved or equation in pending) and equation not in conflicts and not self._holds(equation, attributes, removed):
+            if (
+                (involved or equation in pending)
+                and equation not in conflicts
+                and not self._holds(equation, attributes, removed)
+            ):
                 conflicts.append(equation)
         return changed, conflicts
 
-    def _fit(self, equation: Equation, attribute: Attribute, attributes: dict[Attribute, int], removed: np.ndarray) -> int | None:
+    def _fit(
+        self, equation: Equation, attribute: Attribute, attributes: dict[Attribute, int], removed: np.ndarray
+    ) -> int | None:
+        """The value of one unknown attribute that satisfies an equation: the old one if it does, else the smallest."""
+        for alone, other in (equation[:2], equation[1::-1]):
+            if alone == ("attribute", *attribute) and attribute not in _attributes(other):
+                return self._value(other, attributes, removed)
         old = self.values[attribute]
-        for value in (old, *range(1, max(old, 1) + 1)):
-            if self._holds(equation, attributes | {attribute: value}, removed):
+        trial = dict(attributes)
+        for value in (old, *range(1, old)):
+            trial[attribute] = value
+            if self._holds(equation, trial, removed):
                 return value
         return None
 
@@ -150,7 +170,9 @@ class Sizes:
 def _compute(op: str, left: int, right: int) -> int | None:
     if op in ("//", "%") and right == 0:
         return None
-    return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "//": int.__floordiv__, "%": int.__mod__}[op](left, right)
+    return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "//": int.__floordiv__, "%": int.__mod__}[op](
+        left, right
+    )
 
 
 def _attributes(expr: Expr) -> list[Attribute]:

@@ -115,8 +115,13 @@ class OTOMixin:
         if self.optimizer is not None:
             return self.optimizer
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & kwargs.keys():
-            raise OTOError(f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd")
+        if (
+            not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer))
+            or {"params", "model", "optimizer_dict"} & kwargs.keys()
+        ):
+            raise OTOError(
+                f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
+            )
         if self.partition is None:
             self.partition = partition_zigs(model, self._first_batch(), protect=self._setting("protect"))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -192,10 +197,19 @@ class OTOMixin:
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
         self.model = self.model_wrapped = model
-        self.callback_handler.model, self.callback_handler.optimizer, self.callback_handler.lr_scheduler = model, None, None
+        self.callback_handler.model, self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
+            model,
+            None,
+            None,
+        )
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
         after = measure(model, batch)
-        self.report = {"before": before, "after": after, "group_sparsity": sparsity, "max_output_difference": difference}
+        self.report = {
+            "before": before,
+            "after": after,
+            "group_sparsity": sparsity,
+            "max_output_difference": difference,
+        }
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(table(before, after))
             print(f"max output difference, zeroed full against compact: {difference:.1e}")
@@ -242,9 +256,13 @@ def _refuse_sharding(args: TrainingArguments | None) -> None:
     if args is None:
         return
     if args.deepspeed:
-        raise OTOError("DeepSpeed is not supported, it flattens the parameters: train with DDP (torchrun or accelerate launch) instead")
+        raise OTOError(
+            "DeepSpeed is not supported, it flattens the parameters: train with DDP (torchrun or accelerate launch) instead"
+        )
     if args.fsdp:
-        raise OTOError("FSDP is not supported yet, it shards the parameters: train with DDP (torchrun or accelerate launch) instead")
+        raise OTOError(
+            "FSDP is not supported yet, it shards the parameters: train with DDP (torchrun or accelerate launch) instead"
+        )
 
 
 @contextlib.contextmanager

@@ -88,7 +88,13 @@ class PrunableAxis:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for machines."""
         members = [m.to_dict() for m in self.members]
-        data = {"name": self.name, "kind": self.kind, "size": self.size, "params": self.params, "zero_path": self.zero_path}
+        data = {
+            "name": self.name,
+            "kind": self.kind,
+            "size": self.size,
+            "params": self.params,
+            "zero_path": self.zero_path,
+        }
         return data | {"members": members}
 
 
@@ -125,26 +131,27 @@ class PruningPlan:
                 kept[axis.name] = alive.tolist() or [0]
         return cls(kept)
 
-    def removed(self, partition: ZIGPartition) -> dict[str, np.ndarray]:
-        """Removed positions per axis name; checks the plan against the partition.
+    def removed(self, partition: ZIGPartition) -> np.ndarray:
+        """Which ZIGs go, bool, shape (num_zigs,); checks the plan against the partition.
 
         Raises:
             ValueError: unknown axis, index out of range, repeated index, or an axis left empty.
         """
-        sizes = {axis.name: axis.size for axis in partition.axes}
-        result = {}
+        removed = np.zeros(partition.num_zigs, bool)
+        parts = {axis.name: part for axis, part in partition.split(removed)}
         for name, kept in self.kept.items():
-            if name not in sizes:
+            if name not in parts:
                 raise ValueError(f"the plan names {name!r}, which is no axis of this partition (see partition.axes)")
+            size = len(parts[name])
             if not kept:
-                raise ValueError(f"the plan empties axis {name!r}: at least one of its {sizes[name]} ZIGs must stay")
+                raise ValueError(f"the plan empties axis {name!r}: at least one of its {size} ZIGs must stay")
             if len(set(kept)) != len(kept):
                 raise ValueError(f"the plan repeats an index of axis {name!r}")
-            if min(kept) < 0 or max(kept) >= sizes[name]:
-                raise ValueError(f"the plan keeps an index outside [0, {sizes[name]}) of axis {name!r}")
-            if len(kept) < sizes[name]:
-                result[name] = np.setdiff1d(np.arange(sizes[name]), kept)
-        return result
+            if min(kept) < 0 or max(kept) >= size:
+                raise ValueError(f"the plan keeps an index outside [0, {size}) of axis {name!r}")
+            parts[name][:] = True
+            parts[name][list(kept)] = False
+        return removed
 
 
 @dataclass(frozen=True)
@@ -169,22 +176,37 @@ class ZIGPartition:
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The model's parameters and persistent buffers that members name, by name."""
         names = {m.param for axis in self.axes for m in axis.members}
-        found = {n: t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()] if n in names}
+        found = {
+            n: t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()] if n in names
+        }
         if missing := names - found.keys():
-            raise OTOError(f"the model has no parameter {min(missing)!r}, which this partition names: was it made for another model?")
+            raise OTOError(
+                f"the model has no parameter {min(missing)!r}, which this partition names: was it made for another model?"
+            )
         return found
+
+    def split(self, vector: np.ndarray) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
+        """Yields (axis, its part, a view of shape (size,)) of a vector over all ZIGs."""
+        start = 0
+        for axis in self.axes:
+            yield axis, vector[start : start + axis.size]
+            start += axis.size
+
+    def slices(self, removed: np.ndarray) -> Iterator[tuple[PrunableAxis, Member, np.ndarray]]:
+        """Yields (axis, member, positions along its dimension) of what goes; `removed` is bool, shape (num_zigs,)."""
+        for axis, gone in self.split(removed):
+            if gone.any():
+                for m in axis.members:
+                    yield axis, m, m.positions(axis.size)[gone].reshape(-1)
 
     @torch.no_grad()
     def zero_(self, model: torch.nn.Module, plan: PruningPlan) -> None:
         """Zeroes, in place, the ZIGs that `plan` removes."""
-        removed = plan.removed(self)
         tensors = self.tensors(model)
-        for axis in self.axes:
-            if axis.name in removed:
-                for m in axis.group:
-                    t = tensors[m.param]
-                    index = m.positions(axis.size)[removed[axis.name]].reshape(-1)
-                    t.index_fill_(m.dim, torch.from_numpy(index).to(t.device), 0)
+        for axis, m, index in self.slices(plan.removed(self)):
+            if m in axis.group:
+                t = tensors[m.param]
+                t.index_fill_(m.dim, torch.from_numpy(index).to(t.device), 0)
 
     @torch.no_grad()
     def zero_zigs(self, model: torch.nn.Module) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
@@ -322,7 +344,9 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
                     new = (why > 0) & (reason[factor] == 0)
                     reason[factor[new]] = why[new]
                     changed |= bool(new.any())
-                why = np.minimum.reduce(np.broadcast_arrays(*[_along(reason[f], k, parent.ndim) for k, f in enumerate(factors)]))
+                why = np.minimum.reduce(
+                    np.broadcast_arrays(*[_along(reason[f], k, parent.ndim) for k, f in enumerate(factors)])
+                )
                 new = (why > 0) & (reason[parent] == 0)
                 reason[parent[new]] = inner
                 changed |= bool(new.any())
@@ -413,7 +437,9 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         elif known & GROUPS:
             kind = "groups"
         else:
-            kind = "channels" if any(len(sources[m.param].shape) > 2 for m in found if m.role == "producer") else "units"
+            kind = (
+                "channels" if any(len(sources[m.param].shape) > 2 for m in found if m.role == "producer") else "units"
+            )
         zig_of[ids] = total + np.arange(len(ids))
         total += len(ids)
         params = 0
@@ -433,4 +459,8 @@ def _member(name: str, dim: int, role: Role, index: np.ndarray) -> Member:
     while inner < k and index[0, inner] == start + inner:
         inner += 1
     even = Member(name, dim, role, start, k // inner, inner)
-    return even if k % inner == 0 and np.array_equal(even.positions(size), index) else Member(name, dim, role, index=index)
+    return (
+        even
+        if k % inner == 0 and np.array_equal(even.positions(size), index)
+        else Member(name, dim, role, index=index)
+    )

@@ -1,0 +1,342 @@
+"""A compact model as a class: the stock Transformers class, built with the widths that a record in its config gives.
+
+Stands behind the cut, at the end of the flow, and alone: it imports only torch and transformers, because this very
+file is also copied beside the weights, where `trust_remote_code=True` finds it without hf_oto installed.
+
+The record is `config.oto`, plain JSON:
+
+    {"version": 1,
+     "modules": {"bert.encoder.layer.0.attention.self.query":             # only what differs from the stock model
+                     {"attributes": {"out_features": 128},                # ints, or lists of ints
+                      "shapes": {"weight": [128, null], "bias": [128]}}}, # new sizes, null: as the stock model has it
+     "cuts": [{"size": 4, "kept": 2, "members": [["bert...query.weight", 0, 0, 1, 64], ...]}]}  # for `to_dense` only
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+VERSION = 1
+FILE_NAME = "modeling_oto.py"
+logger = logging.getLogger(__name__)
+
+
+class OTOError(RuntimeError):
+    """A model, checkpoint or set-up that hf_oto cannot handle; the message names the layer and the way out."""
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """`modeling_oto.BertModel`, as `auto_map` asks for it: the compact class of a Transformers model, by its name."""
+    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and transformers no such model")
+    return compact_class(stock)
+
+
+# The record
+
+
+def validate(record: Any) -> None:
+    """Checks the version and the types of a record, on its own; whether it fits a model is checked by `restore_`.
+
+    Raises:
+        OTOError: naming the first entry that is wrong.
+    """
+    _require(isinstance(record, dict), f"is a {type(record).__name__}, not a JSON object")
+    version = record.get("version")
+    _require(version == VERSION, f"has version {version!r}, but this hf_oto reads version {VERSION}: upgrade hf_oto")
+    _require(isinstance(record.get("modules"), dict), "has no 'modules' object: it is truncated")
+    _require(isinstance(record.get("cuts"), list), "has no 'cuts' list: it is truncated")
+    for path, entry in record["modules"].items():
+        _require(isinstance(path, str) and isinstance(entry, dict), f"{path!r} is no path and object")
+        _require(entry.keys() <= {"attributes", "shapes"}, f"{path!r} has unknown keys: {sorted(entry)}")
+        _require(all(isinstance(values, dict) for values in entry.values()), f"{path!r}: a part is no object")
+        for name, value in entry.get("attributes", {}).items():
+            ok = _is_size(value) or (isinstance(value, list) and all(map(_is_size, value)))
+            _require(ok, f"{path}.{name} is {value!r}, not an int or a list of ints")
+            _require(not name.startswith("_"), f"{path}.{name} is private, and private attributes are not restored")
+        for name, shape in entry.get("shapes", {}).items():
+            ok = isinstance(shape, list) and all(n is None or (_is_size(n) and n >= 1) for n in shape)
+            _require(ok, f"the shape of {path}.{name} is {shape!r}, not a list of sizes >= 1 and nulls")
+    for i, cut in enumerate(record["cuts"]):
+        ok = isinstance(cut, dict) and _is_size(cut.get("size")) and _is_size(cut.get("kept"))
+        ok = ok and isinstance(cut.get("members"), list) and all(map(_is_member, cut["members"]))
+        _require(ok, f"cuts[{i}] is not {{'size': int, 'kept': int, 'members': [[name, dim, ...], ...]}}")
+
+
+def _require(ok: bool, fact: str) -> None:
+    if not ok:
+        raise OTOError(f"the hf_oto record in config.json (config.oto) does not fit: {fact}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int  # JSON's true is an int to isinstance
+
+
+def _is_member(member: Any) -> bool:
+    """[name, dim, start, outer, inner] or [name, dim, [index, ...]]."""
+    if not (isinstance(member, list) and len(member) > 2 and isinstance(member[0], str) and _is_size(member[1])):
+        return False
+    return all(map(_is_size, member[2:])) if len(member) == 5 else len(member) == 3 and isinstance(member[2], list)
+
+
+def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
+    """Gives a stock model the sizes of `record`, in place; kept values are the leading ones (weights come afterwards).
+
+    Works on any device, meta too. Parameters keep their identity, hence their ties, flags and `requires_grad`.
+
+    Raises:
+        OTOError: the record does not fit the model; nothing has been changed then.
+    """
+    attributes, tensors = list(_attributes(model, record)), list(_tensors(model, record))
+    for label, module, _, new in attributes:
+        setattr(module, label.rpartition(".")[2], new)
+    for _, tensor, shape in tensors:
+        if tensor.shape != shape:
+            tensor.data = tensor.data[tuple(map(slice, shape))].clone()
+
+
+def _modules(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, dict[str, Any]]]:
+    """(path, module, entry) for every module of the record."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, entry in record["modules"].items():
+        here = f"{type(model).__name__} of transformers {transformers.__version__}"
+        _require(path in modules, f"it names the module {path!r}, which {here} does not have")
+        yield path, modules[path], entry
+
+
+def _attributes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
+    """(label, module, value now, value in the record) of every attribute, checked against each other."""
+    for path, module, entry in _modules(model, record):
+        for name, new in entry.get("attributes", {}).items():
+            label = f"{path}.{name}"
+            _require(name in vars(module), f"{type(module).__name__} has no attribute {name!r} ({label})")
+            old = vars(module)[name]
+            if isinstance(old, (list, tuple)):
+                _require(all(map(_is_size, old)), f"{label} is {old!r}, not a list of ints")
+                _require(isinstance(new, list) and len(new) == len(old), f"{label} is {old!r}, the record has {new!r}")
+                yield label, module, old, type(old)(new)
+            else:
+                _require(_is_size(old) and _is_size(new), f"{label} is {old!r}, the record has {new!r}")
+                yield label, module, old, new
+
+
+def _tensors(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
+    """(label, parameter or persistent buffer, shape in the record), checked against each other."""
+    for path, module, entry in _modules(model, record):
+        persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, sizes in entry.get("shapes", {}).items():
+            label, tensor = f"{path}.{name}", (module._parameters | persistent).get(name)
+            _require(tensor is not None, f"{type(module).__name__} has no weight or saved buffer {name!r} ({label})")
+            dense = tuple(tensor.shape)
+            fits = len(sizes) == len(dense) and all(n is None or n <= d for n, d in zip(sizes, dense, strict=True))
+            _require(fits, f"{label} has shape {dense}, of which the record keeps {sizes}")
+            yield label, tensor, torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
+
+
+def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) -> dict[str, Any]:
+    """The record in the paths of `model`, which may be the base model of the one recorded, or have another head.
+
+    Args:
+        partly: leave out what `model` does not have, as `from_pretrained` leaves out its weights.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    known = {name for name, _ in [*model.named_modules(remove_duplicate=False), *tensors]}
+    names = {*record["modules"], *(member[0] for cut in record["cuts"] for member in cut["members"])}
+    if not partly and names <= known:
+        return record
+    body = f"{model.base_model_prefix}." if model.base_model_prefix else "no body."
+    has_body = model.base_model is not model  # "bert.encoder" here, "encoder" in a base model
+    of_head = any(f"{name}.".startswith(body) for name in names)
+
+    def translate(name: str) -> str | None:
+        if of_head and not has_body:
+            return f"{name}."[len(body) : -1] if f"{name}.".startswith(body) else None
+        in_body = f"{body}{name}".removesuffix(".")
+        if has_body and not of_head and in_body in known and (partly or name not in known):
+            return in_body
+        return name if name in known or not partly else None
+
+    modules = {translate(path): entry for path, entry in record["modules"].items()}
+    modules.pop(None, None)
+    _require(bool(modules) or not record["modules"], f"{type(model).__name__} has none of its modules")
+    if len(modules) < len(record["modules"]):
+        logger.info("%s uses %d of the %d compact modules", type(model).__name__, len(modules), len(record["modules"]))
+    cuts = []
+    for cut in record["cuts"]:
+        members = [[translate(member[0]), *member[1:]] for member in cut["members"]]
+        cuts.append(cut | {"members": [member for member in members if member[0] is not None]})
+    return record | {"modules": modules, "cuts": [cut for cut in cuts if cut["members"]]}
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """One record for two cuts in a row: the later sizes count, the cuts follow each other."""
+    modules = copy.deepcopy(old["modules"])
+    for path, entry in new["modules"].items():
+        mine = modules.setdefault(path, {})
+        mine["attributes"] = mine.get("attributes", {}) | entry.get("attributes", {})
+        shapes = mine.setdefault("shapes", {})
+        for name, shape in entry.get("shapes", {}).items():
+            before = shapes.get(name, [None] * len(shape))
+            shapes[name] = [b if n is None else n for n, b in zip(shape, before, strict=True)]
+    return new | {"modules": modules, "cuts": [*old["cuts"], *new["cuts"]]}
+
+
+# The class
+
+
+class CompactMixin:
+    """What a compact class adds to its stock class: it builds, saves and pickles itself by the record in its config.
+
+    The record is restored when the model is built, on meta in `from_pretrained`: weights, shards, dtypes, device maps
+    and ties are then Transformers' own business.
+    """
+
+    _oto_stock: type[PreTrainedModel]
+
+    def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        record = vars(config).get("oto")
+        if record is None:
+            super().__init__(config, *args, **kwargs)
+            return
+        validate(record)
+        foreign = bool(config.architectures) and self._oto_stock.__name__ not in config.architectures
+        if foreign:
+            config = copy.deepcopy(config)  # this model's record will have other paths than the caller's config
+        del config.oto  # sub-models are built from this config too, but the paths are those of the outermost model
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.oto = record
+        self.config.oto = _translated(self, record, partly=foreign)
+        self.config.architectures = [self._oto_stock.__name__]  # the class that the paths belong to, now
+        restore_(self, self.config.oto)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """`PreTrainedModel.save_pretrained`, and beside the weights the code that `trust_remote_code=True` needs."""
+        if "oto" in vars(self.config) and _is_in_transformers(self._oto_stock) and not self._hf_peft_config_loaded:
+            self.config.auto_map = _foreign_auto_map(self.config) | _auto_map(self._oto_stock, self.config)
+            if self.should_save_on_this_rank(is_main_process):
+                os.makedirs(save_directory, exist_ok=True)
+                shutil.copyfile(__file__, Path(save_directory) / FILE_NAME)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        """`save_pretrained(push_to_hub=True)` uploads what is newer than this: let our file always be."""
+        return {f: time for f, time in super()._get_files_timestamps(working_dir).items() if f != FILE_NAME}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing: Auto classes call it on code from a checkpoint, and would then save and load us as custom code."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        """Pickles as (stock class, state): the compact class itself cannot be found by name."""
+        if type(self) is not compact_class(self._oto_stock):
+            return super().__reduce_ex__(protocol)  # a subclass of somebody's
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _blank, (self._oto_stock,), *state
+
+
+@functools.cache
+def compact_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of compact `stock` models: its subclass of the same name and module, so that whatever Transformers
+    looks up by these (key conversions, losses, `is_custom_code`, `architectures`) stays as it was.
+
+    Example:
+        >>> compact_class(transformers.BertModel)
+        <class 'transformers.models.bert.modeling_bert.BertModel'>
+        >>> compact_class(transformers.BertModel) is transformers.BertModel
+        False
+    """
+    if is_compact(stock):
+        return stock
+    # Auto classes look for GenerationMixin among the direct bases of code from a checkpoint, and add it otherwise.
+    bases = (CompactMixin, stock, GenerationMixin) if issubclass(stock, GenerationMixin) else (CompactMixin, stock)
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, bases, names | {"_oto_stock": stock})
+
+
+def is_compact(cls: type) -> bool:
+    """Whether `cls` is a compact class, made by this copy of the file or by one that came with a checkpoint."""
+    return hasattr(cls, "_oto_stock")
+
+
+def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
+    """Makes a model that has been cut an instance of its compact class; a model cut before gets one merged record.
+
+    Args:
+        model: the cut model: its attributes and shapes are those of the record already.
+        record: what was cut now, as described at the top of this file.
+
+    Raises:
+        OTOError: the record is malformed or does not describe the model.
+    """
+    validate(record)
+    if "oto" in vars(model.config):
+        record = _merged(model.config.oto, record)
+    for label, _, now, new in _attributes(model, record):
+        _require(now == new, f"{label} is {now!r}, the record has {new!r}")
+    for label, tensor, shape in _tensors(model, record):
+        _require(tensor.shape == shape, f"{label} has shape {tuple(tensor.shape)}, the record has {tuple(shape)}")
+    model.config.oto = record
+    model.__class__ = compact_class(type(model))
+    model.config.architectures = [model._oto_stock.__name__]  # the class that the paths belong to
+    return model
+
+
+def become_stock_(model: PreTrainedModel) -> PreTrainedModel:
+    """The inverse of `become_compact_`, for a model that has its stock widths again: no record, the stock class."""
+    if is_compact(type(model)):
+        model.__class__ = model._oto_stock
+    kept = _foreign_auto_map(model.config)
+    vars(model.config).pop("oto", None)
+    vars(model.config).pop("auto_map", None)
+    if kept:
+        model.config.auto_map = kept
+    return model
+
+
+def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
+    """An uninitialised compact model, for pickle and deepcopy to fill."""
+    return object.__new__(compact_class(stock))
+
+
+def _is_in_transformers(stock: type[PreTrainedModel]) -> bool:
+    return getattr(transformers, stock.__name__, None) is stock
+
+
+def _foreign_auto_map(config: transformers.PreTrainedConfig) -> dict[str, str]:
+    """The entries of `auto_map` that are not ours ("[repo--]modeling_oto.Class")."""
+    ours = f"{Path(FILE_NAME).stem}."
+    auto_map = vars(config).get("auto_map") or {}
+    return {auto: ref for auto, ref in auto_map.items() if not str(ref).split("--")[-1].startswith(ours)}
+
+
+def _auto_map(stock: type[PreTrainedModel], config: transformers.PreTrainedConfig) -> dict[str, str]:
+    """{"AutoModelFor...": "modeling_oto.Class"} for every Auto class that knows the config: `stock`, where it is a
+    choice, else the family's other classes, so that the body can be loaded alone or under another head."""
+    entries = {}
+    for auto in vars(modeling_auto).values():
+        mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
+        if mapping is None or type(config) not in mapping:
+            continue
+        choices = mapping[type(config)]
+        choices = choices if isinstance(choices, (list, tuple)) else [choices]
+        chosen = stock if stock in choices else choices[0]
+        if _is_in_transformers(chosen) and chosen.config_class is type(config):
+            entries[auto.__name__] = f"{Path(FILE_NAME).stem}.{chosen.__name__}"
+    return entries
