@@ -65,7 +65,7 @@ class Algebra:
         )
         return twin
 
-    # ids -------------------------------------------------------------------------------------------------------------
+    # ids -------------------------------------------------------------------------------------------
 
     def new(self, n: int, zero: bool = False, marks: int = 0) -> Leaf:
         """A leaf of n fresh ids."""
@@ -123,7 +123,7 @@ class Algebra:
         for leaf in dim:
             self._mark[leaf.ids] |= marks
 
-    # dimensions ------------------------------------------------------------------------------------------------------
+    # dimensions ------------------------------------------------------------------------------------
 
     def factor(self, leaf: Leaf, sizes: Sequence[int]) -> Dim:
         """Splits a leaf of n = prod(sizes) positions into row-major factors and records the product."""
@@ -162,7 +162,7 @@ class Algebra:
     def align(self, a: Dim, b: Dim, why: str) -> tuple[Dim, Dim] | None:
         """Unifies two dimensions of equal size and returns both, refined to the same leaf boundaries.
 
-        None if their factors don't fit each other; both are pinned then. `why`: for positions that meet one that stays.
+        None if their factors don't fit each other: both are pinned. `why`: for positions that meet one that stays.
         """
         left, right = list(a), list(b)
         out_a, out_b = [], []
@@ -244,7 +244,7 @@ class Algebra:
         leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, np.int64), False) for dim in dims]
         return (Leaf(np.concatenate([leaf.ids for leaf in leaves]), all(leaf.zero for leaf in leaves)),)
 
-    # what the solver reads -------------------------------------------------------------------------------------------
+    # what the solver reads -------------------------------------------------------------------------
 
     def roots(self) -> np.ndarray:
         """The class of every id, shape (count,)."""

@@ -199,9 +199,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         OTOError: the model is no Transformers model.
     """
     if not isinstance(model, PreTrainedModel):
-        raise OTOError(
-            f"to_dense needs a Transformers model, which can be built from its config; this is a {type(model).__name__}"
-        )
+        raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")
     config = copy.deepcopy(model.config)
     record = vars(config).pop("oto", {"cuts": []})
     vars(config).pop("auto_map", None)

@@ -83,7 +83,7 @@ def make_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     if name == "input_values":
         return {"input_values": torch.randn(2, 4000, generator=generator)}
     raise OTOError(
-        f"can't make a batch for {type(model).__name__} from its config: pass inputs={{...}}, the arguments of its forward"
+        f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
     )
 
 
@@ -182,7 +182,7 @@ def _pin_axes(partition: ZIGPartition, zig_of: np.ndarray, found: Axes, axes: It
         found.algebra.pin_ids(np.flatnonzero(of_id == a), why)
 
 
-# rehearsal ---------------------------------------------------------------------------------------------------------------
+# rehearsal -----------------------------------------------------------------------------------------
 
 
 def _rehearsed(
@@ -351,7 +351,7 @@ def check_zero_invariance(
 
 
 def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
-    """How far a cut copy is from the zeroed full model, as `check_zero_invariance` measures it. The model is not touched."""
+    """How far a cut copy is from the zeroed full model, measured as in `check_zero_invariance`; changes nothing."""
     zeroed = _zeroed(model, partition, plan, noise=False)
     tensors = [*model.parameters(), *model.buffers()]
     small = _copy_structure(model, {id(t): t for t in tensors})

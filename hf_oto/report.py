@@ -42,7 +42,7 @@ def _macs(call: Call) -> int:
 
 
 def measure(model: nn.Module, inputs: Mapping[str, Any], repeats: int = 5) -> dict[str, float]:
-    """Parameters, MACs of `inputs`, bytes of the saved weights and the median latency in seconds of a forward on them."""
+    """Parameters, MACs on `inputs`, bytes of the weights, and the median latency of a forward on them, in seconds."""
     model_tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
     device = next(model.parameters()).device
     seconds = []

@@ -112,12 +112,12 @@ class Axes:
                 self.algebra.mark(dim, PRODUCER)
 
 
-# elementwise -------------------------------------------------------------------------------------------------------------
+# elementwise ---------------------------------------------------------------------------------------
 
 KEEPS_ZERO = frozenset(  # f(0) = 0
-    """relu gelu silu tanh neg abs sqrt sin erf tan asinh atan sign sgn round floor ceil trunc hardswish leaky_relu elu celu
-    mish relu6 expm1 log1p square clone _to_copy detach alias lift lift_fresh contiguous nan_to_num native_dropout zeros_like
-    _conj positive _prelu_kernel mul div logical_and bitwise_and""".split()
+    """relu gelu silu tanh neg abs sqrt sin erf tan asinh atan sign sgn round floor ceil trunc hardswish leaky_relu elu
+    celu mish relu6 expm1 log1p square clone _to_copy detach alias lift lift_fresh contiguous nan_to_num native_dropout
+    zeros_like _conj positive _prelu_kernel mul div logical_and bitwise_and""".split()
 )
 ALL_ZERO = frozenset("add sub maximum minimum where lerp hypot logical_or bitwise_or".split())
 ANY_ZERO = frozenset("mul logical_and bitwise_and".split())
@@ -187,7 +187,7 @@ def masked_fill(s: Axes, call: Call) -> list[list[Dim]]:
     return [[s.unify(a, b, lambda a, b: a and keep) for a, b in zip(x, mask, strict=True)]]
 
 
-# layout ------------------------------------------------------------------------------------------------------------------
+# layout --------------------------------------------------------------------------------------------
 
 
 def view(s: Axes, call: Call) -> list[list[Dim]]:
@@ -354,7 +354,7 @@ def pixel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
     return [[*batch, inner[0], *map(s.algebra.fixed, call.outs[0].shape[-2:])]]
 
 
-# lookups -----------------------------------------------------------------------------------------------------------------
+# lookups -------------------------------------------------------------------------------------------
 
 
 def embedding(s: Axes, call: Call) -> list[list[Dim]]:
@@ -393,7 +393,7 @@ def index_select(s: Axes, call: Call) -> list[list[Dim]]:
     return [dims]
 
 
-# contractions ------------------------------------------------------------------------------------------------------------
+# contractions --------------------------------------------------------------------------------------
 
 
 def mm(s: Axes, call: Call) -> list[list[Dim]]:
@@ -479,7 +479,7 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     return [result] + [[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]
 
 
-# normalisations and reductions -------------------------------------------------------------------------------------------
+# normalisations and reductions ---------------------------------------------------------------------
 
 
 def softmax(s: Axes, call: Call) -> list[list[Dim]]:
@@ -599,7 +599,7 @@ def spatial(s: Axes, call: Call) -> list[list[Dim]]:
     return [[*dims[:-k], *map(s.algebra.fixed, out.shape[-k:])] for out in call.outs]
 
 
-# new tensors and the rest ------------------------------------------------------------------------------------------------
+# new tensors and the rest --------------------------------------------------------------------------
 
 
 def fill(s: Axes, call: Call) -> list[list[Dim]]:
@@ -648,8 +648,9 @@ def as_list(a: int | Sequence[int]) -> list[int]:
 
 
 _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
-    elementwise: """_to_copy copy hardswish native_dropout alias detach lift_fresh lift contiguous rsub zeros_like ones_like
-        full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel tril triu _conj positive""",
+    elementwise: """_to_copy copy hardswish native_dropout alias detach lift_fresh lift contiguous rsub zeros_like
+        ones_like full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel
+        tril triu _conj positive""",
     masked_fill: "masked_fill",
     view: "view _unsafe_view reshape _reshape_alias",
     permute: "permute",
@@ -671,8 +672,8 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     embedding: "embedding",
     index_: "index",
     index_select: "index_select",
-    lookup: """gather scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select one_hot
-        _local_scalar_dense""",
+    lookup: """gather scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
+        one_hot _local_scalar_dense""",
     mm: "mm addmm bmm baddbmm mv dot",
     convolution: "convolution _convolution",
     attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
@@ -687,8 +688,8 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     vector_norm: "linalg_vector_norm",
     mean: "mean var std var_mean std_mean amax amin max min prod all any argmax argmin logsumexp",
     along: "cumsum cumprod topk sort logcumsumexp",
-    spatial: """max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
-        _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d
+    spatial: """max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+        avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d
         upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
         reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
     fill: """zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor rand randn empty_strided

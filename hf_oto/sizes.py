@@ -157,7 +157,7 @@ class Sizes:
         return any(removed[f].any() for e in equation[:2] for s in _spans(e) for f in self.spans[s].factors)
 
     def involved(self, equations: Sequence[Equation]) -> np.ndarray:
-        """The ZIGs whose removal the equations speak of; where there are none, those of equations with the same attributes."""
+        """The ZIGs that the equations speak of; where there are none, those of equations with the same attributes."""
         zigs = [f for q in equations for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
         if not zigs:
             shared = {a for q in equations for e in q[:2] for a in _attributes(e)}

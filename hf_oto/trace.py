@@ -150,8 +150,10 @@ def plain_int(value: Any) -> Any:
     return value.plain() if isinstance(value, Size) else value
 
 
-def expr_of(value: int) -> Expr:
+def expr_of(value: int | Expr) -> Expr:
     """The expression a size came from; a plain int is a constant."""
+    if isinstance(value, tuple):
+        return value
     return value.expr if isinstance(value, Size) else ("const", value)
 
 
@@ -161,9 +163,9 @@ def span(ref: Ref, dim: int, start: int = 0, stop: int | None = None) -> Expr:
     return ("span", ref.value, dim, start, ref.shape[dim] if stop is None else stop)
 
 
-# what each function says of the sizes it is given ------------------------------------------------------------------------
+# what each function says of the sizes it is given --------------------------------------------------
 
-Pairs = Iterator[tuple[int, Expr]]  # (a size as passed, what it must equal)
+Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
 
 
 def _ints(sizes: Sequence[Any]) -> Sequence[int]:
@@ -227,7 +229,7 @@ def _split(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
 def _chunk(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
     dim = kwargs["dim"] if "dim" in kwargs else args[2] if len(args) > 2 else 0
     total = ("*", ("const", len(out)), span(ref(out[0]), dim))
-    yield Size.of(0, total, []), span(ref(args[0]), dim)
+    yield total, span(ref(args[0]), dim)
 
 
 def _slices(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
@@ -305,11 +307,11 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
 }  # fmt: skip
 
 
-# recording ---------------------------------------------------------------------------------------------------------------
+# recording -----------------------------------------------------------------------------------------
 
 
 class _Recorder(TorchDispatchMode):
-    """Numbers tensors by identity and writes down every ATen call. Keeps them alive, so that identities stay unique."""
+    """Numbers tensors by identity, kept alive so that it stays unique, and writes down every ATen call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Trainer: partitions on the first batch, trains with DHSPG, and holds the compact model when `train()` returns."""
+"""The Trainer: partitions on the first batch, trains with DHSPG, holds the compact model when `train()` returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -84,13 +84,13 @@ class OTOMixin:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with DDP (torchrun) instead")
         if self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             raise OTOError(
-                f"OTOTrainer builds its own optimizer around yours: instead of optimizers=({type(self.optimizer).__name__}(...), ...) "
-                "pass optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for a schedule of your own override create_scheduler"
+                f"OTOTrainer builds DHSPG around {type(self.optimizer).__name__} itself: instead of optimizers=(...) pass "
+                "optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for your schedule override create_scheduler"
             )
         if self.optimizer is not None:
             raise OTOError("OTOTrainer makes the DHSPG optimizer itself, on the first batch: leave `optimizers` out")
 
-    # training --------------------------------------------------------------------------------------------------------
+    # training --------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
@@ -101,7 +101,7 @@ class OTOMixin:
         """
         if self.report is not None and self.model_init is None:
             raise OTOError(
-                "this trainer has compacted its model already: to train it further make a Trainer(trainer.model, ...), "
+                "this trainer has compacted its model: to train that further make a Trainer(trainer.model, ...), "
                 "to prune it again an OTOTrainer(trainer.model, ...)"
             )
         self.partition = self.plan = self.report = None
@@ -151,7 +151,7 @@ class OTOMixin:
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """`Trainer.log` with `group_sparsity`, the fraction of ZIGs that are zero, in every line and in the progress bar."""
+        """`Trainer.log` with `group_sparsity`, the fraction of ZIGs that are zero, in every line and progress bar."""
         sparsity = self._group_sparsity()
         if sparsity is not None:
             logs["group_sparsity"] = round(sparsity, 4)
@@ -167,7 +167,7 @@ class OTOMixin:
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    # compacting ------------------------------------------------------------------------------------------------------
+    # compacting ------------------------------------------------------------------------------------
 
     def _compact(self) -> None:
         optimizer = self._dhspg()
@@ -189,7 +189,7 @@ class OTOMixin:
             path = os.path.join(self.args.output_dir, "dense")
             self.save_model(path)
             raise OTOError(
-                f"the certificate failed: zeroed full model and compact model differ by {difference:.1e} on a real batch "
+                f"the certificate failed: zeroed full and compact model differ by {difference:.1e} on a real batch "
                 f"(allowed: {tolerance(model):.0e}). The model was not cut; the full one is saved in {path}"
             )
         sparsity = optimizer.group_sparsity
@@ -214,7 +214,7 @@ class OTOMixin:
             print(table(before, after))
             print(f"max output difference, zeroed full against compact: {difference:.1e}")
 
-    # what it reads ---------------------------------------------------------------------------------------------------
+    # what it reads ---------------------------------------------------------------------------------
 
     def _setting(self, name: str) -> Any:
         return vars(self.args).get(name, DEFAULTS[name])
@@ -231,7 +231,7 @@ class OTOMixin:
         return None if self._dhspg() is None else self._dhspg().group_sparsity
 
     def _first_batch(self) -> dict[str, Any]:
-        """The first examples of the training set, collated and on the model's device; random states stay as they are."""
+        """The first examples of the training set, collated, on the model's device; random states stay as they are."""
         with _same_random_state():
             loader = self.get_train_dataloader()
             if isinstance(loader.dataset, torch.utils.data.IterableDataset):
@@ -244,7 +244,7 @@ class OTOMixin:
 
 
 class OTOTrainer(OTOMixin, Trainer):
-    """`transformers.Trainer` that trains once and ends with a compact model (OTOv2, arXiv 2303.06862). See `OTOMixin`."""
+    """`transformers.Trainer` that trains once and ends with a compact model (OTOv2, arXiv 2303.06862)."""
 
 
 class OTOSeq2SeqTrainer(OTOMixin, Seq2SeqTrainer):
@@ -256,13 +256,9 @@ def _refuse_sharding(args: TrainingArguments | None) -> None:
     if args is None:
         return
     if args.deepspeed:
-        raise OTOError(
-            "DeepSpeed is not supported, it flattens the parameters: train with DDP (torchrun or accelerate launch) instead"
-        )
+        raise OTOError("DeepSpeed is not supported, it flattens the parameters: train with DDP (torchrun) instead")
     if args.fsdp:
-        raise OTOError(
-            "FSDP is not supported yet, it shards the parameters: train with DDP (torchrun or accelerate launch) instead"
-        )
+        raise OTOError("FSDP is not supported yet, it shards the parameters: train with DDP (torchrun) instead")
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class PruningPlan:
 
     @classmethod
     def from_zeros(cls, model: torch.nn.Module, partition: ZIGPartition) -> PruningPlan:
-        """The plan that removes every ZIG of `model` that is exactly zero (an axis never goes empty: one zero stays)."""
+        """The plan that removes every ZIG that is exactly zero; an axis never goes empty: one zero stays."""
         kept = {}
         for axis, zero in partition.zero_zigs(model):
             if zero.any():
@@ -180,9 +180,7 @@ class ZIGPartition:
             n: t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()] if n in names
         }
         if missing := names - found.keys():
-            raise OTOError(
-                f"the model has no parameter {min(missing)!r}, which this partition names: was it made for another model?"
-            )
+            raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
         return found
 
     def split(self, vector: np.ndarray) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
@@ -256,7 +254,7 @@ def fold(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-# solving -----------------------------------------------------------------------------------------------------------------
+# solving -------------------------------------------------------------------------------------------
 
 UNUSED = "the traced forward never used it"
 INNER = "it is a position inside a group (a head, say) that is pruned as a whole"
