@@ -4,13 +4,20 @@ Importing it makes `from_pretrained` of stock Transformers classes load compact 
 """
 
 from .compact import compact, to_dense
+from .dhspg import DHSPG
 from .partition import check_zero_invariance, partition_zigs
 from .saving import install_hook
+from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
 from .zigs import PruningPlan, ZIGPartition
 
 install_hook()
 
 __all__ = [
+    "DHSPG",
+    "OTOMixin",
+    "OTOSeq2SeqTrainer",
+    "OTOTrainer",
+    "OTOTrainingArguments",
     "PruningPlan",
     "ZIGPartition",
     "check_zero_invariance",

@@ -1,0 +1,463 @@
+"""DHSPG: the base optimizer's own step, then one correction per zero-invariant group (ZIG).
+
+Training splits the ZIGs into redundant and important ones, drives the redundant to exact zero while the rest trains on
+as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .zigs import PrunableAxis, ZIGPartition
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 8  # of the salience before each event
+EMA = 0.9
+CORRECT_EVERY = 4  # optimizer steps
+
+
+class Slice(NamedTuple):
+    """Which ZIG every position of one parameter dimension belongs to."""
+
+    param: str
+    dim: int
+    owner: Tensor  # (n,), ZIG numbers, num_zigs where none
+
+
+class Schedule(NamedTuple):
+    """What stays the same over a run; see `DHSPG` for the arguments."""
+
+    mode: str
+    target: int  # ZIGs to be zero at the end
+    size: int  # ZIGs in all
+    axis: Tensor  # (size,), the axis of every ZIG
+    room: Tensor  # (axes,), how many ZIGs of every axis may go
+    elements: Tensor  # (size,), parameters of every ZIG
+    group: tuple[Slice, ...]  # what is zero of a zero ZIG
+    readers: tuple[Slice, ...]  # what reads it: zero too once it is, so that its gradients are
+    guarded: tuple[Slice, ...]  # what may get gradients nevertheless
+    events: tuple[int, ...]  # steps after which redundant ZIGs are chosen; the last one only ends pruning
+    lam: float
+    lam_amplify: float
+    lam_max: float
+    epsilon: float
+
+
+class DHSPG(torch.optim.Optimizer):
+    """Trains like `base` and brings a given fraction of the ZIGs to exact zero.
+
+    `mode="paper"` is OTOv2's update: after `start` steps the most redundant groups by cosine and magnitude are chosen
+    once, get the penalty lambda between its bounds, and are projected to zero when a step leaves their half-space. The
+    norm it can remove is the sum of learning rate times lambda, so that small learning rates miss the target.
+
+    `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that the salience is
+    <x, gradient>^2 averaged over several batches; the redundant groups are chosen at several events, ever more of them
+    on a cubic schedule, and those not yet zero may be released again; between events they are shrunk linearly to zero
+    instead of by a penalty; every axis keeps a floor. The half-space projection is the early exit. Once a group is zero,
+    what reads it and the optimizer's state of both are zeroed too: its gradients are then exactly zero.
+
+    An instance is also an instance of `base`, so that schedulers, scalers and accelerate treat it as such.
+
+    Args:
+        model: the model that `partition` was made for.
+        partition: its ZIGs. Axes with a frozen parameter are left alone.
+        base: any `torch.optim.Optimizer` class; its step is not rewritten.
+        lr: learning rate, as in `base`.
+        target_group_sparsity: fraction of ZIGs that are zero in the end, in [0, 1): exactly round(target * ZIGs).
+        total_steps: optimizer steps of the whole run.
+        mode: "scheduled" or "paper".
+        params: parameter groups, their "params" as (name, parameter) pairs; None: all that require gradients.
+        window: scheduled: fractions of the run at which pruning starts and ends.
+        num_events: scheduled: choices in the window; None: 8, or 16 for targets from 0.8.
+        min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
+        start: paper: fraction of the run that is warm-up.
+        lam, lam_amplify, lam_max: paper: lambda, its amplification where a step would grow the norm, and the bound of
+            that in multiples of lambda; None: the release's 1e-2, 20, 1e3 (1e-3, 2, 10 for SGD).
+        epsilon: paper: the half-space {z: <z, x> >= epsilon |x|^2}, in [0, 1).
+        base_kwargs: for `base`.
+
+    Raises:
+        ValueError: an argument out of range, a target that the floors make infeasible, too few steps, nothing to prune.
+
+    Example:
+        >>> partition = partition_zigs(model, batch)  # doctest: +SKIP
+        >>> DHSPG(model, partition, torch.optim.SGD, lr=0.1, momentum=0.9, total_steps=1000)  # doctest: +SKIP
+    """
+
+    def __new__(cls, model: Any = None, partition: Any = None, base: type = torch.optim.AdamW, *_: Any, **__: Any) -> DHSPG:
+        return super().__new__(_with_base(cls, base))
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        partition: ZIGPartition,
+        base: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        lr: float = 1e-3,
+        target_group_sparsity: float = 0.5,
+        total_steps: int = 0,
+        mode: str = "scheduled",
+        params: Iterable[dict[str, Any]] | None = None,
+        window: tuple[float, float] = (0.1, 0.6),
+        num_events: int | None = None,
+        min_keep: float = 0.1,
+        start: float = 0.1,
+        lam: float | None = None,
+        lam_amplify: float | None = None,
+        lam_max: float | None = None,
+        epsilon: float = 0.0,
+        **base_kwargs: Any,
+    ) -> None:
+        if not 0 <= target_group_sparsity < 1:
+            raise ValueError(f"target_group_sparsity is {target_group_sparsity}: it must be in [0, 1)")
+        if mode not in ("scheduled", "paper"):
+            raise ValueError(f"mode is {mode!r}: it must be 'scheduled' or 'paper'")
+        groups = list(params or [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}])
+        super().__init__(groups, lr=lr, **base_kwargs)
+        # with this, GradScaler would let the fused kernel skip steps without our knowing
+        self._step_supports_amp_scaling = False
+        trained = self._by_name()
+        axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
+        if left := [axis.name for axis in partition.axes if axis not in axes]:
+            logger.info("not pruned, because some of their parameters are frozen: %s", ", ".join(left))
+        total = sum(axis.size for axis in axes)
+        target = round(target_group_sparsity * total)
+        if target_group_sparsity and not axes:
+            raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
+        floor = min_keep if mode == "scheduled" else 0.0
+        room = [axis.size - max(1, math.ceil(floor * axis.size)) for axis in axes]
+        if target > sum(room):
+            feasible = math.floor(1000 * sum(room) / total) / 1000
+            raise ValueError(
+                f"target_group_sparsity={target_group_sparsity} is not feasible: min_keep={min_keep} leaves at most {feasible}"
+            )
+        events: tuple[int, ...] = ()
+        if target and mode == "paper":
+            events = (max(1, round(start * total_steps)),)
+            if events[0] >= total_steps:
+                raise ValueError(f"total_steps is {total_steps}, fewer training steps than the warm-up ({events[0]})")
+        elif target:
+            events = _events(total_steps, window, num_events or (16 if target_group_sparsity >= 0.8 else 8))
+        sgd = issubclass(base, torch.optim.SGD)
+        elements = [
+            sum(m.positions(axis.size).shape[1] * trained[m.param].numel() // trained[m.param].shape[m.dim] for m in axis.group)
+            for axis in axes
+        ]
+        sizes = torch.tensor([axis.size for axis in axes], dtype=torch.long)
+        readers = [(axis, [m for m in axis.members if m.role == "consumer" and m.param in trained]) for axis in axes]
+        unread = [
+            axis for axis in axes
+            if not axis.zero_path or any(m.role == "consumer" and m.param not in trained for m in axis.members)
+        ]  # fmt: skip
+        self.schedule = Schedule(
+            mode, target, total,
+            axis=torch.repeat_interleave(torch.arange(len(axes)), sizes),
+            room=torch.tensor(room, dtype=torch.long),
+            elements=torch.repeat_interleave(torch.tensor(elements, dtype=torch.float64), sizes),
+            group=_slices(axes, {axis.name: axis.group for axis in axes}, trained),
+            readers=_slices(axes, {axis.name: members for axis, members in readers}, trained),
+            guarded=_slices(axes, {axis.name: axis.group for axis in unread}, trained),
+            events=events,
+            lam=lam or (1e-3 if sgd else 1e-2),
+            lam_amplify=lam_amplify or (2.0 if sgd else 20.0),
+            lam_max=lam_max or (10.0 if sgd else 1e3),
+            epsilon=epsilon,
+        )  # fmt: skip
+        # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves
+        self.param_groups[0].update(
+            dhspg_step=0,
+            zero=torch.zeros(total, dtype=torch.uint8),
+            redundant=torch.zeros(total, dtype=torch.uint8),
+            salience=torch.zeros(total, dtype=torch.float64),
+        )
+
+    # state ------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self).__mro__[2],), (self.__getstate__(), self.schedule)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple):
+            state, self.schedule = state
+            self._step_supports_amp_scaling = False
+        super().__setstate__(state)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+    @property
+    def zero(self) -> Tensor:
+        """Which ZIGs are exactly zero, bool (num_zigs,), on the CPU."""
+        return self._own["zero"].cpu() > 0
+
+    @property
+    def group_sparsity(self) -> float:
+        """Fraction of the ZIGs that are exactly zero, in [0, 1]."""
+        return float(self._own["zero"].sum()) / max(1, self.schedule.size)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether as many ZIGs are zero as were asked for."""
+        return int(self._own["zero"].sum()) >= self.schedule.target
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """The parameters as they are now: FSDP replaces them in the groups."""
+        return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+
+    # a step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer, and the correction."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        own, plan = self._own, self.schedule
+        now = own["dhspg_step"] + 1
+        if plan.target == 0:
+            super().step()
+        elif plan.mode == "paper":
+            self._paper_step(now)
+        else:
+            self._scheduled_step(now)
+        own["dhspg_step"] = now
+        return loss
+
+    def _scheduled_step(self, now: int) -> None:
+        own, plan = self._own, self.schedule
+        first, last = plan.events[0], plan.events[-1]
+        if now <= last and now in _sample_steps(plan.events):
+            self._sample(now)
+        pruning = first < now <= last
+        begin = max((e for e in plan.events if e < now), default=0)
+        end = min((e for e in plan.events if e >= now), default=0)
+        correcting = pruning and (now == end or (now - begin) % CORRECT_EVERY == 0)
+        redundant = own["redundant"].cpu() > 0
+        before = list(self._rows(redundant)) if correcting and now < end else []
+        super().step()
+        if before:
+            dot = self._sum((s, idx, x * x_half) for (s, idx, x), (_, _, x_half) in zip(before, self._rows(redundant), strict=True))
+            crossed = redundant & (dot < 0)  # the half-space of epsilon = 0
+            if crossed.any():
+                self._freeze(crossed)
+                redundant &= ~crossed
+            previous = begin + (now - begin - 1) // CORRECT_EVERY * CORRECT_EVERY
+            self._scale(redundant, (end - now) / (end - previous))
+        elif correcting:  # the next event is here
+            self._freeze(redundant)
+            redundant = torch.zeros_like(redundant)
+        if now in plan.events[:-1]:
+            count = len(plan.events) - 1
+            share = 1 - (1 - (plan.events.index(now) + 1) / count) ** 3
+            redundant = self._choose(round(plan.target * share))
+        if now in plan.events or correcting:
+            own["redundant"] = redundant.to(torch.uint8)
+        self._guard()
+
+    def _paper_step(self, now: int) -> None:
+        own, plan = self._own, self.schedule
+        start = plan.events[0]
+        redundant = torch.ones(plan.size, dtype=torch.bool) if now == start else own["redundant"].cpu() > 0
+        redundant &= ~self.zero
+        before = list(self._rows(redundant)) if now >= start and redundant.any() else []
+        lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
+        super().step()
+        if before:
+            rates = [lr[s.param] for s, _, _ in before]
+            after = [x_half for _, _, x_half in self._rows(redundant)]
+            d = [(x - x_half) / a if a else torch.zeros_like(x) for (_, _, x), x_half, a in zip(before, after, rates, strict=True)]
+            xd = self._sum((s, i, x * y) for (s, i, x), y in zip(before, d, strict=True))
+            xx = self._sum((s, i, x * x) for s, i, x in before)
+            dd = self._sum((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True))
+            if now == start:
+                score = paper_salience(xd, xx, dd, plan.elements)
+                chosen = torch.argsort(score, descending=True, stable=True)[: plan.target]
+                mask = torch.zeros_like(redundant)
+                mask[chosen] = True
+                own["redundant"] = mask.to(torch.uint8)
+            else:
+                lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
+                pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)
+                hats = []
+                for (s, i, x), x_half, a in zip(before, after, rates, strict=True):
+                    hat = x_half - a * _spread(pull, s, i, x) * x
+                    self._by_name()[s.param].index_copy_(s.dim, i, hat)
+                    hats.append((s, i, hat * x))
+                inside = self._sum(hats) >= plan.epsilon * xx
+                self._freeze(redundant & ~inside)
+        self._guard()
+
+    # salience and choice ----------------------------------------------------------------------
+
+    def _sample(self, now: int) -> None:
+        """EMA of <x, gradient>^2, one number per ZIG."""
+        params = self._by_name()
+        parts = []
+        for s in self.schedule.group:
+            p = params[s.param]
+            if p.grad is not None:
+                parts.append((s, None, p * p.grad))
+        new = torch.nan_to_num(self._sum(parts).double() ** 2, nan=math.inf)
+        own = self._own
+        first = now == min(_sample_steps(self.schedule.events))
+        own["salience"] = new if first else EMA * own["salience"].cpu() + (1 - EMA) * new
+
+    def _choose(self, wanted: int) -> Tensor:
+        """The least salient living ZIGs, so many that `wanted` are zero or about to be, none below its axis's floor."""
+        plan, zero = self.schedule, self.zero
+        order = torch.argsort(self._own["salience"].cpu(), stable=True)
+        order = order[~zero[order]]
+        axis = plan.axis[order]
+        # the rank of every candidate within its axis, in order of salience
+        by_axis = torch.argsort(axis, stable=True)
+        counts = torch.bincount(axis, minlength=len(plan.room))
+        rank = torch.empty_like(order)
+        rank[by_axis] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[axis[by_axis]]
+        gone = torch.bincount(plan.axis[zero], minlength=len(plan.room))
+        allowed = order[rank < (plan.room - gone)[axis]]
+        chosen = torch.zeros(plan.size, dtype=torch.bool)
+        chosen[allowed[: max(0, wanted - int(zero.sum()))]] = True
+        return chosen
+
+    # on the parameters ------------------------------------------------------------------------
+
+    def _rows(self, mask: Tensor, slices: Sequence[Slice] | None = None) -> Iterator[tuple[Slice, Tensor, Tensor]]:
+        """(slice, positions, a copy of the parameter there) for the ZIGs of a mask."""
+        params = self._by_name()
+        for s, index in _positions(mask, self.schedule.group if slices is None else slices):
+            p = params[s.param]
+            index = index.to(p.device)
+            yield s, index, p.index_select(s.dim, index)
+
+    def _sum(self, parts: Iterable[tuple[Slice, Tensor | None, Tensor]]) -> Tensor:
+        """Sums tensors over everything but their ZIGs: (num_zigs,), on the CPU, in at least float32."""
+        sums: dict[torch.device, Tensor] = {}
+        for s, index, values in parts:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            rows = values.movedim(s.dim, 0).flatten(1).sum(1, dtype=dtype)  # (n,)
+            owner = s.owner.to(rows.device)
+            total = sums.get(rows.device)
+            if total is None:
+                total = sums[rows.device] = torch.zeros(self.schedule.size + 1, dtype=dtype, device=rows.device)
+            total.index_add_(0, owner if index is None else owner[index], rows.to(total.dtype))
+        found = [total.cpu()[:-1] for total in sums.values()]
+        return sum(found[1:], found[0]) if found else torch.zeros(self.schedule.size)
+
+    def _scale(self, mask: Tensor, factor: float) -> None:
+        """Multiplies the ZIGs of a mask: a whole multiply per parameter is faster than one by index."""
+        table = torch.ones(self.schedule.size + 1)
+        table[:-1][mask] = factor
+        params = self._by_name()
+        for s, _ in _positions(mask, self.schedule.group):
+            p = params[s.param]
+            shape = [-1 if d == s.dim else 1 for d in range(p.dim())]
+            p.mul_(table[s.owner].to(p.device, p.dtype).view(shape))
+
+    def _freeze(self, mask: Tensor) -> None:
+        """Makes ZIGs zero for good: they, what reads them, and the base optimizer's state of both."""
+        if not mask.any():
+            return
+        params = self._by_name()
+        for s, index in _positions(mask, (*self.schedule.group, *self.schedule.readers)):
+            p = params[s.param]
+            index = index.to(p.device)
+            for t in (p, *self.state[p].values()):
+                if isinstance(t, Tensor) and t.shape == p.shape:
+                    t.index_fill_(s.dim, index.to(t.device), 0)
+        self._own["zero"] = (self.zero | mask).to(torch.uint8)
+
+    def _guard(self) -> None:
+        """Zeroes again what gets gradients though it is zero: groups whose reader is frozen or sees more than zeros."""
+        params = self._by_name()
+        for s, index in _positions(self.zero, self.schedule.guarded):
+            p = params[s.param]
+            p.index_fill_(s.dim, index.to(p.device), 0)
+
+
+def paper_salience(xd: Tensor, xx: Tensor, dd: Tensor, elements: Tensor) -> Tensor:
+    """How redundant each group is: 1/2 cos(x, d) + 1/2 / (|x| / size), each L2-normalised over the groups, (n,)."""
+    cosine = torch.nan_to_num(xd / (xx * dd).sqrt(), posinf=0.0, neginf=0.0)
+    small = 1 / (xx.sqrt() / elements + 1e-6)
+    return 0.5 * torch.nn.functional.normalize(cosine, dim=0) + 0.5 * torch.nn.functional.normalize(small, dim=0)
+
+
+def paper_lambda(xd: Tensor, xx: Tensor, dd: Tensor, lam: float, amplify: float, hat: float) -> Tensor:
+    """The penalty of each group, (n,): lam, or between its bounds where the step would grow the norm (<x, d> < 0)."""
+    low, high = -xd / xx.sqrt(), -dd * xx.sqrt() / xd
+    grown = (amplify * low).clamp(lam, hat * lam)
+    grown = torch.where(grown >= high, (low + high) / 2, grown)
+    return torch.where(xd < 0, grown, torch.full_like(xd, lam))
+
+
+def _spread(values: Tensor, s: Slice, index: Tensor, like: Tensor) -> Tensor:
+    """One number per ZIG -> one per position of the slice, broadcastable to `like`."""
+    shape = [-1 if d == s.dim else 1 for d in range(like.dim())]
+    return values.to(like.device, like.dtype)[s.owner.to(like.device)[index]].view(shape)
+
+
+def _positions(mask: Tensor, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Tensor]]:
+    """(slice, its positions whose ZIG is in the mask), where there are some."""
+    padded = torch.cat([mask, torch.zeros(1, dtype=torch.bool)])
+    for s in slices:
+        index = padded[s.owner].nonzero().squeeze(1)
+        if len(index):
+            yield s, index
+
+
+def _slices(axes: Sequence[PrunableAxis], members: Mapping[str, Sequence[Any]], params: Mapping[str, Tensor]) -> tuple[Slice, ...]:
+    """The members of all axes as one owner vector per parameter dimension."""
+    total = sum(axis.size for axis in axes)
+    owners: dict[tuple[str, int], np.ndarray] = {}
+    start = 0
+    for axis in axes:
+        zigs = np.arange(start, start + axis.size)[:, None]
+        for m in members.get(axis.name, ()):
+            owner = owners.setdefault((m.param, m.dim), np.full(params[m.param].shape[m.dim], total))
+            owner[m.positions(axis.size)] = zigs
+        start += axis.size
+    return tuple(Slice(name, dim, torch.from_numpy(owner)) for (name, dim), owner in owners.items())
+
+
+def _events(total_steps: int, window: tuple[float, float], count: int) -> tuple[int, ...]:
+    """Steps of the choices and of the end of pruning, evenly over the window: count + 1 of them."""
+    begin, end = max(1, round(window[0] * total_steps)), round(window[1] * total_steps)
+    if not 0 <= window[0] < window[1] <= 1:
+        raise ValueError(f"window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
+    if end - begin < count:
+        needed = math.ceil((count + 2) / (window[1] - window[0]))
+        raise ValueError(
+            f"total_steps is {total_steps}, fewer training steps than the pruning window {window} with {count} events "
+            f"needs: train for {needed} steps or more, or widen the window"
+        )
+    return tuple(begin + round(i * (end - begin) / count) for i in range(count + 1))
+
+
+@functools.cache
+def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
+    """The steps at which salience is sampled: up to SAMPLES, evenly, before each choice."""
+    steps: set[int] = set()
+    for previous, event in zip((0, *events), events[:-1], strict=False):
+        count = min(SAMPLES, event - previous)
+        steps |= {event - i * (event - previous) // count for i in range(count)}
+    return frozenset(steps)
+
+
+@functools.cache
+def _with_base(cls: type, base: type[torch.optim.Optimizer]) -> type:
+    """The class whose step is ours around that of `base`."""
+    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _rebuild(base: type[torch.optim.Optimizer]) -> DHSPG:
+    """An empty optimizer, for pickle and deepcopy to fill."""
+    return DHSPG.__new__(DHSPG, base=base)
