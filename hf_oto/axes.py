@@ -105,17 +105,21 @@ class Algebra:
             self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
 
     def pin(self, dim: Dim, why: str) -> None:
-        """No position of dim may be removed; the first reason given to a position is kept."""
+        """No position of dim may be removed."""
         for leaf in dim:
             self.pin_ids(leaf.ids, why)
 
+    def reason(self, why: str) -> int:
+        """The number of a reason; of several for one position the lowest is shown."""
+        if why not in self._reason_of:
+            self._reason_of[why] = len(self.reasons)
+            self.reasons.append(why)
+        return self._reason_of[why]
+
     def pin_ids(self, ids: np.ndarray, why: str) -> None:
         """`pin` for plain ids."""
-        reason = self._reason_of.get(why)
-        if reason is None:
-            reason = self._reason_of[why] = len(self.reasons)
-            self.reasons.append(why)
-        ids = ids[(ids != 0) & (self._pin[ids] == 0)]
+        reason = self.reason(why)
+        ids = ids[(ids != 0) & ((self._pin[ids] == 0) | (self._pin[ids] > reason))]
         self._pin[ids] = reason
 
     def mark(self, dim: Dim, marks: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .zigs import PrunableAxis, ZIGPartition
+from .zigs import Member, PrunableAxis, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,20 @@ class Schedule(NamedTuple):
 class DHSPG(torch.optim.Optimizer):
     """Trains like `base` and brings a given fraction of the ZIGs to exact zero.
 
-    `mode="paper"` is OTOv2's update: after `start` steps the most redundant groups by cosine and magnitude are chosen
+    `mode="paper"` is OTOv2's update: after the warm-up the most redundant groups by cosine and magnitude are chosen
     once, get the penalty lambda between its bounds, and are projected to zero when a step leaves their half-space. The
     norm it can remove is the sum of learning rate times lambda, so that small learning rates miss the target.
 
-    `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that the salience is
-    <x, gradient>^2 averaged over several batches; the redundant groups are chosen at several events, ever more of them
-    on a cubic schedule, and those not yet zero may be released again; between events they are shrunk linearly to zero
-    instead of by a penalty; every axis keeps a floor. The half-space projection is the early exit. Once a group is zero,
-    what reads it and the optimizer's state of both are zeroed too: its gradients are then exactly zero.
+    `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that
+
+    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one;
+    - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
+      floor;
+    - between events they are shrunk linearly to zero instead of by a penalty; the half-space projection, with
+      epsilon = 0, is the early exit.
+
+    In both, once a group is zero, what reads it and the optimizer's state of both are zeroed too: its gradients are
+    exactly zero from then on, and nothing needs a mask.
 
     An instance is also an instance of `base`, so that schedulers, scalers and accelerate treat it as such.
 
@@ -86,14 +91,16 @@ class DHSPG(torch.optim.Optimizer):
         base_kwargs: for `base`.
 
     Raises:
-        ValueError: an argument out of range, a target that the floors make infeasible, too few steps, nothing to prune.
+        ValueError: an argument out of range, a target that the floors make infeasible, too few steps, no ZIG.
 
     Example:
         >>> partition = partition_zigs(model, batch)  # doctest: +SKIP
         >>> DHSPG(model, partition, torch.optim.SGD, lr=0.1, momentum=0.9, total_steps=1000)  # doctest: +SKIP
     """
 
-    def __new__(cls, model: Any = None, partition: Any = None, base: type = torch.optim.AdamW, *_: Any, **__: Any) -> DHSPG:
+    def __new__(
+        cls, model: Any = None, partition: Any = None, base: type = torch.optim.AdamW, *_: Any, **__: Any
+    ) -> DHSPG:
         return super().__new__(_with_base(cls, base))
 
     def __init__(
@@ -137,7 +144,8 @@ class DHSPG(torch.optim.Optimizer):
         if target > sum(room):
             feasible = math.floor(1000 * sum(room) / total) / 1000
             raise ValueError(
-                f"target_group_sparsity={target_group_sparsity} is not feasible: min_keep={min_keep} leaves at most {feasible}"
+                f"target_group_sparsity={target_group_sparsity} is not feasible: "
+                f"with min_keep={min_keep} it can be at most {feasible}"
             )
         events: tuple[int, ...] = ()
         if target and mode == "paper":
@@ -147,15 +155,16 @@ class DHSPG(torch.optim.Optimizer):
         elif target:
             events = _events(total_steps, window, num_events or (16 if target_group_sparsity >= 0.8 else 8))
         sgd = issubclass(base, torch.optim.SGD)
-        elements = [
-            sum(m.positions(axis.size).shape[1] * trained[m.param].numel() // trained[m.param].shape[m.dim] for m in axis.group)
-            for axis in axes
-        ]
+        elements = []  # parameters of one ZIG of each axis
+        for axis in axes:
+            rows = [(m.positions(axis.size).shape[1], trained[m.param], m.dim) for m in axis.group]
+            elements.append(sum(k * p.numel() // p.shape[dim] for k, p, dim in rows))
         sizes = torch.tensor([axis.size for axis in axes], dtype=torch.long)
         readers = [(axis, [m for m in axis.members if m.role == "consumer" and m.param in trained]) for axis in axes]
+        # without a reader that is zeroed too, a zero group still gets gradients
         unread = [
-            axis for axis in axes
-            if not axis.zero_path or any(m.role == "consumer" and m.param not in trained for m in axis.members)
+            axis for (axis, found) in readers
+            if not axis.zero_path or not found or len(found) < sum(m.role == "consumer" for m in axis.members)
         ]  # fmt: skip
         self.schedule = Schedule(
             mode, target, total,
@@ -246,7 +255,8 @@ class DHSPG(torch.optim.Optimizer):
         before = list(self._rows(redundant)) if correcting and now < end else []
         super().step()
         if before:
-            dot = self._sum((s, idx, x * x_half) for (s, idx, x), (_, _, x_half) in zip(before, self._rows(redundant), strict=True))
+            after = self._rows(redundant)
+            dot = self._sum((s, i, x * half) for (s, i, x), (_, _, half) in zip(before, after, strict=True))
             crossed = redundant & (dot < 0)  # the half-space of epsilon = 0
             if crossed.any():
                 self._freeze(crossed)
@@ -269,32 +279,32 @@ class DHSPG(torch.optim.Optimizer):
         start = plan.events[0]
         redundant = torch.ones(plan.size, dtype=torch.bool) if now == start else own["redundant"].cpu() > 0
         redundant &= ~self.zero
-        before = list(self._rows(redundant)) if now >= start and redundant.any() else []
-        lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
+        before = list(self._rows(redundant)) if now >= start else []
         super().step()
+        params, d = self._by_name(), []
+        lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
+        for s, i, x in before:  # a d = x - x_half, whatever the base optimizer
+            step = x - params[s.param].index_select(s.dim, i)
+            d.append(step / lr[s.param] if lr[s.param] else step)
         if before:
-            rates = [lr[s.param] for s, _, _ in before]
-            after = [x_half for _, _, x_half in self._rows(redundant)]
-            d = [(x - x_half) / a if a else torch.zeros_like(x) for (_, _, x), x_half, a in zip(before, after, rates, strict=True)]
             xd = self._sum((s, i, x * y) for (s, i, x), y in zip(before, d, strict=True))
             xx = self._sum((s, i, x * x) for s, i, x in before)
             dd = self._sum((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True))
-            if now == start:
-                score = paper_salience(xd, xx, dd, plan.elements)
-                chosen = torch.argsort(score, descending=True, stable=True)[: plan.target]
-                mask = torch.zeros_like(redundant)
-                mask[chosen] = True
-                own["redundant"] = mask.to(torch.uint8)
-            else:
-                lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
-                pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)
-                hats = []
-                for (s, i, x), x_half, a in zip(before, after, rates, strict=True):
-                    hat = x_half - a * _spread(pull, s, i, x) * x
-                    self._by_name()[s.param].index_copy_(s.dim, i, hat)
-                    hats.append((s, i, hat * x))
-                inside = self._sum(hats) >= plan.epsilon * xx
-                self._freeze(redundant & ~inside)
+        if before and now == start:
+            score = paper_salience(xd, xx, dd, plan.elements)
+            chosen = torch.zeros_like(redundant)
+            chosen[torch.argsort(score, descending=True, stable=True)[: plan.target]] = True
+            own["redundant"] = chosen.to(torch.uint8)
+        elif before:
+            lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
+            pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)
+            dot = []
+            for s, i, x in before:
+                p = params[s.param]
+                hat = p.index_select(s.dim, i) - lr[s.param] * _spread(pull, s, i, x) * x
+                p.index_copy_(s.dim, i, hat)
+                dot.append((s, i, hat * x))
+            self._freeze(redundant & (self._sum(dot) < plan.epsilon * xx))
         self._guard()
 
     # salience and choice ----------------------------------------------------------------------
@@ -313,7 +323,7 @@ class DHSPG(torch.optim.Optimizer):
         own["salience"] = new if first else EMA * own["salience"].cpu() + (1 - EMA) * new
 
     def _choose(self, wanted: int) -> Tensor:
-        """The least salient living ZIGs, so many that `wanted` are zero or about to be, none below its axis's floor."""
+        """The least salient living ZIGs, so that `wanted` are zero or about to be, no axis below its floor."""
         plan, zero = self.schedule, self.zero
         order = torch.argsort(self._own["salience"].cpu(), stable=True)
         order = order[~zero[order]]
@@ -331,10 +341,10 @@ class DHSPG(torch.optim.Optimizer):
 
     # on the parameters ------------------------------------------------------------------------
 
-    def _rows(self, mask: Tensor, slices: Sequence[Slice] | None = None) -> Iterator[tuple[Slice, Tensor, Tensor]]:
+    def _rows(self, mask: Tensor) -> Iterator[tuple[Slice, Tensor, Tensor]]:
         """(slice, positions, a copy of the parameter there) for the ZIGs of a mask."""
         params = self._by_name()
-        for s, index in _positions(mask, self.schedule.group if slices is None else slices):
+        for s, index in _positions(mask, self.schedule.group):
             p = params[s.param]
             index = index.to(p.device)
             yield s, index, p.index_select(s.dim, index)
@@ -344,7 +354,7 @@ class DHSPG(torch.optim.Optimizer):
         sums: dict[torch.device, Tensor] = {}
         for s, index, values in parts:
             dtype = torch.promote_types(values.dtype, torch.float32)
-            rows = values.movedim(s.dim, 0).flatten(1).sum(1, dtype=dtype)  # (n,)
+            rows = values.movedim(s.dim, 0).reshape(values.shape[s.dim], -1).sum(1, dtype=dtype)  # (n,)
             owner = s.owner.to(rows.device)
             total = sums.get(rows.device)
             if total is None:
@@ -377,7 +387,7 @@ class DHSPG(torch.optim.Optimizer):
         self._own["zero"] = (self.zero | mask).to(torch.uint8)
 
     def _guard(self) -> None:
-        """Zeroes again what gets gradients though it is zero: groups whose reader is frozen or sees more than zeros."""
+        """Zeroes again what gets gradients though zero: groups whose reader is frozen or sees more than zeros."""
         params = self._by_name()
         for s, index in _positions(self.zero, self.schedule.guarded):
             p = params[s.param]
@@ -385,7 +395,7 @@ class DHSPG(torch.optim.Optimizer):
 
 
 def paper_salience(xd: Tensor, xx: Tensor, dd: Tensor, elements: Tensor) -> Tensor:
-    """How redundant each group is: 1/2 cos(x, d) + 1/2 / (|x| / size), each L2-normalised over the groups, (n,)."""
+    """How redundant each group is, (n,): the mean of cos(x, d) and of 1 / (|x| / size), each L2-normalised."""
     cosine = torch.nan_to_num(xd / (xx * dd).sqrt(), posinf=0.0, neginf=0.0)
     small = 1 / (xx.sqrt() / elements + 1e-6)
     return 0.5 * torch.nn.functional.normalize(cosine, dim=0) + 0.5 * torch.nn.functional.normalize(small, dim=0)
@@ -414,7 +424,9 @@ def _positions(mask: Tensor, slices: Iterable[Slice]) -> Iterator[tuple[Slice, T
             yield s, index
 
 
-def _slices(axes: Sequence[PrunableAxis], members: Mapping[str, Sequence[Any]], params: Mapping[str, Tensor]) -> tuple[Slice, ...]:
+def _slices(
+    axes: Sequence[PrunableAxis], members: Mapping[str, Sequence[Member]], params: Mapping[str, Tensor]
+) -> tuple[Slice, ...]:
     """The members of all axes as one owner vector per parameter dimension."""
     total = sum(axis.size for axis in axes)
     owners: dict[tuple[str, int], np.ndarray] = {}
@@ -455,7 +467,9 @@ def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
 @functools.cache
 def _with_base(cls: type, base: type[torch.optim.Optimizer]) -> type:
     """The class whose step is ours around that of `base`."""
-    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    if issubclass(cls, base):
+        return cls
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _rebuild(base: type[torch.optim.Optimizer]) -> DHSPG:

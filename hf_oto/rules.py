@@ -18,6 +18,7 @@ from .trace import Call, Ref, Trace
 
 logger = logging.getLogger(__name__)
 
+OUTPUT = "it is part of the model's output"
 MEETS = "it meets a position that stays (of an input or an index, say)"
 
 
@@ -704,6 +705,7 @@ def apply_rules(trace: Trace) -> Axes:
     s = Axes()
     for ref in trace.sources.values():
         s.source(ref)
+    s.algebra.reason(OUTPUT)  # the first: what a person should read, if there are others too
     missing: set[str] = set()
     for call in trace.calls:
         s.layer = call.layer
@@ -729,5 +731,5 @@ def apply_rules(trace: Trace) -> Axes:
                 s.const.add(ref.value)
     for ref in trace.outputs:
         for dim in s.of(ref):
-            s.algebra.pin(dim, "it is part of the model's output")
+            s.algebra.pin(dim, OUTPUT)
     return s

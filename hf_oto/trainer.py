@@ -84,7 +84,7 @@ class OTOMixin:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with DDP (torchrun) instead")
         if self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             raise OTOError(
-                f"OTOTrainer builds DHSPG around {type(self.optimizer).__name__} itself: instead of optimizers=(...) pass "
+                f"OTOTrainer builds DHSPG around {type(self.optimizer).__name__} itself: not optimizers=(...), pass "
                 "optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for your schedule override create_scheduler"
             )
         if self.optimizer is not None:
@@ -104,7 +104,9 @@ class OTOMixin:
                 "this trainer has compacted its model: to train that further make a Trainer(trainer.model, ...), "
                 "to prune it again an OTOTrainer(trainer.model, ...)"
             )
-        self.partition = self.plan = self.report = None
+        self.plan = self.report = None
+        if self.model_init is not None:
+            self.partition = None
         output = super().train(*args, **kwargs)
         self._compact()
         return output

@@ -214,7 +214,7 @@ class ZIGPartition:
             zero = np.ones(axis.size, bool)
             for m in axis.group:
                 t = tensors[m.param]
-                alive = (t != 0).movedim(m.dim, 0).flatten(1).any(1).cpu().numpy()  # (n,)
+                alive = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1).any(1).cpu().numpy()  # (n,)
                 zero &= ~alive[m.positions(axis.size)].any(1)
             yield axis, zero
 

@@ -1,0 +1,391 @@
+"""The optimizer's laws: the base where nothing is pruned, the paper's update, the exact target, zeros for good."""
+
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from dhspg_reference import Group, Reference
+from torch import nn
+
+from hf_oto import DHSPG, PruningPlan, ZIGPartition
+from hf_oto.zigs import Member, PrunableAxis
+
+ADAMW = (torch.optim.AdamW, dict(weight_decay=0.1))
+FUSED = (torch.optim.AdamW, dict(weight_decay=0.1, fused=True))
+SGD = (torch.optim.SGD, dict(momentum=0.9, nesterov=True, weight_decay=1e-2))
+BASES = pytest.mark.parametrize("base", [ADAMW, FUSED, SGD], ids=["adamw", "fused", "sgd"])
+
+
+class Net(nn.Module):
+    """Two prunable hidden layers, the first behind a batch norm; 30 ZIGs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Linear(20, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x))))))
+
+
+def producer(name, dim=0, **layout):
+    return Member(name, dim, "producer", **layout)
+
+
+def consumer(name, dim=1, **layout):
+    return Member(name, dim, "consumer", **layout)
+
+
+PARTITION = ZIGPartition(
+    (
+        PrunableAxis("a", "units", 20, (
+            producer("a.weight"), producer("a.bias"), producer("norm.weight"), producer("norm.bias"),
+            consumer("b.weight"),
+            Member("norm.running_mean", 0, "statistic"), Member("norm.running_var", 0, "statistic"),
+        )),
+        PrunableAxis("b", "units", 10, (producer("b.weight"), producer("b.bias"), consumer("c.weight"))),
+    ),
+    {},
+)  # fmt: skip
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def make(model, base=ADAMW, lr=1e-2, steps=60, partition=PARTITION, **settings):
+    settings = dict(target_group_sparsity=0.5, total_steps=steps) | settings
+    return DHSPG(model, partition, base[0], lr=lr, **base[1], **settings)
+
+
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(16, 6, generator=g), torch.randint(0, 3, (16,), generator=g)
+
+
+def run(model, optimizer, steps, start=0, scheduler=None, clip=None, each=lambda i: None):
+    for i in range(start, steps):
+        x, y = batch(i)
+        nn.functional.cross_entropy(model(x.to(model.a.weight.dtype)), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+        each(i)
+    return model
+
+
+def zeros(model, partition=PARTITION):
+    return PruningPlan.from_zeros(model, partition).removed(partition)
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# the base optimizer -----------------------------------------------------------------------
+
+
+@BASES
+def test_with_nothing_to_prune_it_is_bitwise_the_base(base):
+    plain, ours, pruned = net(), net(), net()
+    run(plain, base[0](plain.parameters(), lr=1e-2, **base[1]), 50)
+    run(ours, make(ours, base, target_group_sparsity=0.0), 50)
+    run(pruned, make(pruned, base, steps=50), 50)
+    assert same(plain, ours)
+    assert not same(plain, pruned)
+
+
+@BASES
+def test_it_is_an_instance_of_its_base(base):
+    optimizer = make(net(), base)
+    assert isinstance(optimizer, DHSPG) and isinstance(optimizer, base[0])
+    assert type(optimizer).__name__ == "DHSPG"
+
+
+# the paper's update -----------------------------------------------------------------------
+
+
+def random_case(seed, base):
+    rng = np.random.default_rng(seed)
+    model, axes, groups = nn.Module(), [], []
+    for k in range(rng.integers(1, 4)):
+        size, inner, width = rng.integers(2, 7), rng.integers(1, 4), rng.integers(1, 5)
+        members = [("w", (size * inner, width), 0), ("v", (width, size * inner), 1), ("b", (size * inner,), 0)]
+        for name, shape, _ in members:
+            value = torch.from_numpy(rng.normal(size=shape) * rng.choice([0.01, 0.3]))
+            model.register_parameter(f"{name}{k}", nn.Parameter(value))
+        found = [producer(f"{name}{k}", dim, inner=int(inner)) for name, _, dim in members]
+        axes.append(PrunableAxis(f"axis{k}", "units", int(size), tuple(found)))
+        for j in range(size):
+            index = torch.arange(j * inner, (j + 1) * inner)
+            groups.append(Group([(m.param, m.dim, index) for m in found]))
+    model.register_parameter("free", nn.Parameter(torch.from_numpy(rng.normal(size=(3,)))))
+    return model, ZIGPartition(tuple(axes), {}), groups, rng
+
+
+def paper_difference(seed, base, **change):
+    model, partition, groups, rng = random_case(seed, base)
+    kwargs, lr = {k: v for k, v in base[1].items() if k != "fused"}, float(10 ** rng.uniform(-2.5, -1))
+    settings = dict(
+        lam=float(10 ** rng.uniform(-2, 0)), lam_amplify=2.0, lam_max=10.0, epsilon=float(rng.choice([0, 0.9]))
+    )
+    twin = copy.deepcopy(model)
+    params = dict(twin.named_parameters())
+    optimizer = DHSPG(
+        model, partition, base[0], lr=lr, mode="paper", target_group_sparsity=0.5, total_steps=30, **settings, **kwargs
+    )
+    settings |= change
+    reference = Reference(
+        params, base[0](params.values(), lr=lr, **kwargs), groups, round(0.5 * len(groups)), 3,
+        settings["lam"], settings["lam_amplify"], settings["lam_max"], settings["epsilon"],
+    )  # fmt: skip
+    goal = {n: torch.from_numpy(rng.normal(size=p.shape) * 0.1) for n, p in model.named_parameters()}
+    for _ in range(30):
+        for n, p in model.named_parameters():
+            p.grad = p.detach() - goal[n] + 0.1 * torch.from_numpy(rng.normal(size=p.shape))
+            # the same gradient, not one of the twin's own place: rounding must not be fed back
+            params[n].grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    worst = max(float((p - params[n]).detach().abs().max()) for n, p in model.named_parameters())
+    assert set(np.flatnonzero(optimizer.zero)) == reference.zero or change
+    return worst, len(reference.zero)
+
+
+@BASES
+def test_paper_mode_is_the_literal_twin(base):
+    results = [paper_difference(seed, base) for seed in range(25)]
+    assert max(worst for worst, _ in results) < 1e-12
+    assert sum(count for _, count in results) > 20  # the projection was at work
+    assert any(paper_difference(seed, base, lam=0.3)[0] > 1e-3 for seed in range(5))
+
+
+def test_the_released_rule_misses_its_target_at_a_fine_tuning_rate():
+    model = net()
+    optimizer = make(model, lr=5e-5, mode="paper")
+    run(model, optimizer, 60)
+    assert optimizer.group_sparsity == 0.0 and not optimizer.target_reached
+
+
+# the schedule -----------------------------------------------------------------------------
+
+
+@BASES
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("lr", [5e-5, 1e-3, "decay"])
+def test_exactly_the_target_whatever_the_learning_rate(base, target, lr):
+    model = net()
+    optimizer = make(model, base, lr=1e-2 if lr == "decay" else lr, target_group_sparsity=target)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / 60) if lr == "decay" else None
+    history = []
+    run(model, optimizer, 60, scheduler=scheduler, each=lambda i: history.append(zeros(model)))
+    counts = [int(z.sum()) for z in history]
+    assert counts[:6] == [0] * 6  # the window opens after 10 % of the steps
+    assert counts[36:] == [round(target * 30)] * 24  # and closes at 60 %
+    assert optimizer.group_sparsity == counts[-1] / 30 and optimizer.target_reached
+    assert all((later >= earlier).all() for earlier, later in itertools.pairwise(history))
+    for name in ("a", "b"):
+        left = {axis.name: ~part for axis, part in PARTITION.split(history[-1])}[name]
+        assert left.sum() >= max(1, np.ceil(0.1 * len(left)))
+
+
+def test_the_floor_is_what_keeps_layers_alive():
+    """Negative control of the floor: with a lower one, a layer of small weights goes below 10 %."""
+
+    def kept(min_keep):
+        model = net()
+        with torch.no_grad():
+            model.b.weight.mul_(1e-4)
+            model.b.bias.mul_(1e-4)
+        optimizer = make(model, target_group_sparsity=0.45, lr=1e-5, min_keep=min_keep)
+        run(model, optimizer, 60)
+        return (~zeros(model)[20:]).sum()
+
+    assert kept(0.5) >= 5
+    assert kept(0.1) < 5
+
+
+@BASES
+def test_zeros_stay_zero_under_everything(base):
+    model = net()
+    optimizer = make(model, base, lr=5e-2, steps=40)
+    run(model, optimizer, 40)
+    first = zeros(model)
+    run(model, optimizer, 120, start=40, clip=0.1)
+    assert np.array_equal(first, zeros(model)) and first.sum() == 15
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert float(model.b.weight.grad[:, torch.from_numpy(first[:20])].abs().max()) == 0.0
+    # negative control: bring one reader back to life, and its group gets gradients again
+    with torch.no_grad():
+        column = int(np.flatnonzero(first[:20])[0])
+        model.b.weight[:, column] = 1.0
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert float(model.norm.bias.grad[column].abs()) > 0.0 or float(model.a.weight.grad[column].abs().max()) == 0.0
+
+
+class Gated(nn.Module):
+    """sigmoid(0) is not 0: the ZIG needs the reader's columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.b(torch.sigmoid(self.a(x)))
+
+
+@pytest.mark.parametrize("frozen_reader", [False, True])
+def test_zeros_stay_where_gradients_do_not_vanish(frozen_reader):
+    torch.manual_seed(0)
+    model = Gated()
+    members = (producer("a.weight"), producer("a.bias"), consumer("b.weight"))
+    partition = ZIGPartition((PrunableAxis("a", "units", 12, members, zero_path=frozen_reader),), {})
+    model.b.weight.requires_grad_(not frozen_reader)
+    optimizer = make(model, SGD, lr=0.1, partition=partition)
+    run(model, optimizer, 60)
+    assert zeros(model, partition).sum() == 6
+
+
+def test_axes_with_frozen_parameters_are_left_alone():
+    model = net()
+    model.a.bias.requires_grad_(False)
+    optimizer = make(model)
+    run(model, optimizer, 60)
+    assert zeros(model).sum() == 5 and zeros(model)[:20].sum() == 0
+
+
+def test_a_zero_group_changes_no_output():
+    model = net()
+    optimizer = make(model)
+    run(model, optimizer, 60)
+    model.eval()
+    x, _ = batch(0)
+    before = model(x)
+    gone = torch.from_numpy(zeros(model))
+    with torch.no_grad():
+        model.c.weight[:, gone[20:]] = 7.0
+        model.b.weight[:, gone[:20]] = 7.0
+        # b's own zero rows have to stay zero
+        model.b.weight[gone[20:]] = 0.0
+    assert torch.equal(before, model(x))
+    with torch.no_grad():
+        model.b.weight[:, ~gone[:20]] += 7.0
+    assert not torch.equal(before, model(x))
+
+
+# state ------------------------------------------------------------------------------------
+
+
+def through_a_file(optimizer, other, folder):
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    other.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    return other
+
+
+@BASES
+@pytest.mark.parametrize("mode", ["scheduled", "paper"])
+@pytest.mark.parametrize("at", [3, 17, 45])
+def test_resume_is_bit_identical(base, mode, at, tmp_path):
+    def start():
+        model = net()
+        return model, make(model, base, lr=5e-2, mode=mode)
+
+    whole, optimizer = start()
+    run(whole, optimizer, 60)
+    first, optimizer = start()
+    run(first, optimizer, at)
+    for copied in ("file", "pickle", "deepcopy"):
+        if copied == "file":
+            model, other = start()
+            model.load_state_dict(first.state_dict())
+            through_a_file(optimizer, other, tmp_path)
+        elif copied == "pickle":
+            model, other = pickle.loads(pickle.dumps((first, optimizer)))
+        else:
+            model, other = copy.deepcopy((first, optimizer))
+        run(model, other, 60, start=at)
+        assert same(model, whole), copied
+    model, other = start()  # negative control: weights alone are not enough
+    model.load_state_dict(first.state_dict())
+    run(model, other, 60, start=at)
+    assert not same(model, whole)
+
+
+def test_a_fake_step_before_loading_changes_nothing(tmp_path):
+    """torch.distributed.checkpoint steps a fresh optimizer with zero gradients and lr 0 before it loads state."""
+    whole = net()
+    optimizer = make(whole)
+    run(whole, optimizer, 20)
+    fresh = net()
+    other = make(fresh)
+    fresh.load_state_dict(whole.state_dict())
+    for p in fresh.parameters():
+        p.grad = torch.zeros_like(p)
+    lrs = [g["lr"] for g in other.param_groups]
+    for g in other.param_groups:
+        g["lr"] = 0.0
+    other.step()
+    for g, lr in zip(other.param_groups, lrs, strict=True):
+        g["lr"] = lr
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), fresh.parameters(), strict=True))
+    other.zero_grad()
+    through_a_file(optimizer, other, tmp_path)
+    run(whole, optimizer, 60, start=20)
+    run(fresh, other, 60, start=20)
+    assert same(whole, fresh)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model = net(dtype)
+    optimizer = make(model)
+    run(model, optimizer, 60)
+    assert zeros(model).sum() == 15
+
+
+def test_closures_work():
+    model = net()
+    optimizer = make(model, SGD, lr=0.1, steps=40)
+    for i in range(40):
+        x, y = batch(i)
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) > 0
+    assert zeros(model).sum() == 15
+
+
+# bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target_group_sparsity=1.0), r"in \[0, 1\)"),
+        (dict(target_group_sparsity=-0.1), r"in \[0, 1\)"),
+        (dict(target_group_sparsity=0.95), r"not feasible.*at most 0\.9"),
+        (dict(steps=10), r"fewer training steps than the pruning window.*\d+ steps or more"),
+        (dict(mode="fast"), "'scheduled' or 'paper'"),
+        (dict(window=(0.6, 0.1)), "0 <= start < end <= 1"),
+        (dict(partition=ZIGPartition((), {})), "no prunable ZIG"),
+    ],
+)
+def test_bad_arguments(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(net(), **settings)
+
+
+def test_the_largest_feasible_target_is_feasible():
+    make(net(), target_group_sparsity=0.9)

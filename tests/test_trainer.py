@@ -1,0 +1,337 @@
+"""OTOTrainer: one train() on a full model, a compact one in the end, and nothing lost on the way."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from datasets import Dataset
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+import hf_oto
+from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
+from hf_oto import trainer as trainer_module
+from hf_oto.zigs import OTOError
+
+BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
+
+
+def bert(seed=0):
+    tf.set_seed(seed)
+    return tf.BertForSequenceClassification(tf.BertConfig(**BERT, num_labels=3))
+
+
+def sentences(n=64):
+    rng = np.random.default_rng(0)
+    return Dataset.from_dict(
+        {"input_ids": rng.integers(3, 60, (n, 8)).tolist(), "labels": rng.integers(0, 3, n).tolist()}
+    )
+
+
+def arguments(folder, cls=OTOTrainingArguments, **more):
+    settings = dict(
+        max_steps=40, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=10, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return cls(str(folder), **(settings | more))
+
+
+def train(folder, model=None, cls=OTOTrainer, resume=None, data=None, args=None, **more):
+    args = args or arguments(folder, **more)
+    trainer = cls(model or bert(), args, train_dataset=data or sentences(), eval_dataset=sentences(16))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("trained"), target_group_sparsity=0.4)
+
+
+# the main job -----------------------------------------------------------------------------
+
+
+def digits():
+    data = load_digits()
+    images = [Image.fromarray((i * 15.9).astype(np.uint8)).resize((32, 32)) for i in data.images]
+    pixels = np.stack([np.asarray(i, np.float32)[None].repeat(3, 0) / 127.5 - 1 for i in images])
+    order = np.random.default_rng(0).permutation(len(pixels))
+    rows = [{"pixel_values": torch.from_numpy(pixels[i]), "labels": int(data.target[i])} for i in order]
+    return rows[:1400], rows[1400:]
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_real_run_stays_within_two_points_of_dense(tmp_path):
+    rows, held_out = digits()
+    config = tf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic", num_labels=10
+    )
+    scores = {}
+    for name, cls, args_cls in (
+        ("dense", tf.Trainer, tf.TrainingArguments),
+        ("oto", OTOTrainer, OTOTrainingArguments),
+    ):
+        tf.set_seed(0)
+        args = arguments(
+            tmp_path,
+            args_cls,
+            max_steps=220,
+            per_device_train_batch_size=32,
+            learning_rate=3e-3,
+            remove_unused_columns=False,
+        )
+        trainer = cls(
+            tf.ResNetForImageClassification(config),
+            args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            compute_metrics=accuracy,
+        )
+        trainer.train()
+        scores[name] = trainer.evaluate()["eval_accuracy"]
+    assert scores["dense"] > 0.95
+    assert scores["oto"] > scores["dense"] - 0.02
+    report = trainer.report
+    assert report["group_sparsity"] == round(0.5 * trainer.partition.num_zigs) / trainer.partition.num_zigs
+    assert report["after"]["params"] < 0.6 * report["before"]["params"]
+    assert report["after"]["macs"] < 0.8 * report["before"]["macs"]
+    assert report["max_output_difference"] < 1e-5
+
+
+def test_after_train_everything_sees_the_compact_model(trained, tmp_path):
+    model = trained.model
+    assert isinstance(model, tf.BertForSequenceClassification)
+    removed = trained.plan.removed(trained.partition)
+    assert removed.sum() == round(0.4 * trained.partition.num_zigs)
+    widths = [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    assert sum(widths) < 2 * 48
+    assert trained.evaluate()["eval_loss"] > 0
+    predicted = trained.predict(sentences(16)).predictions
+    trained.save_model(str(tmp_path))
+    again = OTOTrainer(
+        tf.BertForSequenceClassification.from_pretrained(tmp_path), arguments(tmp_path / "again")
+    ).predict(sentences(16))  # fmt: skip
+    assert np.array_equal(predicted, again.predictions)
+
+
+def test_every_log_line_has_the_group_sparsity(trained):
+    values = [line["group_sparsity"] for line in trained.state.log_history]
+    assert values == sorted(values) and values[0] < values[-1]
+    assert values[-1] == round(trained.report["group_sparsity"], 4)
+
+
+def test_the_progress_bar_shows_the_group_sparsity(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(tf.ProgressCallback):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            self.training_bar.set_postfix = lambda **values: shown.append(values)
+
+    trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences(), callbacks=[Bar()])
+    trainer.train()
+    assert {"group_sparsity": "0.50"} in shown
+
+
+def test_plain_training_arguments_mean_the_defaults(tmp_path):
+    trainer = train(tmp_path, args=arguments(tmp_path, tf.TrainingArguments))
+    assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_nothing_to_prune_is_the_stock_trainer(tmp_path):
+    stock = tf.Trainer(bert(), arguments(tmp_path, tf.TrainingArguments), train_dataset=sentences())
+    stock.train()
+    ours = train(tmp_path, target_group_sparsity=0.0)
+    expected = stock.model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in ours.model.state_dict().items())
+    pruned = train(tmp_path, target_group_sparsity=0.2)
+    assert any(t.shape != expected[n].shape for n, t in pruned.model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [2, 14, 36])
+def test_resume_is_bit_identical(tmp_path, step):
+    """Before, inside and after the window; the negative control is a resume without the optimizer's state."""
+    whole = train(tmp_path / "whole", save_strategy="steps", save_steps=step, lr_scheduler_type="cosine")
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    again = train(tmp_path / "again", resume=str(checkpoint), lr_scheduler_type="cosine")
+    assert whole.plan == again.plan
+    expected = whole.model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in again.model.state_dict().items())
+    if step == 14:
+        (checkpoint / "optimizer.pt").unlink()
+        (checkpoint / "scheduler.pt").unlink()
+        other = train(tmp_path / "other", resume=str(checkpoint), lr_scheduler_type="cosine")
+        assert other.plan != whole.plan
+
+
+def test_paper_mode_runs(tmp_path):
+    trainer = train(tmp_path, pruning_mode="paper", optim="sgd", learning_rate=0.1)
+    assert 0 <= trainer.report["group_sparsity"] <= 0.5
+
+
+def test_the_best_model_is_never_from_before_the_target(tmp_path):
+    trainer = train(
+        tmp_path, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True
+    )
+    assert trainer.state.best_global_step >= 24
+    assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_seq2seq_generates_with_the_compact_model(tmp_path):
+    tf.set_seed(0)
+    config = tf.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=60, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    data = sentences(32).map(lambda e: {"labels": e["input_ids"][:4]})
+    args = arguments(tmp_path, tf.Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=6)
+    trainer = OTOSeq2SeqTrainer(tf.T5ForConditionalGeneration(config), args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert {axis.kind for axis in trainer.partition.axes} == {"heads", "units"}
+    generated = trainer.predict(data.select(range(4))).predictions
+    assert generated.shape[0] == 4
+
+
+def test_model_init_trains_again_from_the_start(tmp_path):
+    trainer = OTOTrainer(model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=sentences())
+    trainer.train()
+    first = copy.deepcopy(trainer.plan)
+    trainer.train()
+    assert trainer.plan == first
+
+
+# what users bring along -------------------------------------------------------------------
+
+
+def test_own_optimizer_class_schedule_and_callbacks(tmp_path):
+    steps = []
+
+    class Counting(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    class Mine(OTOMixin, tf.Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, 10, 0.5)
+            return self.lr_scheduler
+
+    chosen = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
+    trainer = Mine(
+        bert(), arguments(tmp_path), train_dataset=sentences(), callbacks=[Counting()], optimizer_cls_and_kwargs=chosen
+    )
+    made = trainer.create_optimizer()
+    assert isinstance(made, torch.optim.SGD) and made.defaults["momentum"] == 0.9
+    trainer.train()
+    assert len(steps) == 40
+    assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_ready_made_optimizer_is_refused_with_the_way_out(tmp_path):
+    model = bert()
+    with pytest.raises(OTOError, match="optimizer_cls_and_kwargs"):
+        OTOTrainer(model, arguments(tmp_path), optimizers=(torch.optim.AdamW(model.parameters()), None))
+
+
+def test_an_optimizer_that_is_no_plain_one_is_refused(tmp_path):
+    class NotPlain:
+        pass
+
+    trainer = OTOTrainer(
+        bert(), arguments(tmp_path), train_dataset=sentences(), optimizer_cls_and_kwargs=(NotPlain, {"lr": 1e-3})
+    )
+    with pytest.raises(OTOError, match="no plain torch optimizer"):
+        trainer.train()
+
+
+# bad input --------------------------------------------------------------------------------
+
+
+def test_a_second_train_is_refused(trained):
+    with pytest.raises(OTOError, match=r"has compacted its model.*OTOTrainer\(trainer.model"):
+        trained.train()
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.0, 7])
+def test_target_outside_its_range(tmp_path, target):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
+        arguments(tmp_path, target_group_sparsity=target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target_group_sparsity=0.95), r"at most 0\.\d+"),
+        (dict(max_steps=8), "fewer training steps than the pruning window"),
+        (dict(protect=["no such layer"]), "matches no parameter"),
+    ],
+)
+def test_settings_that_cannot_work_say_so_before_training(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **settings)
+
+
+def test_protected_layers_stay_whole(tmp_path):
+    trainer = train(tmp_path, protect=[r"layer\.0\."])
+    assert trainer.model.bert.encoder.layer[0].intermediate.dense.out_features == 48
+    assert trainer.model.bert.encoder.layer[1].intermediate.dense.out_features < 48
+
+
+class Unprunable(tf.PreTrainedModel):
+    config_class = tf.PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(4, 2)
+        self.post_init()
+
+    def forward(self, x, labels=None):
+        return {"loss": self.head(x).sum(), "logits": self.head(x)}
+
+
+def test_a_model_without_zigs_shows_its_pins(tmp_path):
+    data = [{"x": torch.randn(4), "labels": 0}] * 16
+    trainer = OTOTrainer(Unprunable(tf.PreTrainedConfig()), arguments(tmp_path), train_dataset=data)
+    with pytest.raises(OTOError, match=r"(?s)no prunable ZIG.*part of the model's output: head.weight"):
+        trainer.train()
+
+
+def test_a_batch_the_model_cannot_take(tmp_path):
+    data = Dataset.from_dict({"input_ids": [[99999] * 8] * 16, "labels": [0] * 16})
+    with pytest.raises((OTOError, IndexError), match=r"can't take the batch|index out of range"):
+        train(tmp_path, data=data)
+    wrong = [{"pixel_values": torch.zeros(3, 4, 4)}] * 16
+    trainer = OTOTrainer(bert(), arguments(tmp_path, remove_unused_columns=False), train_dataset=wrong)
+    with pytest.raises(OTOError, match=r"can't take the batch \{'pixel_values': \(2, 3, 4, 4\)\}"):
+        trainer.train()
+
+
+def test_sharded_training_is_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(OTOError, match=r"DeepSpeed is not supported.*DDP"):
+        OTOTrainer(bert(), args)
+    args = arguments(tmp_path)
+    args.fsdp = "full_shard"
+    with pytest.raises(OTOError, match=r"FSDP is not supported yet.*DDP"):
+        OTOTrainer(bert(), args)
+    monkeypatch.setattr(tf.Trainer, "get_tp_size", lambda self: 2)
+    with pytest.raises(OTOError, match=r"tensor parallel.*DDP"):
+        OTOTrainer(bert(), arguments(tmp_path))
+
+
+def test_a_failed_certificate_saves_the_full_model_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "cut_difference", lambda *_: 0.5)
+    trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
+    with pytest.raises(OTOError, match=r"certificate failed.*5.0e-01.*saved in .*dense"):
+        trainer.train()
+    saved = tf.BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert saved.bert.encoder.layer[0].intermediate.dense.out_features == 48
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trainer.model.parameters(), strict=True))
+    zeros = hf_oto.PruningPlan.from_zeros(saved, trainer.partition)
+    assert zeros.removed(trainer.partition).any()  # what was trained is there
