@@ -37,8 +37,7 @@ def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dic
         attributes, conflicts = partition.sizes.solve(removed)
         if not conflicts:
             return removed, attributes
-        back = partition.sizes.involved(conflicts)
-        back = back[removed[back]] if removed[back].any() else np.flatnonzero(removed)
+        back = partition.sizes.involved(conflicts, removed)
         layer = conflicts[0].layer or "forward"
         logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), layer)
         removed[back] = False
@@ -174,8 +173,8 @@ def _record(
                 else [m.param, m.dim, m.start, m.outer, m.inner]
                 for m in axis.members
             ]
-            kept = int((~gone).sum())
-            found.append({"step": step, "size": axis.size, "kept": kept, "members": members})
+            bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
+            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members})
     return {"version": 1, "modules": modules, "cuts": found}
 
 
@@ -186,8 +185,6 @@ def _differs(old: Any, new: Any) -> bool:
 @torch.no_grad()
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model of the same outputs: dense widths again, what was cut filled with zeros.
-
-    The kept ZIGs come first along every axis, whatever their places were before: the order of ZIGs means nothing.
 
     Args:
         model: a compact model; it is not changed.
@@ -208,7 +205,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
         tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
     dense.load_state_dict(tensors)
-    dense.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
 
 
@@ -216,6 +214,8 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
     """The tensors before these cuts, with zeros where something was cut."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     for cut in cuts:
+        bits = int(cut["kept"], 16)
+        lost = [j for j in range(cut["size"]) if not bits >> j & 1]
         for name, dim, *rest in cut["members"]:
             layout = (
                 {"index": np.array(rest[0])}
@@ -223,11 +223,11 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
                 else dict(zip(("start", "outer", "inner"), rest, strict=True))
             )
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
-            gone.setdefault((name, dim), []).append(positions[cut["kept"] :].reshape(-1))
+            gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
     filled = dict(tensors)
-    for (name, dim), lost in gone.items():
+    for (name, dim), found in gone.items():
         old = filled[name]
-        removed = np.concatenate(lost)
+        removed = np.concatenate(found)
         stay = np.setdiff1d(np.arange(old.shape[dim] + len(removed)), removed)
         shape = list(old.shape)
         shape[dim] += len(removed)

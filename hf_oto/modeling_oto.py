@@ -9,7 +9,8 @@ The record is `config.oto`, plain JSON:
      "modules": {"bert.encoder.layer.0.attention.self.query":             # only what differs from the stock model
                      {"attributes": {"out_features": 128},                # ints, or lists of ints
                       "shapes": {"weight": [128, null], "bias": [128]}}}, # new sizes, null: as the stock model has it
-     "cuts": [{"size": 4, "kept": 2, "members": [["bert...query.weight", 0, 0, 1, 64], ...]}]}  # for `to_dense` only
+     "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
+               "members": [["bert...query.weight", 0, 0, 1, 64], ...]}]}   # a hexadecimal number, are what was kept
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +73,10 @@ def validate(record: Any) -> None:
             ok = isinstance(shape, list) and all(n is None or (_is_size(n) and n >= 1) for n in shape)
             _require(ok, f"the shape of {path}.{name} is {shape!r}, not a list of sizes >= 1 and nulls")
     for i, cut in enumerate(record["cuts"]):
-        ok = isinstance(cut, dict) and _is_size(cut.get("size")) and _is_size(cut.get("kept"))
+        ok = isinstance(cut, dict) and _is_size(cut.get("step")) and _is_size(cut.get("size"))
+        ok = ok and isinstance(cut.get("kept"), str) and re.fullmatch("[0-9a-f]+", cut["kept"]) is not None
         ok = ok and isinstance(cut.get("members"), list) and all(map(_is_member, cut["members"]))
-        _require(ok, f"cuts[{i}] is not {{'size': int, 'kept': int, 'members': [[name, dim, ...], ...]}}")
+        _require(ok, f"cuts[{i}] is not {{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...]}}")
 
 
 def _require(ok: bool, fact: str) -> None:

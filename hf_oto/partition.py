@@ -103,17 +103,18 @@ def _traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         return trace(model, inputs)
     except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
         logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
-        if any(p.is_meta for p in model.parameters()):
-            raise OTOError(
-                f"the model can't be traced without weights ({error}): load it before partitioning"
-            ) from error
-    try:
-        return trace(model, inputs, fake=False)
-    except Exception as error:
-        shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        raise OTOError(
-            f"{type(model).__name__} can't take the batch {shapes}: {type(error).__name__}: {error}"
-        ) from error
+        problem, hint = error, ""
+    if any(p.is_meta for p in model.parameters()):
+        hint = " (or the model can't be traced without weights: load them first)"
+    else:
+        try:
+            return trace(model, inputs, fake=False)
+        except Exception as error:
+            problem = error
+    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    raise OTOError(
+        f"{type(model).__name__} can't take the batch {shapes}: {type(problem).__name__}: {problem}{hint}"
+    ) from problem
 
 
 def _solved(
@@ -153,7 +154,7 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str,
                 break
         else:
             return partition
-        zigs = partition.sizes.involved(conflicts)
+        zigs = partition.sizes.involved(conflicts, removed)
         layer = next((c.layer for c in conflicts if c.layer), "")
         _pin_axes(
             partition,

@@ -394,6 +394,21 @@ def index_select(s: Axes, call: Call) -> list[list[Dim]]:
     return [dims]
 
 
+def gather(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[i, index[i, j]] -> i j: one dimension is looked up by number, the others go together"""
+    ref, d, index = call.args[:3]
+    dims, found = s.of(ref), list(s.of(index))
+    d %= max(1, len(dims))
+    for k, n in enumerate(index.shape):
+        if k != d and n == ref.shape[k]:
+            found[k] = s.unify(dims[k], found[k], first)
+        elif dims:
+            s.pin(dims[k], "positions are looked up by number")
+            s.pin(found[k], "it is an index")
+    s.produce(ref, *dims)
+    return [found]
+
+
 # contractions --------------------------------------------------------------------------------------
 
 
@@ -673,7 +688,8 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     embedding: "embedding",
     index_: "index",
     index_select: "index_select",
-    lookup: """gather scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
+    gather: "gather",
+    lookup: """scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
         one_hot _local_scalar_dense""",
     mm: "mm addmm bmm baddbmm mv dot",
     convolution: "convolution _convolution",
@@ -711,6 +727,7 @@ def apply_rules(trace: Trace) -> Axes:
         s.layer = call.layer
         name = base_name(call.op)
         rule = RULES.get(name, elementwise if torch.Tag.pointwise in call.op.tags else unknown)
+        problem = "it has no rule"
         try:
             outs = rule(s, call)
             for ref, dims in zip(call.outs, outs, strict=True):
@@ -719,11 +736,10 @@ def apply_rules(trace: Trace) -> Axes:
                 ]:
                     raise ValueError(f"the rule gives {[size(dim) for dim in dims]} for {ref.shape}")
         except Exception as error:  # a rule that fails must pin, never raise and never guess
-            logger.info("the rule of %s failed in %s: %s: its tensors are pinned", name, call.layer, error)
-            rule, outs = unknown, unknown(s, call)
+            rule, outs, problem = unknown, unknown(s, call), f"its rule failed ({type(error).__name__}: {error})"
         if rule is unknown and call.outs and name not in missing:
             missing.add(name)
-            logger.info("no rule for %s (in %s): its tensors are pinned", name, call.layer)
+            logger.info("tensors of %s are pinned: %s, in %s", name, problem, call.layer)
         const = all(a.value in s.const for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a))
         for ref, dims in zip(call.outs, outs, strict=True):
             s.dims[ref.value] = dims

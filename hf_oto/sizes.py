@@ -156,15 +156,18 @@ class Sizes:
     def _touched(self, equation: Equation, removed: np.ndarray) -> bool:
         return any(removed[f].any() for e in equation[:2] for s in _spans(e) for f in self.spans[s].factors)
 
-    def involved(self, equations: Sequence[Equation]) -> np.ndarray:
-        """The ZIGs that the equations speak of; where there are none, those of equations with the same attributes."""
-        zigs = [f for q in equations for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
-        if not zigs:
-            shared = {a for q in equations for e in q[:2] for a in _attributes(e)}
-            linked = [q for q in self.equations if shared & {a for e in q[:2] for a in _attributes(e)}]
-            zigs = [f for q in linked for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
-        found = np.unique(np.concatenate(zigs)) if zigs else np.zeros(0, np.int64)
-        return found[found >= 0]
+    def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
+        """The removed ZIGs that the equations speak of; where there are none, those of equations with the same
+        attributes; where there are none of these either, all."""
+        shared = {a for q in equations for e in q[:2] for a in _attributes(e)}
+        linked = [q for q in self.equations if shared & {a for e in q[:2] for a in _attributes(e)}]
+        for some in (equations, linked):
+            zigs = [f for q in some for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
+            found = np.unique(np.concatenate([np.zeros(0, np.int64), *zigs]))
+            found = found[found >= 0]
+            if removed[found].any():
+                return found[removed[found]]
+        return np.flatnonzero(removed)
 
 
 def _compute(op: str, left: int, right: int) -> int | None:

@@ -356,9 +356,12 @@ class _Tagger(TorchFunctionMode):
             shape = self._shape(args[0], args[0].shape)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        plain_args, plain_kwargs = _untag(args), _untag(kwargs)
+        sizes: list[Size] = []
+        plain_args, plain_kwargs = _untag(args, sizes), _untag(kwargs, sizes)
         out = func(*plain_args, **plain_kwargs)
-        if name in SIZE_RULES:
+        if name not in SIZE_RULES:  # used as a number: it has to stay what it is
+            self.equations += [Equation(n.expr, ("const", n.plain()), self.recorder.layers[-1]) for n in sizes]
+        else:
             try:
                 for n, expr in SIZE_RULES[name](self.recorder.ref, out, args, kwargs):
                     self.equations.append(Equation(expr_of(n), expr, self.recorder.layers[-1]))
@@ -371,17 +374,17 @@ class _Tagger(TorchFunctionMode):
         return torch.Size([Size.of(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
 
 
-def _untag(value: Any) -> Any:
+def _untag(value: Any, sizes: list[Size]) -> Any:
+    """Arguments without tags; those that had one are added to `sizes`."""
     if isinstance(value, Size):
+        sizes.append(value)
         return value.plain()
-    if isinstance(value, torch.Size):
-        return torch.Size([plain_int(n) for n in value])
-    if type(value) in (tuple, list):
-        return type(value)([_untag(v) for v in value])
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)([_untag(v, sizes) for v in value])
     if type(value) is dict:
-        return {k: _untag(v) for k, v in value.items()}
+        return {k: _untag(v, sizes) for k, v in value.items()}
     if isinstance(value, slice):
-        return slice(_untag(value.start), _untag(value.stop), _untag(value.step))
+        return slice(*(_untag(v, sizes) for v in (value.start, value.stop, value.step)))
     return value
 
 

@@ -84,7 +84,7 @@ def resnet(labels: int) -> PreTrainedModel:
 def vit(labels: int) -> PreTrainedModel:
     """A ViT of four layers, 0.4 M parameters."""
     config = ViTConfig(
-        image_size=SIZE, patch_size=4, hidden_size=96, num_hidden_layers=4, num_attention_heads=6,
+        image_size=SIZE, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=6,
         intermediate_size=384, num_labels=labels,
     )  # fmt: skip
     return ViTForImageClassification(config)
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="a Hub name or a local folder; default: scikit-learn's digits")
     parser.add_argument("--target-group-sparsity", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--smoke", action="store_true", help="30 steps")
     options = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> None:
         common = dict(
             max_steps=steps, per_device_train_batch_size=64, per_device_eval_batch_size=256, learning_rate=lr,
             weight_decay=0.01, logging_steps=max(10, steps // 5), save_strategy="no", report_to="none", seed=0,
-            remove_unused_columns=False,
+            remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         data = dict(train_dataset=train, eval_dataset=test, data_collator=collate, compute_metrics=accuracy)
 
@@ -126,9 +126,7 @@ def main() -> None:
         trainer.train()
         after = trainer.evaluate()["eval_accuracy"]
 
-        report = trainer.report
-        print(table({"accuracy": before} | report["before"], {"accuracy": after} | report["after"]))
-        print(f"max output difference, zeroed full against compact: {report['max_output_difference']:.1e}")
+        print(table({"accuracy": before}, {"accuracy": after}))
 
         folder = options.out / name / "compact"
         trainer.save_model(str(folder))

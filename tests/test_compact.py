@@ -1,0 +1,400 @@
+"""Zeros cut out change nothing: a compact model computes what the full one does with the same ZIGs zeroed."""
+
+import copy
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from models import TABLE, Gated, GatedConfig, hidden, make, randomise_, waves
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_oto import PruningPlan, compact, partition_zigs, to_dense
+from hf_oto.compact import cut_, kept_positions, own_sizes, resolve
+from hf_oto.modeling_oto import OTOError
+from hf_oto.sizes import Sizes
+from hf_oto.trace import Equation, tensors_of
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def pruned(case, draw_plan, outputs):
+    """The model with a plan's ZIGs zeroed, the plan, and the outputs it then has."""
+    model, plan = copy.deepcopy(case.model), draw_plan(case.partition)
+    case.partition.zero_(model, plan)
+    return model, plan, outputs(model, case.inputs)
+
+
+def cut_part(model, partition, plan, attributes=None):
+    """Cuts with attributes other than those that were solved for."""
+    removed, solved = resolve(partition, plan)
+    shapes = {name: t.shape for name, t in partition.tensors(model).items()}
+    cut_(model, kept_positions(partition, removed, shapes), solved if attributes is None else attributes)
+    return model
+
+
+# the law and its negative controls
+
+
+def test_a_compact_model_is_the_zeroed_one(case, pruned, outputs, difference):
+    model, plan, zeroed = pruned
+    before = sum(p.numel() for p in model.parameters())
+    assert compact(model, case.partition, plan) is model
+    assert difference(zeroed, outputs(model, case.inputs)) <= TOLERANCE
+    assert difference(outputs(case.model, case.inputs), zeroed) > 1e-3
+    lost = sum(axis.params * int(gone.sum()) for axis, gone in case.partition.split(plan.removed(case.partition)))
+    assert before - lost <= sum(p.numel() for p in model.parameters()) < before
+
+
+def test_cutting_the_wrong_consumers_shows(case, pruned, outputs, difference):
+    model, plan, zeroed = pruned
+    axes = []
+    for axis in case.partition.axes:
+        members = [
+            dataclasses.replace(m, index=np.roll(m.positions(axis.size), 1, 0)) if m.role == "consumer" else m
+            for m in axis.members
+        ]
+        axes.append(dataclasses.replace(axis, members=tuple(members)))
+    compact(model, dataclasses.replace(case.partition, axes=tuple(axes)), plan)
+    assert difference(zeroed, outputs(model, case.inputs)) > 1e-3
+
+
+def test_cutting_without_the_sizes_shows(case, pruned, outputs, difference):
+    model, plan, zeroed = pruned
+    _, attributes = resolve(case.partition, plan)
+    if not attributes:
+        assert difference(zeroed, outputs(cut_part(model, case.partition, plan, {}), case.inputs)) <= TOLERANCE
+        return
+    for left_out in attributes:  # every one of them matters
+        rest = {a: v for a, v in attributes.items() if a != left_out}
+        small = cut_part(copy.deepcopy(model), case.partition, plan, rest)
+        if left_out[1] in own_sizes(small.get_submodule(left_out[0])):  # those are read off the weight anyway
+            continue
+        try:
+            assert difference(zeroed, outputs(small, case.inputs)) > 1e-3
+        except (RuntimeError, ValueError):
+            continue  # it can't run at all
+
+
+# sizes
+
+
+def test_layers_know_their_sizes(case, pruned):
+    model, plan, _ = pruned
+    compact(model, case.partition, plan)
+    for module in model.modules():
+        expected = {}
+        if isinstance(module, nn.Linear):
+            expected = dict(zip(("out_features", "in_features"), module.weight.shape, strict=True))
+        elif isinstance(module, nn.Conv2d):
+            out, per_group = module.weight.shape[:2]
+            expected = {"out_channels": out, "in_channels": per_group * module.groups}
+        elif isinstance(module, nn.BatchNorm2d):
+            expected = {"num_features": len(module.running_mean)}
+        elif isinstance(module, nn.GroupNorm):
+            expected = {"num_channels": len(module.weight), "num_groups": len(module.weight) // 4}
+        elif isinstance(module, nn.Embedding):
+            expected = dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))
+        for name, size in expected.items():
+            assert getattr(module, name) == size
+    assert all(type(v) in (int, bool) for m in model.modules() for v in vars(m).values() if isinstance(v, int))
+
+
+def cut_heads(name, kept):
+    model, inputs = make(name), TABLE[name].inputs(2)
+    partition = partition_zigs(model, inputs)
+    axes = [axis for axis in partition.axes if axis.kind in ("heads", "kv_groups")]
+    return compact(model, partition, PruningPlan(dict(zip((axis.name for axis in axes), kept, strict=True))))
+
+
+def test_sizes_that_modules_keep_follow_each_layer():
+    blocks = cut_heads("gpt2", [[1], [0, 2, 3]]).transformer.h
+    assert [(b.attn.split_size, b.attn.head_dim, b.attn.embed_dim) for b in blocks] == [(8, 8, 32), (24, 8, 32)]
+    assert [(b.attn.c_attn.nf, b.attn.c_proj.nx, b.attn.c_proj.nf) for b in blocks] == [(24, 8, 32), (72, 24, 32)]
+    attention = cut_heads("llama", [[1], [0]]).model.layers[0].self_attn
+    assert (attention.num_key_value_groups, attention.head_dim) == (4, 4)
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (16, 4)
+    model = cut_heads("whisper", [[0, 2, 3], [1], [2, 3]]).model
+    layers = [
+        model.encoder.layers[0].self_attn,
+        model.decoder.layers[0].self_attn,
+        model.decoder.layers[0].encoder_attn,
+    ]
+    assert [(a.num_heads, a.q_proj.out_features, a.out_proj.in_features) for a in layers] == [
+        (3, 24, 24),
+        (1, 8, 8),
+        (2, 16, 16),
+    ]
+
+
+def test_what_is_tied_stays_tied(case, pruned):
+    model, plan, _ = pruned
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    unique = [n for n, _ in model.named_parameters()]
+    compact(model, case.partition, plan)
+    assert [n for n, _ in model.named_parameters(remove_duplicate=False)] == names
+    assert [n for n, _ in model.named_parameters()] == unique
+
+
+def test_tied_weights_are_cut_as_one(outputs, difference):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ModuleList(nn.Linear(16, 12, bias=i == 1) for i in range(2))
+            self.down = nn.ModuleList(nn.Linear(12, 16) for _ in range(2))
+            self.up[1].weight = self.up[0].weight
+
+        def forward(self, x):
+            for up, down in zip(self.up, self.down, strict=True):
+                x = x + down(up(x).relu())
+            return x
+
+    model, inputs = randomise_(Net()), hidden(2)
+    partition = partition_zigs(model, inputs)
+    (axis,) = partition.axes
+    assert {m.param for m in axis.members} == {"up.0.weight", "up.1.bias", "down.0.weight", "down.1.weight"}
+    plan = PruningPlan({axis.name: [1, 5, 11]})
+    partition.zero_(model, plan)
+    zeroed = outputs(model, inputs)
+    compact(model, partition, plan)
+    assert difference(zeroed, outputs(model, inputs)) <= TOLERANCE
+    assert model.up[0].weight is model.up[1].weight
+    assert [(up.weight.shape, up.out_features) for up in model.up] == [((3, 16), 3)] * 2
+
+
+def test_frozen_weights_stay_frozen_and_the_rest_trains(case, pruned):
+    model, plan, _ = pruned
+    flags = {name: i % 3 != 0 for i, (name, _) in enumerate(model.named_parameters())}
+    for name, p in model.named_parameters():
+        p.requires_grad_(flags[name])
+    compact(model.train(), case.partition, plan)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(module.training for module in model.modules())
+    assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in model.parameters())
+    tensors_of(model(**case.inputs))[0].square().sum().backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_grad and all(flags[name] for name in with_grad)
+
+
+# plans
+
+
+def test_a_plan_survives_json_and_zeros(case, pruned):
+    model, plan, _ = pruned
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert PruningPlan.from_zeros(model, case.partition) == plan
+    assert PruningPlan.from_zeros(case.model, case.partition).kept == {}
+
+
+def test_an_axis_of_zeros_keeps_one():
+    model, inputs = make("sigmoid"), hidden(2)
+    partition = partition_zigs(model, inputs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    plan = PruningPlan.from_zeros(model, partition)
+    assert plan.kept == {"up.weight[0]": (0,)}
+    assert compact(model, partition, plan).up.out_features == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"up.weight[1]": [0]}, r"names 'up.weight\[1\]', which is no axis"),
+        ({"up.weight[0]": [0, 12]}, r"outside \[0, 12\) of axis 'up.weight\[0\]'"),
+        ({"up.weight[0]": [-1, 3]}, r"outside \[0, 12\)"),
+        ({"up.weight[0]": [3, 4, 3]}, "repeats an index of axis"),
+        ({"up.weight[0]": []}, "empties axis .* at least one of its 12 ZIGs must stay"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_an_error(kept, message):
+    model, inputs = make("gated"), hidden(2)
+    partition, before = partition_zigs(model, inputs), copy.deepcopy(model.state_dict())
+    for use in (compact, lambda m, p, plan: p.zero_(m, plan), lambda m, p, plan: plan.removed(p)):
+        with pytest.raises(ValueError, match=message):
+            use(model, partition, PruningPlan(kept))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert type(model) is Gated
+
+
+def test_the_order_of_a_plan_means_nothing(outputs):
+    small = []
+    for kept in ([1, 4, 9], [9, 1, 4]):
+        model = make("gated")
+        small.append(compact(model, partition_zigs(model, hidden(2)), PruningPlan({"up.weight[0]": kept})))
+    assert torch.equal(*[outputs(model, hidden(2))[0] for model in small])
+
+
+def test_a_plan_that_keeps_all_changes_nothing(case, outputs):
+    model = copy.deepcopy(case.model)
+    everything = {axis.name: range(axis.size) for axis in case.partition.axes}
+    for plan in (PruningPlan({}), PruningPlan(everything)):
+        assert compact(model, case.partition, plan) is model
+    assert type(model) is type(case.model)
+    for a, b in zip(outputs(case.model, case.inputs), outputs(model, case.inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_partition_serves_one_cut(case, pruned, draw_plan, outputs):
+    model, plan, _ = pruned
+    compact(model, case.partition, plan)
+    small = outputs(model, case.inputs)
+    for again in (plan, PruningPlan({})):
+        with pytest.raises(OTOError, match="compacted already"):
+            compact(model, case.partition, again)
+    assert all(torch.equal(a, b) for a, b in zip(small, outputs(model, case.inputs), strict=True))
+
+
+def test_a_partition_of_another_model_is_an_error():
+    partition = partition_zigs(make("gated"), hidden(2))
+    with pytest.raises(OTOError, match=r"no parameter 'kv|no parameter 'down|made for another model"):
+        compact(nn.Linear(16, 24), partition, PruningPlan({"up.weight[0]": [0]}))
+
+
+# sizes that contradict each other
+
+
+class Shared(nn.Module):
+    """One attribute for the width of two layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.up = nn.ModuleList(nn.Linear(16, width) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(width, 16) for _ in range(2))
+        self.free = nn.Linear(16, 12)
+        self.last = nn.Linear(12, 16)
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(x).relu().view(-1, self.width)).view(x.shape)
+        return self.last(self.free(x).relu())
+
+
+def test_sizes_that_contradict_each_other_leave_zeros(outputs, difference, caplog):
+    """Axes of two: random cuts always leave one of each, so that the partition offers what some plans contradict."""
+    model, inputs = randomise_(Shared(2)), hidden(2)
+    partition = partition_zigs(model, inputs)
+    assert [axis.size for axis in partition.axes] == [2, 2, 12]
+    plan = PruningPlan({"up.0.weight[0]": [1], "free.weight[0]": [0, 3, 7]})
+    partition.zero_(model, plan)
+    zeroed = outputs(model, inputs)
+    with caplog.at_level(logging.WARNING, "hf_oto"):
+        compact(model, partition, plan)
+    assert "1 ZIGs stay as zeros" in caplog.text
+    assert difference(zeroed, outputs(model, inputs)) <= TOLERANCE
+    assert (model.width, model.up[0].out_features, model.free.out_features) == (2, 2, 3)
+    assert not model.up[0].weight[0].any()
+
+
+def test_sizes_that_agree_are_cut(outputs, difference):
+    model, inputs = randomise_(Shared(2)), hidden(2)
+    partition = partition_zigs(model, inputs)
+    plan = PruningPlan({"up.0.weight[0]": [1], "up.1.weight[0]": [0]})
+    partition.zero_(model, plan)
+    zeroed = outputs(model, inputs)
+    compact(model, partition, plan)
+    assert difference(zeroed, outputs(model, inputs)) <= TOLERANCE
+    assert (model.width, model.up[0].out_features, model.up[1].out_features) == (1, 1, 1)
+
+
+def test_sizes_solve_what_the_code_computes():
+    """x.view(heads, width), 4 heads of 6: without a head there are 3, and the width that still fits stays."""
+    heads, width = ("attribute", "attn", "heads", None), ("attribute", "attn", "width", None)
+    zig = np.arange(4)
+    spans = {(0, 0): (zig, np.full(6, -1)), (1, 0): (zig,)}
+    equations = [
+        Equation(heads, ("span", 1, 0, 0, 4), "attn"),
+        Equation(("*", heads, width), ("span", 0, 0, 0, 24), "attn"),
+        Equation(("+", heads, ("const", 1)), ("const", 7), "false on the untouched model"),
+    ]
+    removed = np.array([False, True, False, False])
+    sizes = Sizes(equations, spans, {heads[1:]: 4, width[1:]: 6})
+    assert sizes.solve(removed) == ({heads[1:]: 3}, [])
+    assert sizes.solve(np.zeros(4, bool)) == ({}, [])
+    fixed = Equation(heads, ("const", 4), "mlp")
+    _, conflicts = Sizes([*equations, fixed], spans, sizes.values).solve(removed)
+    assert conflicts == [fixed]
+
+
+# once more, and back
+
+
+def twice(case, draw_plan, outputs):
+    """The model after two cuts, and its outputs with all those ZIGs zeroed."""
+    model, zeroed = copy.deepcopy(case.model), None
+    for seed in (0, 1):
+        partition = partition_zigs(model, case.inputs)
+        plan = draw_plan(partition, seed)
+        partition.zero_(model, plan)
+        zeroed = outputs(model, case.inputs)
+        compact(model, partition, plan)
+    return model, zeroed
+
+
+def test_a_compact_model_can_be_cut_again(case, draw_plan, outputs, difference):
+    model, zeroed = twice(case, draw_plan, outputs)
+    assert difference(zeroed, outputs(model, case.inputs)) <= TOLERANCE
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in case.model.parameters())
+
+
+def test_compact_models_are_dense_again(case, pruned, draw_plan, outputs, difference):
+    model, plan, zeroed = pruned
+    compact(model, case.partition, plan)
+    if not isinstance(model, PreTrainedModel):
+        with pytest.raises(OTOError, match=f"this is a {type(model).__name__}"):
+            to_dense(model)
+        return
+    for small, expected in ((model, zeroed), twice(case, draw_plan, outputs)):
+        widths = {name: t.shape for name, t in small.state_dict().items()}
+        dense = to_dense(small)
+        assert type(dense) is type(case.model)
+        assert not {"oto", "auto_map"} & vars(dense.config).keys()
+        assert {n: t.shape for n, t in dense.state_dict().items()} == {
+            n: t.shape for n, t in case.model.state_dict().items()
+        }
+        assert difference(expected, outputs(dense, case.inputs)) <= TOLERANCE
+        assert {name: t.shape for name, t in small.state_dict().items()} == widths
+        assert dense.training is small.training
+
+
+def test_dense_zigs_are_zero():
+    """Negative control of `to_dense`: what was cut is there again, as zeros, and nothing else is."""
+    model, inputs = make("gated"), hidden(2)
+    partition = partition_zigs(model, inputs)
+    dense = to_dense(compact(model, partition, PruningPlan({"up.weight[0]": [2, 5, 6]})))
+    plan = PruningPlan.from_zeros(dense, partition)
+    assert plan.kept["up.weight[0]"] == (2, 5, 6)
+    rows = dense.up.weight.detach().abs().sum(1).view(2, 12)
+    assert torch.equal(rows[0] > 0, rows[1] > 0)
+
+
+def test_a_stock_model_is_dense_already(outputs, difference):
+    model = make("vit")
+    assert difference(outputs(model, TABLE["vit"].inputs(2)), outputs(to_dense(model), TABLE["vit"].inputs(2))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype, draw_plan, outputs, difference):
+    model, inputs = make("llama").to(dtype), TABLE["llama"].inputs(2)
+    partition = partition_zigs(model, inputs)
+    assert len(partition.axes) == 4
+    plan = draw_plan(partition)
+    partition.zero_(model, plan)
+    zeroed = outputs(model, inputs)
+    compact(model, partition, plan)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    limit = 3 * torch.finfo(dtype).eps
+    assert difference(zeroed, outputs(model, inputs)) <= 4 * limit
+    assert difference(zeroed, outputs(to_dense(model), inputs)) <= 4 * limit
+
+
+def test_a_model_without_weights_can_be_cut():
+    with torch.device("meta"):
+        model = Gated(GatedConfig())
+    partition = partition_zigs(model, {"x": waves(2, 7, 16)})
+    compact(model, partition, PruningPlan({"up.weight[0]": [0, 3]}))
+    assert model.up.weight.is_meta and model.up.weight.shape == (4, 16)

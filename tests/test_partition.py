@@ -1,0 +1,482 @@
+"""The partition: every ZIG is invariant, and the same however the model is looked at; whatever stays has a reason."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import logging
+import random
+import re
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TABLE, make, randomise_, waves
+from torch import nn
+
+import hf_oto
+import hf_oto.partition
+import hf_oto.rules
+from hf_oto import PruningPlan, check_zero_invariance, partition_zigs
+from hf_oto.modeling_oto import OTOError
+
+SWITCHES_ATTENTION = ["vit", "swin", "bert", "distilbert", "gpt2", "llama", "whisper", "clip"]
+
+
+def layout(partition):
+    """Axes and pinned dimensions as plain data: what has to be the same."""
+    return partition.to_dict()["axes"], partition.pinned.keys()
+
+
+def axis_of(partition, parameter, dim=0):
+    return next(axis for axis in partition.axes if any((m.param, m.dim) == (parameter, dim) for m in axis.members))
+
+
+def edited(partition, edit):
+    """The partition with `edit(axis)` for the members of every axis."""
+    return dataclasses.replace(
+        partition, axes=tuple(dataclasses.replace(axis, members=tuple(edit(axis))) for axis in partition.axes)
+    )
+
+
+def misordered(axis):
+    """Consumers read from the position before theirs."""
+    for m in axis.members:
+        shifted = np.roll(m.positions(axis.size), 1, axis=0)
+        yield dataclasses.replace(m, index=shifted) if m.role == "consumer" else m
+
+
+# the certificate
+
+
+def test_zero_zigs_are_invisible(case, draw_plan):
+    for seed in range(2):
+        plan = draw_plan(case.partition, seed)
+        assert check_zero_invariance(case.model, case.partition, case.inputs, plan) <= 1e-5
+
+
+def test_the_certificate_sees_consumers_out_of_order(case, draw_plan):
+    wrong = edited(case.partition, misordered)
+    assert check_zero_invariance(case.model, wrong, case.inputs, draw_plan(wrong)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("vit", "fc1.bias"),
+        ("gpt2", "c_fc.bias"),
+        ("llama", "up_proj.weight"),
+        ("whisper", "v_proj.bias"),
+        ("dense", "norm.bias"),
+        ("grouped_conv", "grouped.bias"),
+        ("group_norm", "norm.bias"),
+        ("multi_query", "o.weight"),
+    ],
+)
+def test_the_certificate_sees_a_member_left_out(name, parameter, draw_plan):
+    model, inputs = make(name), TABLE[name].inputs(2)
+    partition = partition_zigs(model, inputs)
+    wrong = edited(partition, lambda axis: [m for m in axis.members if not m.param.endswith(parameter)])
+    if name == "multi_query":  # zero queries attend all the same: the consumer's columns are what silences them
+        wrong = dataclasses.replace(partition, axes=(dataclasses.replace(partition.axes[0], zero_path=True),))
+    if name == "llama":  # silu(0) * up: zero gates silence a unit as well
+        wrong = edited(wrong, lambda axis: [m for m in axis.members if not m.param.endswith("gate_proj.weight")])
+    assert wrong != partition
+    assert check_zero_invariance(model, wrong, inputs, draw_plan(partition)) > 1e-3
+
+
+# what is found
+
+
+def test_axes_are_those_of_the_table(case):
+    assert Counter((axis.kind, axis.size) for axis in case.partition.axes) == TABLE[case.name].axes
+    assert case.partition.num_zigs == sum(axis.size for axis in case.partition.axes)
+    names = [axis.name for axis in case.partition.axes]
+    assert len(set(names)) == len(names)
+
+
+def test_heads_go_whole_and_not_head_dim():
+    partition = partition_zigs(make("gpt2"), TABLE["gpt2"].inputs(2))
+    axis = axis_of(partition, "transformer.h.0.attn.c_attn.weight", 1)
+    (fused,) = [m for m in axis.members if m.param.endswith("c_attn.weight")]
+    assert (axis.kind, axis.size, fused.start, fused.outer, fused.inner) == ("heads", 4, 0, 3, 8)
+
+
+def test_a_kv_group_takes_the_queries_it_serves():
+    partition = partition_zigs(make("llama"), TABLE["llama"].inputs(2))
+    axis = axis_of(partition, "model.layers.1.self_attn.k_proj.weight")
+    rows = {m.param.split(".")[-2]: m.positions(axis.size).shape for m in axis.members}
+    assert axis.kind == "kv_groups"
+    assert rows == {"q_proj": (2, 16), "k_proj": (2, 4), "v_proj": (2, 4), "o_proj": (2, 16)}
+
+
+def test_slices_of_a_norm_belong_to_their_producers():
+    partition = partition_zigs(make("dense"), TABLE["dense"].inputs(2))
+    axis = axis_of(partition, "grow.1.weight")
+    members = {(m.param, m.dim, m.start, m.role) for m in axis.members}
+    assert {("norm.weight", 0, 10, "producer"), ("norms.2.running_var", 0, 10, "statistic")} < members
+    assert {("grow.2.weight", 1, 10, "consumer"), ("head.weight", 1, 10, "consumer")} < members
+
+
+@pytest.mark.parametrize(("name", "zero_path"), [("multi_query", False), ("sigmoid", False), ("gated", True)])
+def test_consumers_join_where_zero_producers_are_not_silent(name, zero_path):
+    (axis,) = partition_zigs(make(name), TABLE[name].inputs(2)).axes
+    assert axis.zero_path is zero_path
+    assert any(m.role == "consumer" for m in axis.group) is not zero_path
+
+
+def test_every_dimension_is_a_member_or_pinned(case):
+    covered = {
+        f"{m.param}[{m.dim}]" for axis in case.partition.axes for m in axis.members
+    } | case.partition.pinned.keys()
+    for name, p in case.model.named_parameters():
+        for dim, n in enumerate(p.shape):
+            assert n == 1 or f"{name}[{dim}]" in covered
+    assert all(reason.strip() for reason in case.partition.pinned.values())
+
+
+def test_no_position_belongs_to_two_zigs(case):
+    shapes = {name: t.shape for name, t in case.partition.tensors(case.model).items()}
+    taken = {}
+    for axis in case.partition.axes:
+        for m in axis.members:
+            mine = m.positions(axis.size).reshape(-1)
+            free = taken.setdefault((m.param, m.dim), np.ones(shapes[m.param][m.dim], bool))
+            assert free[mine].all() and len(np.unique(mine)) == len(mine)
+            free[mine] = False
+    for (param, dim), free in taken.items():
+        assert free.any() == (f"{param}[{dim}]" in case.partition.pinned) or "running" in param
+
+
+# the same however it is looked at
+
+
+def refuse(model, inputs, fake=True, real=hf_oto.partition.trace):
+    if fake:
+        raise NotImplementedError("no FakeTensors here")
+    return real(model, inputs, fake=False)
+
+
+def test_a_real_forward_gives_the_same(case, monkeypatch):
+    monkeypatch.setattr(hf_oto.partition, "trace", refuse)
+    assert layout(partition_zigs(case.model, case.inputs)) == layout(case.partition)
+
+
+def test_no_weights_give_the_same(case):
+    with torch.device("meta"):
+        empty = TABLE[case.name].build("sdpa")
+    partition = partition_zigs(empty, case.inputs)
+    assert layout(partition) == layout(case.partition)
+    assert partition.pinned == case.partition.pinned
+    assert all(p.is_meta for p in empty.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_size_gives_the_same(case, batch):
+    assert layout(partition_zigs(case.model, TABLE[case.name].inputs(batch))) == layout(case.partition)
+
+
+@pytest.mark.parametrize("name", SWITCHES_ATTENTION)
+def test_any_attention_gives_the_same(name):
+    inputs = TABLE[name].inputs(2)
+    sdpa, eager = make(name, "sdpa"), make(name, "eager")
+    assert (sdpa.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    assert layout(partition_zigs(sdpa, inputs)) == layout(partition_zigs(eager, inputs))
+
+
+def test_equal_view_chains_give_the_same():
+    """The same function of the same weights, the heads split off in different ways."""
+
+    class Net(nn.Module):
+        def __init__(self, split):
+            super().__init__()
+            self.heads, self.split = 4, split
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            h = self.split(self.up(x), self.heads)  # (b, n, heads, 8)
+            return self.down((h * h.square().sum(-1, keepdim=True).relu()).flatten(2))
+
+    chains = [
+        lambda h, heads: h.view(*h.shape[:2], heads, -1),
+        lambda h, heads: h.unflatten(-1, (heads, -1)),
+        lambda h, heads: torch.stack(h.chunk(4, -1), 2) if heads is None else h.unflatten(-1, (-1, 2, 4)).flatten(-2),
+        lambda h, heads: h.transpose(0, 2).reshape(heads, -1, *h.shape[1::-1]).permute(3, 2, 0, 1),
+        lambda h, heads: h.flip(-1).flip(-1).reshape(h.shape[0], -1, heads, h.shape[-1] // heads),
+    ]
+    found = [partition_zigs(randomise_(Net(chain)), {"x": waves(2, 7, 16)}) for chain in chains]
+    assert [axis.size for axis in found[0].axes] == [4]
+    assert all(layout(partition) == layout(found[0]) for partition in found)
+
+
+@pytest.mark.parametrize("form", ["mean", "constant"])
+def test_a_size_read_in_the_forward_pins_with_and_without_weights(form):
+    """A number that is the width, not an index: it would be another one after a cut."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16)
+
+        def forward(self, x):
+            h = self.up(x).relu()
+            scale = h.shape[-1] if form == "mean" else torch.tensor(h.size(-1), dtype=h.dtype).sqrt()
+            return self.down(h / scale)
+
+    net = randomise_(Net())
+    for model in (net, copy.deepcopy(net).to("meta")):
+        partition = partition_zigs(model, {"x": waves(2, 7, 16)})
+        assert not partition.axes
+        assert partition.pinned["up.weight[0]"]
+
+
+# what the caller says
+
+
+def test_protected_parameters_are_pinned():
+    model, inputs = make("vit"), TABLE["vit"].inputs(2)
+    partition = partition_zigs(model, inputs, protect=[r"layers\.0\.", "v_proj"])
+    assert [axis.name for axis in partition.axes] == ["vit.layers.1.mlp.fc1.weight[0]"]
+    assert partition.pinned["vit.layers.0.mlp.fc1.bias[0]"] == "protected by the caller"
+    assert partition_zigs(model, inputs, protect="").axes == ()  # the pattern that matches all
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"'encodr' matches no parameter .* for example 'vit\."):
+        partition_zigs(make("vit"), TABLE["vit"].inputs(2), protect=["layers", "encodr"])
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.zeros(2, 7, 15)}, {"y": torch.zeros(2, 7, 15)}])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_batch_the_model_cannot_take_is_named(batch, device):
+    with pytest.raises(OTOError, match=r"MultiQuery can't take the batch \{'[xy]': \(2, 7, 15\)\}"):
+        partition_zigs(make("multi_query").to(device), batch)
+
+
+def test_no_batch_can_be_made_for_a_plain_module():
+    with pytest.raises(OTOError, match=r"batch for Dense .* pass inputs"):
+        partition_zigs(make("dense"))
+
+
+# what is not understood
+
+
+class TwoLayers(nn.Module):
+    """Two hidden layers, each with a function of the test's own in it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.up = nn.ModuleList(nn.Linear(16, 12) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(12, 16) for _ in range(2))
+        self.spare = nn.Linear(16, 3)
+        self.free = nn.Linear(16, 10)
+        self.last = nn.Linear(10, 16)
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = down(self.function(up(x)))
+        return self.last(self.free(x).relu())
+
+
+WITHOUT_UNITS = ["down.0.weight[0]", "down.1.weight[0]", "free.weight[0]"]
+
+
+@torch.library.custom_op("hf_oto_tests::backwards", mutates_args=())
+def backwards(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+@backwards.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def messages(caplog, text):
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+def test_an_unknown_op_pins_and_says_so_once(caplog):
+    with caplog.at_level(logging.INFO, "hf_oto"):
+        partition = partition_zigs(randomise_(TwoLayers(lambda x: backwards(x))), {"x": waves(2, 7, 16)})
+    assert [axis.name for axis in partition.axes] == WITHOUT_UNITS
+    for name in ("up.0.weight[0]", "up.1.weight[0]", "up.1.bias[0]"):
+        assert "backwards has no rule" in partition.pinned[name]
+    assert "down.1.weight[1]" in partition.pinned
+    assert len(messages(caplog, "backwards")) == 1
+
+
+def test_a_rule_that_fails_pins_and_says_so_once(caplog, monkeypatch):
+    def broken(s, call):
+        raise KeyError("oops")
+
+    monkeypatch.setitem(hf_oto.rules.RULES, "tanh", broken)
+    with caplog.at_level(logging.INFO, "hf_oto"):
+        partition = partition_zigs(randomise_(TwoLayers(torch.tanh)), {"x": waves(2, 7, 16)})
+    assert [axis.name for axis in partition.axes] == WITHOUT_UNITS
+    assert "up.0.weight[0]" in partition.pinned and "down.1.weight[1]" in partition.pinned
+    (message,) = messages(caplog, "tanh")
+    assert "oops" in message
+
+
+def test_a_rule_that_gives_the_wrong_shape_pins(monkeypatch):
+    monkeypatch.setitem(hf_oto.rules.RULES, "tanh", lambda s, call: [s.of(call.args[0])[:-1]])
+    partition = partition_zigs(randomise_(TwoLayers(torch.tanh)), {"x": waves(2, 7, 16)})
+    assert [axis.name for axis in partition.axes] == WITHOUT_UNITS
+
+
+def test_a_rule_that_is_wrong_is_caught_in_rehearsal(monkeypatch):
+    """Negative control of the rules themselves: the cut is compared, not believed."""
+    wrong = {"flip": lambda s, call: [s.of(call.args[0])], "_softmax": hf_oto.rules.elementwise}
+    model = randomise_(TwoLayers(lambda x: x.flip(-1) + torch.linspace(0, 1, 12)))
+    for op, rule in wrong.items():
+        monkeypatch.setitem(hf_oto.rules.RULES, op, rule)
+    for function in (lambda x: x[..., :6].repeat(1, 1, 2), lambda x: x.flip(-1) * x, lambda x: x.softmax(-1)):
+        model.function = function
+        inputs = {"x": waves(2, 7, 16)}
+        assert check_zero_invariance(model, partition_zigs(model, inputs), inputs) <= 1e-5
+
+
+def test_what_the_forward_never_uses_is_pinned():
+    partition = partition_zigs(randomise_(TwoLayers(torch.relu)), {"x": waves(2, 7, 16)})
+    assert len(partition.axes) == 5
+    assert {partition.pinned[f"spare.{name}"] for name in ("weight[0]", "weight[1]", "bias[0]")} == {
+        "the traced forward never used it"
+    }
+
+
+def test_one_attribute_for_two_sizes_is_pinned():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width = 12
+            self.up = nn.ModuleList(nn.Linear(16, 12) for _ in range(2))
+            self.down = nn.ModuleList(nn.Linear(12, 16) for _ in range(2))
+
+        def forward(self, x):
+            for up, down in zip(self.up, self.down, strict=True):
+                x = down(up(x).relu().view(-1, self.width)).view(x.shape)
+            return x
+
+    partition = partition_zigs(randomise_(Net()), {"x": waves(2, 7, 16)})
+    assert not partition.axes
+    assert "a size used in forward can't follow it" in partition.pinned["up.0.weight[0]"]
+
+
+# manners
+
+
+def frozen_view(model):
+    attributes = {
+        (path, name): (type(value), str(value))
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, list, tuple, bool, type(None)))
+    }
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    config = getattr(model, "config", None)
+    return attributes, hooks, config and config.to_dict(), type(model)
+
+
+@contextlib.contextmanager
+def random_state_kept():
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_the_model_stays_untouched(case):
+    model = copy.deepcopy(case.model).train()
+    next(iter(model.children())).eval()
+    next(iter(model.parameters())).requires_grad_(False)
+    tensors = {n: (t, t.clone(), t.requires_grad) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    training, before = [m.training for m in model.modules()], frozen_view(model)
+    with random_state_kept():
+        partition_zigs(model, case.inputs)
+    check_zero_invariance(model, case.partition, case.inputs)
+    assert frozen_view(model) == before
+    assert [m.training for m in model.modules()] == training
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert tensors.keys() == after.keys()
+    for name, (t, copied, requires_grad) in tensors.items():
+        assert after[name] is t and t.requires_grad is requires_grad and t.grad is None
+        assert torch.equal(t, copied)
+    assert all(type(v) in (int, bool) for m in model.modules() for v in vars(m).values() if isinstance(v, int))
+
+
+def test_a_failing_trace_puts_everything_back():
+    model = make("bert")
+    before = frozen_view(model)
+    with pytest.raises(OTOError):
+        partition_zigs(model, {"input_ids": torch.zeros(2, 99, dtype=torch.long)})
+    assert frozen_view(model) == before
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_partitioning_twice_gives_the_same(case):
+    assert partition_zigs(case.model, case.inputs).to_dict() == case.partition.to_dict()
+
+
+def test_the_table_can_be_read(case):
+    table = str(case.partition)
+    head, *lines = table.splitlines()
+    assert head == f"{len(case.partition.axes)} prunable axes, {case.partition.num_zigs:,} ZIGs"
+    assert all(any(axis.kind in line for line in lines) for axis in case.partition.axes)
+    assert all(len(line) < 400 for line in lines)
+
+
+def test_the_partition_as_plain_data(case):
+    data = case.partition.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert [axis["size"] for axis in data["axes"]] == [axis.size for axis in case.partition.axes]
+
+
+def test_params_count_what_a_zig_takes(case):
+    for axis in case.partition.axes:
+        first = PruningPlan({axis.name: range(1, axis.size)})
+        marked = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in case.model.named_parameters()}
+        for _, m, index in case.partition.slices(first.removed(case.partition)):
+            if m.param in marked:
+                marked[m.param].index_fill_(m.dim, torch.from_numpy(index), True)
+        overlap = {m.param for m in axis.members if sum(o.param == m.param for o in axis.members) > 1}
+        if not overlap:
+            assert sum(int(mask.sum()) for mask in marked.values()) == axis.params
+
+
+ARCHITECTURES = """albert bart beit bert bloom blip convbert convnext deberta deit detr distilbert efficientnet electra
+    falcon gemma gpt gptj hubert llama longformer marian mistral mixtral mobilenet mobilevit mpt opt pegasus phi qwen
+    regnet resnet roberta segformer starcoder swin t5 timesformer umt5 vit wav2vec whisper xlm xlnet""".split()
+
+
+def code_of(text):
+    """The tokens of a source file without comments and docstrings."""
+    previous = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        starts_line = previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL)
+        if token.type != tokenize.COMMENT and not (token.type == tokenize.STRING and starts_line):
+            yield token
+        previous = token.type if token.type != tokenize.COMMENT else previous
+
+
+def architectures_in(text):
+    named = re.compile(rf"(?<![a-z])({'|'.join(ARCHITECTURES)})(?![a-z])", re.IGNORECASE)
+    spaced = [re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\d)(?=[A-Za-z])", " ", token.string) for token in code_of(text)]
+    return [name for token in spaced for name in named.findall(token)]
+
+
+@pytest.mark.parametrize("path", sorted(Path(hf_oto.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_line_names_an_architecture(path):
+    assert architectures_in(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["ok = type(m).__name__ == 'BertModel'", "x = gpt2_heads", "from a import T5Attention"]
+)
+def test_the_search_for_architectures_finds_them(line):
+    assert architectures_in(line)
+    assert not architectures_in(f'"""{line}"""\n# {line}\n')
