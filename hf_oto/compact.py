@@ -155,13 +155,15 @@ def _record(
         if changed:
             values = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in changed.items()}
             modules.setdefault(path, {})["attributes"] = values
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    aliases: dict[int, list[str]] = {}  # a model is built, and its record restored, before its weights are tied
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
     for (name, dim), keep in cuts.items():
-        path, _, leaf = name.rpartition(".")
-        tensor = dict(model.get_submodule(path).named_parameters(recurse=False)) | dict(
-            model.get_submodule(path).named_buffers(recurse=False)
-        )
-        shape = modules.setdefault(path, {}).setdefault("shapes", {}).setdefault(leaf, [None] * tensor[leaf].dim())
-        shape[dim] = len(keep)
+        for alias in aliases[id(tensors[name])]:
+            path, _, leaf = alias.rpartition(".")
+            shapes = modules.setdefault(path, {}).setdefault("shapes", {})
+            shapes.setdefault(leaf, [None] * tensors[name].dim())[dim] = len(keep)
     cut_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
     step = max((cut["step"] for cut in cut_before), default=-1) + 1
     found = []

@@ -7,7 +7,9 @@ what can't be rebuilt exactly is pinned with that reason.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,10 +22,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .compact import cut_, kept_positions, resolve
-from .rules import Axes, apply_rules
+from .rules import Axes, apply_rules, multiplications
 from .sizes import Sizes
 from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
-from .zigs import OTOError, PruningPlan, Source, ZIGPartition, fold, solve
+from .zigs import OTOError, PruningPlan, Solution, Source, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def partition_zigs(
     """
     inputs = dict(make_inputs(model) if inputs is None else inputs)
     protected = _protected(model, protect)
-    traced = _traced(model, inputs)
+    traced = run_traced(model, inputs)
     found = apply_rules(traced)
     buffers = persistent_buffers(model)
     sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
@@ -98,7 +100,8 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
     return found
 
 
-def _traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """The trace of one forward: on FakeTensors, or by one real forward where the model does not run on them."""
     try:
         return trace(model, inputs)
     except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
@@ -140,7 +143,28 @@ def _solved(
             stack += expr[1:]
     spans = {key: factors for key, factors in spans.items() if any((f >= 0).any() for f in factors)}
     sizes = Sizes(traced.equations, spans, values)
-    return ZIGPartition(solution.axes, solution.pinned, sizes), solution.zig_of
+    total, macs = _work(traced, found, solution)
+    axes = tuple(dataclasses.replace(axis, macs=round(n)) for axis, n in zip(solution.axes, macs, strict=True))
+    return ZIGPartition(axes, solution.pinned, total, sizes), solution.zig_of
+
+
+def _work(traced: Trace, found: Axes, solution: Solution) -> tuple[int, np.ndarray]:
+    """Multiply-accumulates of the trace, and the part of them that one ZIG of each axis takes with it, (axes,)."""
+    size = np.array([axis.size for axis in solution.axes], float)
+    axis_of = np.append(np.repeat(np.arange(len(size)), size.astype(int)), -1)[solution.zig_of]  # of every id
+    total, macs = 0, np.zeros(len(size))
+    for dims in (dims for call in traced.calls for dims in multiplications(call)):
+        work = math.prod(ref.shape[d] for ref, d in dims)
+        total += work
+        left: dict[int, float] = {}  # axis -> the part of the work that is left without one of its ZIGs
+        for leaf in (leaf for ref, d in dims for leaf in found.of(ref)[d]):
+            axes, counts = np.unique(axis_of[leaf.ids], return_counts=True)
+            for a, n in zip(axes, counts, strict=True):
+                if a >= 0:
+                    left[a] = left.get(a, 1.0) * (1 - n / len(leaf.ids) / size[a])
+        for a, part in left.items():
+            macs[a] += work * (1 - part)
+    return total, macs
 
 
 def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> ZIGPartition:

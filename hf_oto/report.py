@@ -11,53 +11,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from .rules import base_name, is_ref
-from .trace import Call, evaluating, trace
+from .partition import run_traced
+from .rules import multiplications
+from .trace import evaluating
 
 
 def macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Multiply-accumulates of one forward on `inputs`: matrix products, convolutions and attention, bias excluded."""
-    try:
-        traced = trace(model, inputs)
-    except Exception:  # what doesn't run on FakeTensors runs for real
-        traced = trace(model, inputs, fake=False)
-    return sum(_macs(call) for call in traced.calls)
+    """Multiply-accumulates of one forward on `inputs`: matrix products, convolutions, attention."""
+    calls = run_traced(model, inputs).calls
+    return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
 
 
-def _macs(call: Call) -> int:
-    name = base_name(call.op)
-    refs = [a for a in call.args if is_ref(a)]
-    if name in ("mm", "bmm", "mv", "dot"):
-        return math.prod(call.outs[0].shape) * refs[0].shape[-1]
-    if name in ("addmm", "baddbmm"):
-        return math.prod(call.outs[0].shape) * refs[1].shape[-1]
-    if name == "convolution":
-        x, weight = refs[:2]
-        image = x if call.args[6] else call.outs[0]  # a transposed convolution multiplies once per input position
-        return image.shape[0] * math.prod(image.shape[2:]) * math.prod(weight.shape)
-    if name.startswith("_scaled_dot_product"):
-        q, k, v = refs[:3]
-        return math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-    return 0
+def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> dict[str, float]:
+    """Parameters, MACs on `inputs`, bytes of the weights, and the median latency of a forward on them, in seconds.
 
-
-def measure(model: nn.Module, inputs: Mapping[str, Any], repeats: int = 5) -> dict[str, float]:
-    """Parameters, MACs on `inputs`, bytes of the weights, and the median latency of a forward on them, in seconds."""
+    Args:
+        seconds: how long to measure the latency; at least 3 and at most 50 forwards after one that warms up.
+    """
     model_tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
     device = next(model.parameters()).device
-    seconds = []
+    latency: list[float] = []
     with evaluating(model):
-        for _ in range(repeats + 1):  # the first one warms up
+        while len(latency) < 4 or (len(latency) <= 50 and sum(latency) < seconds):
             start = time.perf_counter()
             model(**inputs)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            latency.append(time.perf_counter() - start)
     return {
         "params": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
         "macs": macs(model, inputs),
         "bytes": sum(t.numel() * t.element_size() for t in model_tensors),
-        "latency": statistics.median(seconds[1:]),
+        "latency": statistics.median(latency[1:]),
     }
 
 

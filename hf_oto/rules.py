@@ -495,6 +495,30 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     return [result] + [[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]
 
 
+def multiplications(call: Call) -> list[list[tuple[Ref, int]]]:
+    """The dimensions whose sizes, multiplied, are the multiply-accumulates of a call; a list per product, summed.
+
+    Matrix products, convolutions and attention count, biases and elementwise operations don't.
+    """
+    name = base_name(call.op)
+    refs = [a for a in call.args if is_ref(a)]
+
+    def all_of(ref: Ref, *but: int) -> list[tuple[Ref, int]]:
+        return [(ref, d) for d in range(len(ref.shape)) if d not in but]
+
+    if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_grouped_mm"):
+        a, b = refs[-2:] if name in ("addmm", "baddbmm", "addmv") else refs[:2]
+        return [[*all_of(a), *([(b, len(b.shape) - 1)] if len(b.shape) > 1 else [])]]
+    if name in ("convolution", "_convolution"):
+        x, weight = refs[:2]
+        image = x if call.args[6] else call.outs[0]  # a transposed one multiplies once per input position
+        return [[*all_of(image, 1), *all_of(weight)]]
+    if name.startswith("_scaled_dot_product"):
+        q, k, v = refs[:3]
+        return [[*all_of(q), (k, 2)], [*all_of(q, 3), (k, 2), (v, 3)]]
+    return []
+
+
 # normalisations and reductions ---------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import random
@@ -125,7 +126,7 @@ class OTOMixin:
                 f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
             )
         if self.partition is None:
-            self.partition = partition_zigs(model, self._first_batch(), protect=self._setting("protect"))
+            self.partition = partition_zigs(model, self._first_batch(2), protect=self._setting("protect"))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
         if not self.partition.axes and self._setting("target_group_sparsity"):
@@ -183,7 +184,7 @@ class OTOMixin:
                 optimizer.group_sparsity, self._setting("target_group_sparsity"),
             )  # fmt: skip
         self.plan = PruningPlan.from_zeros(model, self.partition)
-        batch = self._first_batch()
+        batch = self._first_batch(min(8, self.args.per_device_train_batch_size))
         before = measure(model, batch)
         moved = check_zero_invariance(model, self.partition, batch, self.plan)
         difference = max(moved, cut_difference(model, self.partition, self.plan, batch))
@@ -232,15 +233,14 @@ class OTOMixin:
             return self.report["group_sparsity"]
         return None if self._dhspg() is None else self._dhspg().group_sparsity
 
-    def _first_batch(self) -> dict[str, Any]:
+    def _first_batch(self, size: int) -> dict[str, Any]:
         """The first examples of the training set, collated, on the model's device; random states stay as they are."""
         with _same_random_state():
             loader = self.get_train_dataloader()
             if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-                rows = iter(loader.dataset)
-                examples = [next(rows) for _ in range(2)]
+                examples = list(itertools.islice(loader.dataset, size))
             else:
-                examples = [loader.dataset[i] for i in range(min(2, len(loader.dataset)))]
+                examples = [loader.dataset[i] for i in range(min(size, len(loader.dataset)))]
             batch = self._prepare_inputs(loader.collate_fn(examples))
         return dict(batch)
 

@@ -20,6 +20,20 @@ from .modeling_oto import OTOError
 
 Role = Literal["producer", "consumer", "statistic"]
 
+SOME = " (some positions)"
+LIFTS = {  # part of a reason -> what would lift the pin; of anything else the width has a meaning
+    "model's output": "nothing: it would change what the model returns",
+    "position that stays": "nothing: the input has this width",
+    "never used it": "a batch that uses it: partition_zigs(model, inputs)",
+    "has no rule": "a rule for this operation: please report it",
+    "can't follow it": "model code that takes this size from the layer it belongs to",
+    "in rehearsal": "please report it: hf_oto can't rebuild the cut layer",
+    "protected": "leaving it out of protect",
+    "inside a group": "nothing: it goes with its group",
+    "mean and variance": "nothing in this model: they change with the width; batch norm would not mind",
+    "no parameter": "nothing: there is no weight to save",
+}
+
 
 @dataclass(frozen=True)
 class Member:
@@ -63,11 +77,12 @@ class PrunableAxis:
     """One prunable axis; position j along it is one zero-invariant group (ZIG).
 
     Attributes:
-        name: stable name, the first producer and its dimension: "encoder.layer.0.query.weight[0]".
+        name: stable name, the first producing matrix and its dimension: "encoder.layer.0.query.weight[0]".
         kind: what one position is: "channels", "units", "heads", "kv_groups" or "groups".
         size: number of ZIGs.
         members: every parameter and buffer slice that goes with a position.
         params: parameters that one ZIG alone takes with it.
+        macs: multiply-accumulates of the traced forward that one ZIG alone takes with it.
         zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
             part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
     """
@@ -77,6 +92,7 @@ class PrunableAxis:
     size: int
     members: tuple[Member, ...]
     params: int = 0
+    macs: int = 0
     zero_path: bool = True
 
     @property
@@ -93,6 +109,7 @@ class PrunableAxis:
             "kind": self.kind,
             "size": self.size,
             "params": self.params,
+            "macs": self.macs,
             "zero_path": self.zero_path,
         }
         return data | {"members": members}
@@ -161,11 +178,13 @@ class ZIGPartition:
     Attributes:
         axes: the prunable axes; position j along an axis is one ZIG.
         pinned: "parameter[dim]" -> why that dimension may not be cut.
+        macs: multiply-accumulates of the traced forward.
         sizes: the equations that tie the modules' own size attributes to the axes (sizes.py).
     """
 
     axes: tuple[PrunableAxis, ...]
     pinned: Mapping[str, str]
+    macs: int = 0
     sizes: Any = None
 
     @property
@@ -223,25 +242,34 @@ class ZIGPartition:
         families: dict[tuple[str, str, int], list[PrunableAxis]] = {}
         for axis in self.axes:
             families.setdefault((fold(axis.name), axis.kind, axis.size), []).append(axis)
-        head = ("axis (its first parameter)", "kind", "ZIGs", "parameters")
-        rows = [head]
-        for (name, kind, size), axes in families.items():
-            rows.append((name, kind, f"{len(axes)} x {size}", f"{sum(a.params * a.size for a in axes):,}"))
-        width = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("axis", "kind", "ZIGs", "parameters", "MACs")]
+        for (_, kind, size), axes in families.items():
+            params, macs = (sum(n * size for n in ns) for ns in ([a.params for a in axes], [a.macs for a in axes]))
+            share = f"{100 * macs / max(1, self.macs):.0f} %"
+            rows.append((_together([a.name for a in axes]), kind, f"{len(axes)} x {size}", f"{params:,}", share))
+        width = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [f"{len(self.axes)} prunable axes, {self.num_zigs:,} ZIGs"]
-        lines += [f"  {a:{width[0]}}  {b:{width[1]}}  {c:>{width[2]}}  {d:>{width[3]}}" for a, b, c, d in rows]
-        reasons: dict[str, dict[str, None]] = {}
+        for name, kind, *numbers in rows:
+            right = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, width[2:], strict=True))
+            lines.append(f"  {name:{width[0]}}  {kind:{width[1]}}  {right}")
+        reasons: dict[str, dict[str, list[str]]] = {}
         for name, why in self.pinned.items():
-            reasons.setdefault(re.sub(r" in [\w.]*$", "", why), {})[fold(name)] = None
-        lines.append("pinned (kept whole)")
-        for why, names in reasons.items():
+            why = re.sub(r" in [\w.]*$", "", why.removesuffix(SOME))
+            reasons.setdefault(why, {}).setdefault(fold(name), []).append(name)
+        lines += ["", "pinned (kept whole), why, and what would lift it"] if reasons else []
+        for why, found in reasons.items():
+            names = [_together(names) for names in found.values()]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  {why}: {', '.join(list(names)[:3])}{more}")
+            lift = next((lift for text, lift in LIFTS.items() if text in why), "nothing: its width has a meaning")
+            lines += [f"  {why} ({lift})", f"      {', '.join(names[:3])}{more}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for machines."""
         return {"axes": [axis.to_dict() for axis in self.axes], "pinned": dict(self.pinned)}
+
+
+_NUMBER = r"(?<=\.)\d+(?=\.)"
 
 
 def fold(name: str) -> str:
@@ -251,7 +279,19 @@ def fold(name: str) -> str:
         >>> fold("encoder.layer.11.query.weight[0]")
         'encoder.layer.*.query.weight[0]'
     """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return re.sub(_NUMBER, "*", name)
+
+
+def _together(names: Sequence[str]) -> str:
+    """Names of one fold as one: "layer.{0..11}.query.weight[0]"."""
+    numbers = zip(*(re.findall(_NUMBER, name) for name in names), strict=True)
+    result = fold(names[0])
+    for column in numbers:
+        found = sorted({int(n) for n in column})
+        whole = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+        some = f"{found[0]}..{found[-1]}" if whole else ",".join(map(str, found))
+        result = result.replace("*", str(found[0]) if len(found) == 1 else f"{{{some}}}", 1)
+    return result
 
 
 # solving -------------------------------------------------------------------------------------------
@@ -417,7 +457,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         axis = axis_of[roots]
         if (axis < 0).any() and role != "statistic":
             first = int(reason[roots[axis < 0]][0])
-            pinned[f"{name}[{d}]"] = algebra.reasons[first] + ("" if (axis < 0).all() else " (some positions)")
+            pinned[f"{name}[{d}]"] = algebra.reasons[first] + ("" if (axis < 0).all() else SOME)
         for a in np.unique(axis[axis >= 0]):
             where = np.flatnonzero(axis == a)
             order = where[np.argsort(position[roots[where]], kind="stable")]
@@ -425,7 +465,8 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
     axes, zig_of, names = [], np.full(algebra.count, -1), {}
     total = 0
     for ids, found in members:
-        first = next(m for m in found if m.role == "producer")
+        makers = [m for m in found if m.role == "producer"]
+        first = next((m for m in makers if len(sources[m.param].shape) > 1), makers[0])
         name = f"{first.param}[{first.dim}]"
         names[name] = names.get(name, 0) + 1
         name += f"#{names[name]}" if names[name] > 1 else ""
@@ -435,9 +476,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         elif known & GROUPS:
             kind = "groups"
         else:
-            kind = (
-                "channels" if any(len(sources[m.param].shape) > 2 for m in found if m.role == "producer") else "units"
-            )
+            kind = "channels" if any(len(sources[m.param].shape) > 2 for m in makers) else "units"
         zig_of[ids] = total + np.arange(len(ids))
         total += len(ids)
         params = 0
@@ -445,7 +484,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
             shape = sources[m.param].shape
             params += 0 if m.role == "statistic" else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
         zero_path = not (marks[ids] & NOT_ZERO).any()
-        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, zero_path))
+        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, zero_path=zero_path))
     return Solution(tuple(axes), pinned, zig_of[root])
 
 

@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="a Hub name or a local folder; default: scikit-learn's digits")
     parser.add_argument("--target-group-sparsity", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--smoke", action="store_true", help="30 steps")
     options = parser.parse_args()
@@ -105,9 +105,9 @@ def main() -> None:
     for name, build, lr in (("ResNet", resnet, 2e-3), ("ViT", vit, 1e-3)):
         print(f"\n===== {name} =====")
         common = dict(
-            max_steps=steps, per_device_train_batch_size=64, per_device_eval_batch_size=256, learning_rate=lr,
-            weight_decay=0.01, logging_steps=max(10, steps // 5), save_strategy="no", report_to="none", seed=0,
-            remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+            max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=256, learning_rate=lr,
+            weight_decay=0.01, warmup_steps=0.1, logging_steps=max(10, steps // 5), save_strategy="no", seed=0,
+            report_to="none", remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         data = dict(train_dataset=train, eval_dataset=test, data_collator=collate, compute_metrics=accuracy)
 

@@ -21,15 +21,17 @@ from torch import nn
 import hf_oto
 import hf_oto.partition
 import hf_oto.rules
-from hf_oto import PruningPlan, check_zero_invariance, partition_zigs
+from hf_oto import PruningPlan, check_zero_invariance, compact, partition_zigs
 from hf_oto.modeling_oto import OTOError
+from hf_oto.report import macs
 
 SWITCHES_ATTENTION = ["vit", "swin", "bert", "distilbert", "gpt2", "llama", "whisper", "clip"]
 
 
 def layout(partition):
     """Axes and pinned dimensions as plain data: what has to be the same."""
-    return partition.to_dict()["axes"], partition.pinned.keys()
+    axes = [{k: v for k, v in axis.items() if k != "macs"} for axis in partition.to_dict()["axes"]]  # of the batch
+    return axes, partition.pinned.keys()
 
 
 def axis_of(partition, parameter, dim=0):
@@ -446,6 +448,15 @@ def test_params_count_what_a_zig_takes(case):
         overlap = {m.param for m in axis.members if sum(o.param == m.param for o in axis.members) > 1}
         if not overlap:
             assert sum(int(mask.sum()) for mask in marked.values()) == axis.params
+
+
+def test_macs_count_what_a_zig_takes(case):
+    dense = macs(case.model, case.inputs)
+    assert case.partition.macs == dense > 0
+    for axis in case.partition.axes[:6]:
+        small = copy.deepcopy(case.model)
+        compact(small, case.partition, PruningPlan({axis.name: range(1, axis.size)}))
+        assert dense - macs(small, case.inputs) == pytest.approx(axis.macs, abs=1)
 
 
 ARCHITECTURES = """albert bart beit bert bloom blip convbert convnext deberta deit detr distilbert efficientnet electra
