@@ -12,8 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What is known of an id, as bits.
-PRODUCER, CONSUMER, NOT_ZERO, HEADS, EXPANDED, GROUPS, SHARED = 1, 2, 4, 8, 16, 32, 64
+
+class Mark:
+    """What is known of an index id, as bits."""
+
+    PRODUCER = 1  # of a parameter dimension that makes it
+    CONSUMER = 2  # of a parameter dimension that reads it
+    NOT_ZERO = 4  # where it is read, zero producers have not made it zero
+    HEADS = 8  # activations are multiplied position by position: attention
+    EXPANDED = 16  # a dimension along which all is equal
+    GROUPS = 32  # of a convolution or normalisation
+    SHARED = 64  # other factors of its product were expanded: one for several
+    CHANNELS = 128  # of a convolution
+    EXPERTS = 256  # of weights that lie in a stack
 
 
 class Leaf(NamedTuple):
@@ -49,7 +60,7 @@ class Algebra:
     def __init__(self) -> None:
         self._parent = np.zeros(1 << 12, np.int64)
         self._pin = np.zeros(1 << 12, np.int32)  # index into reasons, 0: not pinned
-        self._mark = np.zeros(1 << 12, np.uint8)
+        self._mark = np.zeros(1 << 12, np.uint16)
         self.count = 1
         self.reasons: list[str] = [""]
         self._reason_of: dict[str, int] = {}

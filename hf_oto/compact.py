@@ -31,6 +31,8 @@ def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dic
     Where the sizes that modules keep contradict each other, those ZIGs stay as zeros: correct, only larger.
     """
     removed = plan.removed(partition)
+    for axis, gone in partition.split(removed):
+        gone[np.flatnonzero(gone)[: -int((~gone).sum()) % axis.multiple]] = False
     if partition.sizes is None:
         return removed, {}
     while True:

@@ -6,12 +6,13 @@ what can't be rebuilt exactly is pinned with that reason.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,11 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
 
 def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """The trace of one forward: on FakeTensors, or by one real forward where the model does not run on them."""
+    with _experts_at_once(model):
+        return _run_traced(model, inputs)
+
+
+def _run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     try:
         return trace(model, inputs)
     except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
@@ -118,6 +124,21 @@ def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     raise OTOError(
         f"{type(model).__name__} can't take the batch {shapes}: {type(problem).__name__}: {problem}{hint}"
     ) from problem
+
+
+@contextlib.contextmanager
+def _experts_at_once(model: nn.Module) -> Iterator[None]:
+    """While open, experts run as one batched product: the implementation whose shapes don't depend on the data."""
+    undo = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not any(module in other.modules() for other, _ in undo):
+            undo.append((module, module.get_experts_implementation()))
+            module.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        for module, before in undo:
+            module.set_experts_implementation(before)
 
 
 def _solved(
@@ -247,7 +268,8 @@ def _half(partition: ZIGPartition, families: set[str] | None) -> PruningPlan:
     rng = np.random.default_rng(0)
     kept = {}
     for axis in partition.axes:
-        keep = np.sort(rng.permutation(axis.size)[: rng.integers(1, axis.size)])
+        # at least half: with less, deep networks forget their input, and any cut looks right
+        keep = np.sort(rng.permutation(axis.size)[: rng.integers((axis.size + 1) // 2, axis.size)])
         if families is None or fold(axis.name) in families:
             kept[axis.name] = keep
     return PruningPlan(kept)
@@ -281,7 +303,7 @@ class _Fake:
             removed, attributes = resolve(partition, _half(partition, families))
             try:
                 cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in tensors}), attributes)
-                with evaluating(small):
+                with evaluating(small), _experts_at_once(small):
                     out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
             except DynamicOutputShapeException:
                 return None
@@ -326,18 +348,21 @@ def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     """Largest difference relative to the largest entry of each output; inf where shapes or infinities differ."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        finite = torch.isfinite(x)
-        if x.shape != y.shape or not torch.equal(finite, torch.isfinite(y)):
+        if x.shape != y.shape:
             return float("inf")
-        if finite.any():
-            x, y = x[finite].double(), y[finite].double()
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            finite = torch.isfinite(x)
+            if not torch.equal(finite, torch.isfinite(y)):
+                return float("inf")
+            x, y = x[finite], y[finite]
+        if x.numel():
             worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
     return worst
 
 
-def _zeroed(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, noise: bool) -> dict[str, torch.Tensor]:
-    """Copies of the weights with the plan's ZIGs zeroed and, if `noise`, their other side filled at random."""
-    slices = [s for s in partition.slices(plan.removed(partition)) if s[1].role != "statistic"]
+def _zeroed(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, noise: bool) -> dict[str, torch.Tensor]:
+    """Copies of the weights with ZIGs zeroed, bool (num_zigs,), and, if `noise`, their other side filled at random."""
+    slices = [s for s in partition.slices(removed) if s[1].role != "statistic"]
     tensors = partition.tensors(model)
     changed = {m.param: tensors[m.param].detach().clone() for _, m, _ in slices}
     generator = torch.Generator().manual_seed(0)
@@ -369,18 +394,18 @@ def check_zero_invariance(
     Returns:
         the largest difference of the outputs, relative to their largest entry: below 1e-5 in float32 if it holds.
     """
-    plan = plan or _half(partition, None)
-    quiet = _outputs(model, inputs, _zeroed(model, partition, plan, noise=False))
-    loud = _outputs(model, inputs, _zeroed(model, partition, plan, noise=True))
+    removed = (plan or _half(partition, None)).removed(partition)
+    quiet = _outputs(model, inputs, _zeroed(model, partition, removed, noise=False))
+    loud = _outputs(model, inputs, _zeroed(model, partition, removed, noise=True))
     return _difference(quiet, loud)
 
 
 def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
     """How far a cut copy is from the zeroed full model, measured as in `check_zero_invariance`; changes nothing."""
-    zeroed = _zeroed(model, partition, plan, noise=False)
+    removed, attributes = resolve(partition, plan)
+    zeroed = _zeroed(model, partition, removed, noise=False)
     tensors = [*model.parameters(), *model.buffers()]
     small = _copy_structure(model, {id(t): t for t in tensors})
     by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])
-    removed, attributes = resolve(partition, plan)
     cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()}), attributes)
     return _difference(_outputs(model, inputs, zeroed), _outputs(small, inputs))

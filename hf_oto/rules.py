@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_iter
 
-from .axes import CONSUMER, EXPANDED, GROUPS, HEADS, NOT_ZERO, PRODUCER, Algebra, Dim, Leaf, size, with_zero
+from .axes import Algebra, Dim, Leaf, Mark, size, with_zero
 from .trace import Call, Ref, Trace
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,14 @@ class Axes:
         algebra: the union-find the dimensions live in.
         dims: value number -> its dimensions.
         const: numbers of the values that depend on parameters and buffers only.
+        chosen: numbers of the values that are parts of such, chosen by the data (an expert's weights, say).
     """
 
     def __init__(self) -> None:
         self.algebra = Algebra()
         self.dims: dict[int, list[Dim]] = {}
         self.const: set[int] = set()
+        self.chosen: set[int] = set()
         self.layer = ""
 
     def of(self, ref: Ref) -> list[Dim]:
@@ -91,26 +93,29 @@ class Axes:
             return self.algebra.fixed(size(a))
         return tuple(Leaf(x.ids, zero(x.zero, y.zero)) for x, y in zip(*pair, strict=True))
 
-    def contract(self, a: Dim, b: Dim, a_const: bool, b_const: bool) -> None:
+    def weight(self, ref: Ref) -> int:
+        """How much of a weight a tensor is: 2 made of parameters, 1 chosen from them by the data, 0 activations."""
+        return 2 if ref.value in self.const else int(ref.value in self.chosen)
+
+    def contract(self, a: Dim, b: Dim, a_weight: int, b_weight: int) -> None:
         """The summed dimension of a product: the weight's side consumes what the other side produces."""
         if not a or not b:
             return
         pair = self.algebra.align(a, b, self.why(MEETS))
         for x, y in zip(*pair, strict=True) if pair else ():
-            if a_const and b_const:
-                self.algebra.mark((x,), PRODUCER)
-                self.algebra.mark((y,), CONSUMER)
-            elif a_const or b_const:
-                weight, data = (x, y) if a_const else (y, x)
-                self.algebra.mark((weight,), CONSUMER if data.zero else CONSUMER | NOT_ZERO)
+            weight, data = (x, y) if a_weight > b_weight else (y, x)
+            if a_weight or b_weight:
+                self.algebra.mark((weight,), Mark.CONSUMER if data.zero else Mark.CONSUMER | Mark.NOT_ZERO)
             elif not (x.zero or y.zero):
                 self.pin((x,), "summed over between activations that do not become zero")
+            if a_weight and b_weight:
+                self.algebra.mark((data,), Mark.PRODUCER)
 
     def produce(self, ref: Ref, *dims: Dim) -> None:
         """Marks dimensions as made by a parameter, where the tensor comes from parameters."""
-        if ref.value in self.const:
+        if self.weight(ref):
             for dim in dims:
-                self.algebra.mark(dim, PRODUCER)
+                self.algebra.mark(dim, Mark.PRODUCER)
 
 
 # elementwise ---------------------------------------------------------------------------------------
@@ -231,21 +236,31 @@ def expand(s: Axes, call: Call) -> list[list[Dim]]:
     out = call.outs[0].shape
     dims = [()] * (len(out) - len(call.args[0].shape)) + list(s.of(call.args[0]))
     grown = [n > 1 and not dim for n, dim in zip(out, dims, strict=True)]
-    return [[(s.algebra.new(n, marks=EXPANDED),) if g else d for n, d, g in zip(out, dims, grown, strict=True)]]
+    return [[(s.algebra.new(n, marks=Mark.EXPANDED),) if g else d for n, d, g in zip(out, dims, grown, strict=True)]]
 
 
 def repeat(s: Axes, call: Call) -> list[list[Dim]]:
     """n -> r n, the copies outermost"""
     out, times = call.outs[0].shape, call.args[1]
     dims = [()] * (len(out) - len(call.args[0].shape)) + list(s.of(call.args[0]))
-    return [[(*((s.algebra.new(r, marks=EXPANDED),) if r > 1 else ()), *d) for r, d in zip(times, dims, strict=True)]]
+    return [
+        [(*((s.algebra.new(r, marks=Mark.EXPANDED),) if r > 1 else ()), *d) for r, d in zip(times, dims, strict=True)]
+    ]
 
 
 def slice_(s: Axes, call: Call) -> list[list[Dim]]:
     """positions start:stop:step of one dimension"""
     ref, d, start, stop, step = [*call.args, *[0, None, None, 1][len(call.args) - 1 :]]
     d %= len(ref.shape)
-    index = np.arange(ref.shape[d])[slice(start, stop, step)]
+    n = ref.shape[d]
+    index = np.arange(n)[slice(start, stop, step)]
+    if step > 1 and n % step == 0 and len(index) == n // step:  # one of every `step`: these go together
+        dims = list(s.of(ref))
+        dims[d], inner = s.algebra.reshape([dims[d]], [n // step, step])
+        s.pin(inner, "a fixed position of it is read")
+        return [dims]
+    if step > 1:
+        s.pin(s.of(ref)[d], "every so manyth position of it is read")
     return [_taken(s, ref, d, index)]
 
 
@@ -345,6 +360,16 @@ def pad(s: Axes, call: Call) -> list[list[Dim]]:
     return [result]
 
 
+def glu(s: Axes, call: Call) -> list[list[Dim]]:
+    """two halves of a dimension, the first gated by the second"""
+    ref = call.args[0]
+    d = (call.args[1] if len(call.args) > 1 else -1) % len(ref.shape)
+    n = ref.shape[d] // 2
+    left, right = _taken(s, ref, d, np.arange(n)), _taken(s, ref, d, np.arange(n, 2 * n))
+    left[d] = s.unify(left[d], right[d], first)
+    return [left]
+
+
 def pixel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
     """n (c r r) h w -> n c (h r) (w r)"""
     ref, r = call.args
@@ -377,9 +402,13 @@ def index_(s: Axes, call: Call) -> list[list[Dim]]:
         for dim in s.of(index[k]):
             s.pin(dim, "it is an index")
     rest = [dims[k] for k in range(len(dims)) if k not in used]
+    if len(rest) > 1 and s.weight(ref):  # one matrix of several, an expert's: what it is used for says who produces
+        for dim in rest:
+            s.algebra.mark(dim, Mark.EXPERTS)
+    else:
+        s.produce(ref, *rest)
     new = len(shape) - len(rest)
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    s.produce(ref, *rest)
     return [[*rest[:at], *map(s.algebra.fixed, shape[at : at + new]), *rest[at:]]]
 
 
@@ -415,13 +444,13 @@ def gather(s: Axes, call: Call) -> list[list[Dim]]:
 def mm(s: Axes, call: Call) -> list[list[Dim]]:
     """... i k, ... k j -> ... i j: k is contracted; leading dimensions go together"""
     a, b = call.args[-2:] if base_name(call.op) in ("addmm", "baddbmm", "addmv") else call.args[:2]
-    a_const, b_const = a.value in s.const, b.value in s.const
+    a_weight, b_weight = s.weight(a), s.weight(b)
     da, db = s.of(a), s.of(b)
     batch = [s.unify(x, y, either) for x, y in zip(da[:-2], db[:-2], strict=False)]
-    if not (a_const or b_const):
+    if not (a_weight or b_weight):
         for dim in batch:
-            s.algebra.mark(dim, HEADS)
-    s.contract(da[-1], db[-2] if len(db) > 1 else db[-1], a_const, b_const)
+            s.algebra.mark(dim, Mark.HEADS)
+    s.contract(da[-1], db[-2] if len(db) > 1 else db[-1], a_weight, b_weight)
     s.produce(a, *da[:-1])
     s.produce(b, *db[:-2], *db[-1:] if len(db) > 1 else ())
     out = [*batch, *da[-2:-1], *(db[-1:] if len(db) > 1 else ())]
@@ -440,23 +469,26 @@ def convolution(s: Axes, call: Call) -> list[list[Dim]]:
     first, second, *kernel = s.of(weight)
     for dim in (*space, *kernel):
         s.pin(dim, "it is a spatial axis")
-    x_const, w_const = x.value in s.const, weight.value in s.const
+    x_weight, w_weight = s.weight(x), s.weight(weight)
     if groups > 1:
         outer = s.algebra.reshape([channels], [groups, x.shape[1] // groups])
         grouped = s.algebra.reshape([first], [groups, weight.shape[0] // groups])
         group = s.unify(outer[0], grouped[0], either)
         if weight.shape[1] > 1 or weight.shape[0] > groups:
-            s.algebra.mark(group, GROUPS)
+            s.algebra.mark(group, Mark.GROUPS)
+        else:
+            s.algebra.mark(group, Mark.CHANNELS)
         if transposed:
-            s.contract(outer[1], grouped[1], x_const, w_const)
+            s.contract(outer[1], grouped[1], x_weight, w_weight)
             out = (*group, *second)
         else:
-            s.contract(outer[1], second, x_const, w_const)
+            s.contract(outer[1], second, x_weight, w_weight)
             out = (*group, *grouped[1])
         s.produce(weight, *grouped, *([second] if transposed else []))
     else:
         inside, out = (first, second) if transposed else (second, first)
-        s.contract(channels, inside, x_const, w_const)
+        s.algebra.mark(out, Mark.CHANNELS)
+        s.contract(channels, inside, x_weight, w_weight)
         s.produce(weight, out)
     if bias is not None:
         s.produce(bias, *s.of(bias))
@@ -478,12 +510,12 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     heads = dq[1]
     if k.shape[1] != q.shape[1]:  # grouped queries
         group, each = s.algebra.reshape([heads], [k.shape[1], q.shape[1] // k.shape[1]])
-        s.algebra.mark(each, EXPANDED)
+        s.algebra.mark(each, Mark.EXPANDED)
         heads = (*s.unify(group, shared, second), *with_zero(each, False))
     else:
         heads = s.unify(heads, shared, second)
-    s.algebra.mark(heads, HEADS)
-    s.contract(dq[3], dk[3], False, False)
+    s.algebra.mark(heads, Mark.HEADS)
+    s.contract(dq[3], dk[3], 0, 0)
     for dim in (dk[2], dv[2]):
         s.pin(dim, "attention runs over it")
     if mask is not None:
@@ -570,7 +602,7 @@ def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
     dims = list(s.of(x))
     outer, inner = s.algebra.reshape([dims[1]], [groups, channels // groups])
     s.pin(inner, "a group norm takes mean and variance over it")
-    s.algebra.mark(outer, GROUPS)
+    s.algebra.mark(outer, Mark.GROUPS)
     dim = with_zero((*outer, *inner), is_ref(weight) and is_ref(bias))
     for affine in (weight, bias):
         if is_ref(affine):
@@ -690,7 +722,7 @@ def as_list(a: int | Sequence[int]) -> list[int]:
 _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     elementwise: """_to_copy copy hardswish native_dropout alias detach lift_fresh lift contiguous rsub zeros_like
         ones_like full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel
-        tril triu _conj positive""",
+        tril triu _conj positive floor_divide""",
     masked_fill: "masked_fill",
     view: "view _unsafe_view reshape _reshape_alias",
     permute: "permute",
@@ -708,13 +740,14 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     roll: "roll",
     flip: "flip",
     pad: "constant_pad_nd",
+    glu: "glu",
     pixel_shuffle: "pixel_shuffle",
     embedding: "embedding",
     index_: "index",
     index_select: "index_select",
     gather: "gather",
     lookup: """scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
-        one_hot _local_scalar_dense""",
+        one_hot histc _local_scalar_dense""",
     mm: "mm addmm bmm baddbmm mv dot",
     convolution: "convolution _convolution",
     attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
@@ -740,6 +773,17 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
+def _live(trace: Trace) -> list[Call]:
+    """The calls that the outputs depend on: what is computed and thrown away decides nothing."""
+    needed = {ref.value for ref in trace.outputs}
+    live = []
+    for call in reversed(trace.calls):
+        if not call.outs or call.op._schema.is_mutable or any(ref.value in needed for ref in call.outs):
+            live.append(call)
+            needed |= {a.value for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)}
+    return live[::-1]
+
+
 def apply_rules(trace: Trace) -> Axes:
     """The dimensions of every tensor of the trace, unified and pinned as its calls demand."""
     s = Axes()
@@ -747,7 +791,7 @@ def apply_rules(trace: Trace) -> Axes:
         s.source(ref)
     s.algebra.reason(OUTPUT)  # the first: what a person should read, if there are others too
     missing: set[str] = set()
-    for call in trace.calls:
+    for call in _live(trace):
         s.layer = call.layer
         name = base_name(call.op)
         rule = RULES.get(name, elementwise if torch.Tag.pointwise in call.op.tags else unknown)
@@ -764,11 +808,13 @@ def apply_rules(trace: Trace) -> Axes:
         if rule is unknown and call.outs and name not in missing:
             missing.add(name)
             logger.info("tensors of %s are pinned: %s, in %s", name, problem, call.layer)
-        const = all(a.value in s.const for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a))
+        refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
+        const = all(s.weight(a) == 2 for a in refs)
+        chosen = not const and s.weight(refs[0]) > 0 and (len(refs) == 1 or rule in (index_, index_select, gather))
         for ref, dims in zip(call.outs, outs, strict=True):
             s.dims[ref.value] = dims
-            if const:
-                s.const.add(ref.value)
+            s.const |= {ref.value} if const else set()
+            s.chosen |= {ref.value} if chosen else set()
     for ref in trace.outputs:
         for dim in s.of(ref):
             s.algebra.pin(dim, OUTPUT)

@@ -246,7 +246,7 @@ def _slices(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
         if i is ...:
             dim += len(source.shape) - used
             continue
-        if isinstance(i, slice):
+        if isinstance(i, slice) and i.step in (None, 1):
             yield from _bounds(source, dim, i.start, i.stop)
         dim += i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from .axes import CONSUMER, EXPANDED, GROUPS, HEADS, NOT_ZERO, PRODUCER, SHARED, Algebra, Dim
+from .axes import Algebra, Dim, Mark
 from .modeling_oto import OTOError
 
 Role = Literal["producer", "consumer", "statistic"]
@@ -83,6 +83,7 @@ class PrunableAxis:
         members: every parameter and buffer slice that goes with a position.
         params: parameters that one ZIG alone takes with it.
         macs: multiply-accumulates of the traced forward that one ZIG alone takes with it.
+        multiple: a cut leaves a multiple of so many, some as zeros: kernels for stacked experts want aligned rows.
         zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
             part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
     """
@@ -93,6 +94,7 @@ class PrunableAxis:
     members: tuple[Member, ...]
     params: int = 0
     macs: int = 0
+    multiple: int = 1
     zero_path: bool = True
 
     @property
@@ -110,6 +112,7 @@ class PrunableAxis:
             "size": self.size,
             "params": self.params,
             "macs": self.macs,
+            "multiple": self.multiple,
             "zero_path": self.zero_path,
         }
         return data | {"members": members}
@@ -325,7 +328,7 @@ def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
     _spread_marks(algebra)
     for source in sources.values():
         for leaf in (leaf for dim in source.dims for leaf in dim):
-            if not (algebra.marks[leaf.ids] & (PRODUCER | CONSUMER)).any():
+            if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER)).any():
                 algebra.pin_ids(leaf.ids, UNUSED)
     root = algebra.roots()
     reason = _earliest(root, algebra.pins)
@@ -354,7 +357,7 @@ def _along(vector: np.ndarray, k: int, ndim: int) -> np.ndarray:
 
 def _spread_marks(algebra: Algebra) -> None:
     """What is known of a product is known of its factors, and the other way round."""
-    marks, spread = algebra.marks, PRODUCER | CONSUMER | NOT_ZERO
+    marks, spread = algebra.marks, Mark.PRODUCER | Mark.CONSUMER | Mark.NOT_ZERO
     for product in [*algebra.products, *reversed(algebra.products)]:
         ndim = product.parent.ndim
         for k, factor in enumerate(product.factors):
@@ -403,16 +406,16 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
         spread()
     kept = [free(factors)[0] if free(factors) else None for _, factors in products]
     expanded = np.zeros(len(root), bool)
-    np.logical_or.at(expanded, root, (algebra.marks & EXPANDED) > 0)
+    np.logical_or.at(expanded, root, (algebra.marks & Mark.EXPANDED) > 0)
     for product, (_, factors), k in zip(algebra.products, products, kept, strict=True):
         if k is not None and any(expanded[f].any() for i, f in enumerate(factors) if i != k):
-            algebra.marks[product.factors[k]] |= SHARED
+            algebra.marks[product.factors[k]] |= Mark.SHARED
     return kept
 
 
 def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -> Solution:
     root = algebra.roots()
-    marks = np.zeros(algebra.count, np.uint8)
+    marks = np.zeros(algebra.count, np.uint16)
     np.bitwise_or.at(marks, root, algebra.marks)
     made, used = np.zeros(algebra.count, bool), np.zeros(algebra.count, bool)
     dims: list[tuple[str, int, Role, np.ndarray]] = []
@@ -420,11 +423,13 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         for d, dim in enumerate(source.dims):
             for leaf in dim:
                 raw = algebra.marks[leaf.ids]
-                role: Role = "statistic" if source.is_buffer else "producer" if (raw & PRODUCER).any() else "consumer"
+                role: Role = (
+                    "statistic" if source.is_buffer else "producer" if (raw & Mark.PRODUCER).any() else "consumer"
+                )
                 dims.append((name, d, role, root[leaf.ids]))
                 if role == "producer":
                     made[root[leaf.ids]] = True
-                if not source.is_buffer and (raw & CONSUMER).any():
+                if not source.is_buffer and (raw & Mark.CONSUMER).any():
                     used[root[leaf.ids]] = True
     for missing, text in ((~made, "no parameter makes it"), (~used, "no parameter consumes it")):
         number = len(algebra.reasons)
@@ -471,20 +476,21 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         names[name] = names.get(name, 0) + 1
         name += f"#{names[name]}" if names[name] > 1 else ""
         known = marks[ids[0]]
-        if known & HEADS:
-            kind = "kv_groups" if known & SHARED else "heads"
-        elif known & GROUPS:
+        if known & Mark.HEADS:
+            kind = "kv_groups" if known & Mark.SHARED else "heads"
+        elif known & Mark.GROUPS:
             kind = "groups"
         else:
-            kind = "channels" if any(len(sources[m.param].shape) > 2 for m in makers) else "units"
+            kind = "channels" if known & Mark.CHANNELS else "units"
         zig_of[ids] = total + np.arange(len(ids))
         total += len(ids)
         params = 0
         for m in found:
             shape = sources[m.param].shape
             params += 0 if m.role == "statistic" else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
-        zero_path = not (marks[ids] & NOT_ZERO).any()
-        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, zero_path=zero_path))
+        zero_path = not (marks[ids] & Mark.NOT_ZERO).any()
+        multiple = 8 if known & Mark.EXPERTS else 1
+        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, multiple=multiple, zero_path=zero_path))
     return Solution(tuple(axes), pinned, zig_of[root])
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_oto.axes import CONSUMER, PRODUCER, Algebra, Leaf, size
+from hf_oto.axes import Algebra, Leaf, Mark, size
 from hf_oto.zigs import Source, solve
 
 laws = settings(derandomize=True, max_examples=60, deadline=None)
@@ -19,7 +19,7 @@ laws = settings(derandomize=True, max_examples=60, deadline=None)
 
 def source(algebra, shape):
     """Dimensions of a parameter whose every position could go."""
-    return [(algebra.new(n, zero=True, marks=PRODUCER | CONSUMER),) if n > 1 else () for n in shape]
+    return [(algebra.new(n, zero=True, marks=Mark.PRODUCER | Mark.CONSUMER),) if n > 1 else () for n in shape]
 
 
 def zigs_of(algebra, *sources):
