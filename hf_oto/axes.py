@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ID = np.int32  # of index ids: a model has a few million
+
 
 class Mark:
     """What is known of an index id, as bits."""
@@ -25,6 +27,8 @@ class Mark:
     SHARED = 64  # other factors of its product were expanded: one for several
     CHANNELS = 128  # of a convolution
     EXPERTS = 256  # of weights that lie in a stack
+    NORMED = 512  # a norm is taken over it
+    FOLLOWER = 1024  # of a parameter dimension that is cut along, but must not be zero
 
 
 class Leaf(NamedTuple):
@@ -58,7 +62,7 @@ class Algebra:
     """Union-find over index ids with pins and product records. Id 0 is the position that can never be removed."""
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1 << 12, np.int64)
+        self._parent = np.zeros(1 << 12, ID)
         self._pin = np.zeros(1 << 12, np.int32)  # index into reasons, 0: not pinned
         self._mark = np.zeros(1 << 12, np.uint16)
         self.count = 1
@@ -72,7 +76,8 @@ class Algebra:
         """An independent copy, to solve without spoiling this one."""
         twin = Algebra.__new__(Algebra)
         vars(twin).update(
-            {k: v.copy() if isinstance(v, (np.ndarray, list, dict)) else v for k, v in vars(self).items()}
+            {k: v.copy() if isinstance(v, (list, dict)) else v for k, v in vars(self).items()},
+            **{k: v[: self.count].copy() for k, v in vars(self).items() if isinstance(v, np.ndarray)},
         )
         return twin
 
@@ -85,14 +90,14 @@ class Algebra:
             self._parent, self._pin, self._mark = (
                 np.concatenate([a, np.zeros_like(a)]) for a in (self._parent, self._pin, self._mark)
             )
-        ids = np.arange(start, self.count)
+        ids = np.arange(start, self.count, dtype=ID)
         self._parent[start : self.count] = ids
         self._mark[start : self.count] = marks
         return Leaf(ids, zero)
 
     def fixed(self, n: int) -> Dim:
         """A dimension of n positions that can't be removed (an input's, an index's)."""
-        return () if n == 1 else (Leaf(np.zeros(n, np.int64), False),)
+        return () if n == 1 else (Leaf(np.zeros(n, ID), False),)
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The representative of each id's class: its smallest member."""
@@ -112,7 +117,10 @@ class Algebra:
             different = ra != rb
             if not different.any():
                 return
-            ra, rb = ra[different], rb[different]
+            ra, rb = (
+                ra[different][::-1],
+                rb[different][::-1],
+            )  # of several the smallest comes last
             self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
 
     def pin(self, dim: Dim, why: str) -> None:
@@ -146,7 +154,7 @@ class Algebra:
         if len(sizes) <= 1:
             return (leaf,) if sizes else ()
         if not leaf.ids.any():
-            return tuple(Leaf(np.zeros(s, np.int64), leaf.zero) for s in sizes)
+            return tuple(Leaf(np.zeros(s, ID), leaf.zero) for s in sizes)
         key = (leaf.ids.tobytes(), sizes)
         factors = self._factored.get(key)
         if factors is None:
@@ -239,7 +247,7 @@ class Algebra:
             self.pin(dim, "a fixed position of it is read")
             return ()
         if not dim:
-            return (Leaf(np.zeros(len(index), np.int64), False),)
+            return (Leaf(np.zeros(len(index), ID), False),)
         outer = len(dim[0].ids)
         inner = size(dim) // outer
         if len(dim) > 1 and len(index) % inner == 0:
@@ -256,14 +264,14 @@ class Algebra:
         """Dimensions laid one after the other."""
         if len(dims) == 1:
             return dims[0]
-        leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, np.int64), False) for dim in dims]
+        leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, ID), False) for dim in dims]
         return (Leaf(np.concatenate([leaf.ids for leaf in leaves]), all(leaf.zero for leaf in leaves)),)
 
     # what the solver reads -------------------------------------------------------------------------
 
     def roots(self) -> np.ndarray:
         """The class of every id, shape (count,)."""
-        return self.find(np.arange(self.count))
+        return self.find(np.arange(self.count, dtype=ID))
 
     @property
     def pins(self) -> np.ndarray:

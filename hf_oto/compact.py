@@ -71,6 +71,11 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
             for name, tensor in store.items():
                 if id(tensor) in new:
                     store[name] = new[id(tensor)]
+    set_sizes_(model, attributes)
+
+
+def set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
+    """Sets the attributes, and what torch's own layers keep of the shapes of their weights."""
     for (path, name, index), value in attributes.items():
         module = model.get_submodule(path)
         if index is not None:
@@ -85,24 +90,20 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
 
 def own_sizes(module: nn.Module) -> dict[str, int]:
     """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return {}
-    shape = weight.shape
     if isinstance(module, nn.Linear):
-        return {"out_features": shape[0], "in_features": shape[1]}
+        return dict(zip(("out_features", "in_features"), module.weight.shape, strict=True))
     if isinstance(module, Conv1D):
-        return {"nx": shape[0], "nf": shape[1]}
+        return dict(zip(("nx", "nf"), module.weight.shape, strict=True))
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
+        return {"in_channels": module.weight.shape[0], "out_channels": module.weight.shape[1] * module.groups}
     if isinstance(module, nn.modules.conv._ConvNd):
-        return {"in_channels": shape[1] * module.groups, "out_channels": shape[0]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": shape[0]}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": shape[0]}
+        return {"in_channels": module.weight.shape[1] * module.groups, "out_channels": module.weight.shape[0]}
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
+        return {"num_features": module.weight.shape[0]}
+    if isinstance(module, nn.GroupNorm) and module.affine:
+        return {"num_channels": module.weight.shape[0]}
     if isinstance(module, nn.Embedding):
-        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+        return dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))
     return {}
 
 

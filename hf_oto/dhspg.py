@@ -134,7 +134,10 @@ class DHSPG(torch.optim.Optimizer):
         trained = self._by_name()
         axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
         if left := [axis.name for axis in partition.axes if axis not in axes]:
-            logger.info("not pruned, because some of their parameters are frozen: %s", ", ".join(left))
+            logger.warning(
+                "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
+                "merge it, or let it train): %s", len(left), ", ".join(left[:3] + ["..."] * (len(left) > 3)),
+            )  # fmt: skip
         total = sum(axis.size for axis in axes)
         target = round(target_group_sparsity * total)
         if target_group_sparsity and not axes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 import re
@@ -20,9 +21,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import cut_, kept_positions, resolve
+from .compact import cut_, kept_positions, resolve, set_sizes_
 from .rules import Axes, apply_rules, multiplications
 from .sizes import Sizes
 from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
@@ -50,9 +51,8 @@ def partition_zigs(
         OTOError: the model can't run on the inputs.
         ValueError: a pattern of `protect` that matches nothing.
     """
-    inputs = dict(make_inputs(model) if inputs is None else inputs)
     protected = _protected(model, protect)
-    traced = run_traced(model, inputs)
+    inputs, traced = _first_traced(model, make_inputs(model) if inputs is None else [inputs])
     found = apply_rules(traced)
     buffers = persistent_buffers(model)
     sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
@@ -63,31 +63,49 @@ def partition_zigs(
     return _rehearsed(model, inputs, traced, found, sources, partition)
 
 
-def make_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A small batch made from a Transformers config: text, images or waveforms.
+def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Small batches made from a Transformers config, of text, images or sound: first of all its forward takes, so that
+    every tower runs, then of its main input alone.
 
     Raises:
         OTOError: what the model reads is none of these.
     """
-    config = (
-        model.config.get_text_config().to_dict() | model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
-    )
-    name = model.main_input_name if isinstance(model, PreTrainedModel) else ""
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    accepted = inspect.signature(model.forward).parameters
+    made = {}
+    for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
+        if config is not None and name in accepted:
+            made |= _made(name, config)
+    if made:
+        yield made
+    main = model.main_input_name if config is not None else ""
+    if main not in made:
+        raise OTOError(
+            f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
+        )
+    yield {name: value for name, value in made.items() if name in (main, "decoder_input_ids")}
+    yield {main: made[main]}
+
+
+def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """One input, {} if the config doesn't say how large it is."""
+    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
+
+    def find(key: str, default: Any = None) -> Any:
+        return next((vars(part)[key] for part in parts if vars(part).get(key) is not None), default)
+
     generator = torch.Generator().manual_seed(0)
-    if name == "input_ids":
-        inputs = {"input_ids": torch.randint(3, config["vocab_size"], (2, 16), generator=generator)}
-        if config.get("is_encoder_decoder"):
-            inputs["decoder_input_ids"] = inputs["input_ids"].clone()
-        return inputs
+    if name.endswith("input_ids"):
+        size = find("vocab_size")
+        return {name: torch.randint(3, size, (2, 16), generator=generator)} if size else {}
     if name == "pixel_values":
-        size = config.get("image_size", 64)
+        size = find("image_size", 64)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.randn(2, config.get("num_channels", 3), height, width, generator=generator)}
-    if name == "input_values":
-        return {"input_values": torch.randn(2, 4000, generator=generator)}
-    raise OTOError(
-        f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
-    )
+        return {name: torch.randn(2, find("num_channels", 3), height, width, generator=generator)}
+    if name == "input_features":
+        bins, length = find("num_mel_bins"), 2 * find("max_source_positions", 50)
+        return {name: torch.randn(2, bins, length, generator=generator)} if bins else {}
+    return {name: torch.randn(2, 4000, generator=generator)}
 
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -99,6 +117,17 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
             raise ValueError(f"protect: {pattern!r} matches no parameter of the model, for example {names[0]!r}")
         found |= matching
     return found
+
+
+def _first_traced(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], Trace]:
+    """The first batch that the model takes, and its trace."""
+    problem = None
+    for inputs in batches:
+        try:
+            return dict(inputs), run_traced(model, inputs)
+        except OTOError as error:
+            problem = error
+    raise problem
 
 
 def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
@@ -146,17 +175,17 @@ def _solved(
 ) -> tuple[ZIGPartition, np.ndarray]:
     solution = solve(found.algebra.copy(), sources)
     spans, values = {}, {}
+    zigs: dict[int, np.ndarray] = {}  # many tensors share a leaf: one array for all
     modules = dict(model.named_modules())
     stack = [e for q in traced.equations for e in q[:2]]
     while stack:
         expr = stack.pop()
         if expr[0] == "span" and expr[1:3] not in spans:
-            factors = (
-                tuple(solution.zig_of[leaf.ids] for leaf in found.dims[expr[1]][expr[2]])
-                if expr[1] in found.dims
-                else ()
-            )
-            spans[expr[1:3]] = factors
+            leaves = found.dims[expr[1]][expr[2]] if expr[1] in found.dims else ()
+            for leaf in leaves:
+                if id(leaf.ids) not in zigs:
+                    zigs[id(leaf.ids)] = solution.zig_of[leaf.ids]
+            spans[expr[1:3]] = tuple(zigs[id(leaf.ids)] for leaf in leaves)
         elif expr[0] == "attribute":
             value = vars(modules[expr[1]])[expr[2]]
             values[expr[1:]] = value if expr[3] is None else value[expr[3]]
@@ -172,7 +201,8 @@ def _solved(
 def _work(traced: Trace, found: Axes, solution: Solution) -> tuple[int, np.ndarray]:
     """Multiply-accumulates of the trace, and the part of them that one ZIG of each axis takes with it, (axes,)."""
     size = np.array([axis.size for axis in solution.axes], float)
-    axis_of = np.append(np.repeat(np.arange(len(size)), size.astype(int)), -1)[solution.zig_of]  # of every id
+    axis_of = np.append(np.repeat(np.arange(len(size), dtype=np.int32), size.astype(int)), np.int32(-1))
+    axis_of = axis_of[solution.zig_of]  # of every id
     total, macs = 0, np.zeros(len(size))
     for dims in (dims for call in traced.calls for dims in multiplications(call)):
         work = math.prod(ref.shape[d] for ref, d in dims)
@@ -289,20 +319,19 @@ class _Fake:
 
     def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = fake_weights(self.model, mode)
-        tensors = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
+        removed, attributes = resolve(partition, _half(partition, families))
+        parameters = list(self.model.named_parameters(remove_duplicate=False))
+        tensors = [*parameters, *self.model.named_buffers(remove_duplicate=False)]
+        shapes = {n: list(t.shape) for n, t in tensors}
+        for (name, dim), keep in kept_positions(partition, removed, shapes).items():
+            shapes[name][dim] = len(keep)
+        weights = fake_weights(self.model, mode, shapes)
         with mode:
-            fakes = {
-                id(t): nn.Parameter(weights[n], t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
-                for n, t in tensors
-            }
+            fakes: dict[int, torch.Tensor] = {id(t): weights[n] for n, t in tensors}
+            fakes |= {id(t): nn.Parameter(weights[n], t.requires_grad) for n, t in parameters}
             small = _copy_structure(self.model, fakes)
-            removed, attributes = resolve(partition, _half(partition, families))
             try:
-                cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in tensors}), attributes)
+                set_sizes_(small, attributes)
                 with evaluating(small), _experts_at_once(small):
                     out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
             except DynamicOutputShapeException:

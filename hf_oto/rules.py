@@ -68,9 +68,9 @@ class Axes:
             self.dims[ref.value] = [self.algebra.fixed(n) for n in ref.shape]
         return self.dims[ref.value]
 
-    def source(self, ref: Ref) -> None:
-        """A parameter or buffer: every dimension starts as fresh ids, claimed to be zeroed where removed."""
-        self.dims[ref.value] = [(self.algebra.new(n, zero=True),) if n > 1 else () for n in ref.shape]
+    def source(self, ref: Ref, zeroed: bool) -> None:
+        """A parameter, `zeroed` where removed, or a buffer, which is not: every dimension starts as fresh ids."""
+        self.dims[ref.value] = [(self.algebra.new(n, zero=zeroed),) if n > 1 else () for n in ref.shape]
         self.const.add(ref.value)
 
     def why(self, text: str) -> str:
@@ -116,6 +116,8 @@ class Axes:
         if self.weight(ref):
             for dim in dims:
                 self.algebra.mark(dim, Mark.PRODUCER)
+                if any((self.algebra.marks[leaf.ids] & Mark.NORMED).any() for leaf in dim):
+                    self.pin(dim, "a norm is taken over it")
 
 
 # elementwise ---------------------------------------------------------------------------------------
@@ -397,9 +399,15 @@ def index_(s: Axes, call: Call) -> list[list[Dim]]:
     ref, index = call.args
     dims, shape = s.of(ref), call.outs[0].shape
     used = [k for k, i in enumerate(index) if i is not None]
+    mask = index[used[0]] if len(used) == 1 else None
+    if mask is not None and len(mask.shape) > 1 and len(shape) == len(dims) - len(mask.shape) + 1:
+        for dim in s.of(mask):  # a mask covers as many dimensions as it has
+            s.pin(dim, "it is an index")
+        index = [None] * used[0] + [None] * len(mask.shape)
+        used = list(range(used[0], used[0] + len(mask.shape)))
     for k in used:
         s.pin(dims[k], "positions are looked up by number")
-        for dim in s.of(index[k]):
+        for dim in s.of(index[k]) if index[k] is not None else ():
             s.pin(dim, "it is an index")
     rest = [dims[k] for k in range(len(dims)) if k not in used]
     if len(rest) > 1 and s.weight(ref):  # one matrix of several, an expert's: what it is used for says who produces
@@ -436,6 +444,18 @@ def gather(s: Axes, call: Call) -> list[list[Dim]]:
             s.pin(found[k], "it is an index")
     s.produce(ref, *dims)
     return [found]
+
+
+def view_as_real(s: Axes, call: Call) -> list[list[Dim]]:
+    """a complex number is two positions of a new last dimension"""
+    return [[*s.of(call.args[0]), s.algebra.fixed(2)]]
+
+
+def view_as_complex(s: Axes, call: Call) -> list[list[Dim]]:
+    """the inverse"""
+    dims = list(s.of(call.args[0]))
+    s.pin(dims.pop(), "it holds the parts of a complex number")
+    return [dims]
 
 
 # contractions --------------------------------------------------------------------------------------
@@ -612,6 +632,20 @@ def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
     return [dims] + [[dims[0], with_zero(outer, False)] for _ in call.outs[1:]]
 
 
+def weight_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """v g / |v|, the norm over all dimensions but one: along that a zero g silences and a zero v gives 0 / 0; what
+    reads along the others has to be zero, for the norm's sake"""
+    v, g = call.args[:2]
+    d = call.args[2] if len(call.args) > 2 else 0
+    dims = list(s.of(v))
+    s.algebra.mark(dims[d], Mark.FOLLOWER)
+    dims[d] = s.unify(s.of(g)[d], dims[d], first)
+    for k, dim in enumerate(dims):
+        if k != d:
+            s.algebra.mark(dim, Mark.NORMED | Mark.NOT_ZERO)
+    return [dims, *[[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]]
+
+
 def _reduced(s: Axes, call: Call, harmless: Callable[[Leaf], bool], why: str, at: int = 1) -> list[list[Dim]]:
     ref = call.args[0]
     n = len(ref.shape)
@@ -743,6 +777,9 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     glu: "glu",
     pixel_shuffle: "pixel_shuffle",
     embedding: "embedding",
+    view_as_real: "view_as_real",
+    view_as_complex: "view_as_complex",
+    weight_norm: "_weight_norm_interface",
     index_: "index",
     index_select: "index_select",
     gather: "gather",
@@ -765,7 +802,7 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     spatial: """max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
         avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d
         upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-        reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
+        upsample_linear1d grid_sampler_2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
     fill: """zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor rand randn empty_strided
         new_empty_strided""",
     count: "arange linspace eye tril_indices triu_indices randint randperm",
@@ -787,8 +824,8 @@ def _live(trace: Trace) -> list[Call]:
 def apply_rules(trace: Trace) -> Axes:
     """The dimensions of every tensor of the trace, unified and pinned as its calls demand."""
     s = Axes()
-    for ref in trace.sources.values():
-        s.source(ref)
+    for name, ref in trace.sources.items():
+        s.source(ref, name in trace.parameters)
     s.algebra.reason(OUTPUT)  # the first: what a person should read, if there are others too
     missing: set[str] = set()
     for call in _live(trace):

@@ -6,6 +6,7 @@ set of removed ZIGs gives the new attributes; a contradiction names the ZIGs tha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Sizes:
     ) -> None:
         self.values = values
         self.spans: dict[Expr, Span] = {}
+        self._names: dict[int, bytes] = {}
         self.equations: list[Equation] = []
         seen = set()
         for equation in equations:
@@ -71,7 +73,7 @@ class Sizes:
             factors = spans.get((value, dim))
             if factors is None:
                 return ("const", stop - start)
-            key = ("span", *(f.tobytes() for f in factors), start, stop)
+            key = ("span", *map(self._name, factors), start, stop)
             self.spans[key] = Span(factors, start, stop)
             return key
         if expr[0] in ("const", "attribute"):
@@ -82,6 +84,12 @@ class Sizes:
             if value is not None:
                 return ("const", value)
         return (expr[0], left, right)
+
+    def _name(self, factor: np.ndarray) -> bytes:
+        """A short name of the contents of an array."""
+        if id(factor) not in self._names:
+            self._names[id(factor)] = hashlib.blake2b(factor.tobytes(), digest_size=16).digest()
+        return self._names[id(factor)]
 
     def _value(self, expr: Expr, attributes: dict[Attribute, int], removed: np.ndarray) -> int | None:
         if expr[0] == "const":
@@ -127,6 +135,18 @@ class Sizes:
                             continue
                     if not self._holds(equation, attributes, removed):
                         conflicts.append(equation)
+        progress = True
+        while progress:  # equations that speak of no cut axis, but of an attribute that has changed
+            progress = False
+            for equation in self.equations:
+                unknown = {a for e in equation[:2] for a in _attributes(e)} - fixed
+                if len(unknown) == 1 and not self._holds(equation, attributes, removed):
+                    (attribute,) = unknown
+                    value = self._fit(equation, attribute, attributes, removed)
+                    if value is not None:
+                        attributes[attribute] = value
+                        fixed.add(attribute)
+                        progress = True
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
         for equation in self.equations:
             involved = any(a in changed for e in equation[:2] for a in _attributes(e))

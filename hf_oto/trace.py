@@ -54,6 +54,7 @@ class Trace(NamedTuple):
     Attributes:
         calls: the ATen calls in order.
         sources: number of every parameter and persistent buffer by (first) name.
+        parameters: which of them are parameters.
         outputs: the tensors the model returned.
         equations: what sizes have to equal.
         fake: whether it ran on FakeTensors.
@@ -61,6 +62,7 @@ class Trace(NamedTuple):
 
     calls: list[Call]
     sources: dict[str, Ref]
+    parameters: set[str]
     outputs: list[Ref]
     equations: list[Equation]
     fake: bool
@@ -267,14 +269,16 @@ def _narrow(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
         yield from _bounds(source, names["dim"] % len(source.shape), names["start"], names["start"] + names["length"])
 
 
-def _groups(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
+def _groups(ref: Callable, out: Any, args: tuple, kwargs: dict, transposed: bool = False) -> Pairs:
     groups = kwargs["groups"] if "groups" in kwargs else args[6] if len(args) > 6 else 1
-    yield groups, ("//", span(ref(args[0]), 1), span(ref(args[1]), 1))
+    x = kwargs["input"] if "input" in kwargs else args[0]
+    weight = kwargs["weight"] if "weight" in kwargs else args[1]
+    whole = out if transposed else x  # (b, g i) and (o, i), or, transposed, (b, g o) and (i, o)
+    yield groups, ("//", span(ref(whole), whole.dim() - weight.dim() + 1), span(ref(weight), 1))
 
 
 def _transposed_groups(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    groups = kwargs["groups"] if "groups" in kwargs else args[6] if len(args) > 6 else 1
-    yield groups, ("//", span(ref(out), 1), span(ref(args[1]), 1))
+    return _groups(ref, out, args, kwargs, transposed=True)
 
 
 def _group_norm(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
@@ -457,16 +461,19 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def fake_weights(model: nn.Module, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
-    """Weightless stand-ins of every parameter and buffer; what is tied stays tied."""
+def fake_weights(
+    model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Weightless stand-ins of every parameter and buffer, of other shapes if given; what is tied stays tied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     device = next((t.device for _, t in tensors if t.device.type != "meta"), torch.device("cpu"))
     fakes: dict[int, torch.Tensor] = {}
     with mode:
-        for _, t in tensors:
+        for name, t in tensors:
             if id(t) not in fakes:
                 where = device if t.device.type == "meta" else t.device
-                fakes[id(t)] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=where)
+                shape = t.shape if shapes is None else shapes[name]
+                fakes[id(t)] = torch.empty(shape, dtype=t.dtype, device=where)
     return {name: fakes[id(t)] for name, t in tensors}
 
 
@@ -480,7 +487,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     """
     recorder, equations = _Recorder(), []
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    names = {n for n, _ in model.named_parameters()} | persistent_buffers(model).keys()
+    parameters = {n for n, _ in model.named_parameters()}
+    names = parameters | persistent_buffers(model).keys()
     if fake:
         weights = fake_weights(model, mode)
         inputs = tree_map_only(torch.Tensor, mode.from_tensor, dict(inputs))
@@ -506,4 +514,4 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     finally:
         for hook in hooks:
             hook.remove()
-    return Trace(recorder.calls, sources, [recorder.ref(t) for t in tensors_of(output)], equations, fake)
+    return Trace(recorder.calls, sources, parameters, [recorder.ref(t) for t in tensors_of(output)], equations, fake)

@@ -45,7 +45,8 @@ class Member:
     Attributes:
         param: name of the parameter or buffer, as in `model.state_dict()`.
         dim: the dimension of it that the axis cuts.
-        role: "producer" (its slice makes the structure), "consumer" (its slice reads it) or "statistic" (a buffer).
+        role: "producer" (its slice makes the structure), "consumer" (its slice reads it) or "statistic" (it is
+            cut along but never zeroed: a buffer, or the direction of a weight whose norm is a parameter of its own).
         index: positions along `dim`, shape (size, k), or None.
     """
 
@@ -130,7 +131,8 @@ class PruningPlan:
     kept: Mapping[str, Sequence[int]]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", {name: tuple(int(i) for i in kept) for name, kept in self.kept.items()})
+        plain = {name: tuple(np.asarray(kept, np.int64).tolist()) for name, kept in self.kept.items()}
+        object.__setattr__(self, "kept", plain)
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
@@ -328,7 +330,7 @@ def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
     _spread_marks(algebra)
     for source in sources.values():
         for leaf in (leaf for dim in source.dims for leaf in dim):
-            if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER)).any():
+            if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER | Mark.FOLLOWER)).any():
                 algebra.pin_ids(leaf.ids, UNUSED)
     root = algebra.roots()
     reason = _earliest(root, algebra.pins)
@@ -344,9 +346,9 @@ def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
 
 def _earliest(root: np.ndarray, pins: np.ndarray) -> np.ndarray:
     """The smallest reason given to any id of a class, at its root; 0 for a free class."""
-    reason = np.zeros(len(root), np.int64)
+    reason = np.zeros(len(root), np.int32)
     given = np.flatnonzero(pins)
-    reason[root[given]] = np.iinfo(np.int64).max
+    reason[root[given]] = np.iinfo(np.int32).max
     np.minimum.at(reason, root[given], pins[given])
     return reason
 
@@ -423,9 +425,9 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         for d, dim in enumerate(source.dims):
             for leaf in dim:
                 raw = algebra.marks[leaf.ids]
-                role: Role = (
-                    "statistic" if source.is_buffer else "producer" if (raw & Mark.PRODUCER).any() else "consumer"
-                )
+                role: Role = "producer" if (raw & Mark.PRODUCER).any() else "consumer"
+                if source.is_buffer or (raw & Mark.FOLLOWER).any():
+                    role = "statistic"
                 dims.append((name, d, role, root[leaf.ids]))
                 if role == "producer":
                     made[root[leaf.ids]] = True
@@ -442,33 +444,32 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         which, counts = np.unique(roots[reason[roots] == 0], return_counts=True)
         signature[which] += rng.integers(1, 1 << 63, dtype=np.uint64) * counts.astype(np.uint64)
     classes = np.flatnonzero(signature)  # roots are the smallest ids, so this is the order of the first parameter
-    groups: dict[int, list[int]] = {}
-    for r in classes:
-        groups.setdefault(int(signature[r]), []).append(int(r))
+    _, first_at, group = np.unique(signature[classes], return_index=True, return_inverse=True)
+    order = np.argsort(first_at[group], kind="stable")
+    groups = np.split(classes[order], np.flatnonzero(np.diff(first_at[group][order])) + 1) if len(classes) else []
     alone = len(algebra.reasons)
     algebra.reasons.append("it is the only one of its axis")
-    axis_of = np.full(algebra.count, -1)
-    position = np.zeros(algebra.count, np.int64)
-    members: list[tuple[np.ndarray, list[Member]]] = []
-    for ids in groups.values():
+    zig_of = np.full(algebra.count, -1, np.int32)
+    starts, members = [0], []  # of every axis: its first ZIG; (its roots, its members)
+    for ids in groups:
         if len(ids) == 1:
             reason[ids] = alone
             continue
-        axis_of[ids] = len(members)
-        position[ids] = np.arange(len(ids))
-        members.append((np.array(ids), []))
+        zig_of[ids] = np.arange(starts[-1], starts[-1] + len(ids))
+        starts.append(starts[-1] + len(ids))
+        members.append((ids, []))
     pinned = {}
     for name, d, role, roots in dims:
-        axis = axis_of[roots]
-        if (axis < 0).any() and role != "statistic":
+        zig = zig_of[roots]
+        axis = np.searchsorted(starts, zig, side="right") - 1  # -1 for those that stay
+        if (axis < 0).any() and not sources[name].is_buffer:
             first = int(reason[roots[axis < 0]][0])
             pinned[f"{name}[{d}]"] = algebra.reasons[first] + ("" if (axis < 0).all() else SOME)
         for a in np.unique(axis[axis >= 0]):
             where = np.flatnonzero(axis == a)
-            order = where[np.argsort(position[roots[where]], kind="stable")]
+            order = where[np.argsort(zig[where], kind="stable")]
             members[a][1].append(_member(name, d, role, order.reshape(len(members[a][0]), -1)))
-    axes, zig_of, names = [], np.full(algebra.count, -1), {}
-    total = 0
+    axes, names = [], {}
     for ids, found in members:
         makers = [m for m in found if m.role == "producer"]
         first = next((m for m in makers if len(sources[m.param].shape) > 1), makers[0])
@@ -482,12 +483,10 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
             kind = "groups"
         else:
             kind = "channels" if known & Mark.CHANNELS else "units"
-        zig_of[ids] = total + np.arange(len(ids))
-        total += len(ids)
         params = 0
         for m in found:
-            shape = sources[m.param].shape
-            params += 0 if m.role == "statistic" else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
+            _, is_buffer, shape = sources[m.param]
+            params += 0 if is_buffer else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
         zero_path = not (marks[ids] & Mark.NOT_ZERO).any()
         multiple = 8 if known & Mark.EXPERTS else 1
         axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, multiple=multiple, zero_path=zero_path))

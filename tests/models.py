@@ -80,6 +80,10 @@ def speech(batch: int) -> dict[str, torch.Tensor]:
     return {"input_features": waves(batch, 8, 32), "decoder_input_ids": text(batch)["input_ids"][:, :4]}
 
 
+def wave(batch: int) -> dict[str, torch.Tensor]:
+    return {"input_values": waves(batch, 400)}
+
+
 def hidden(batch: int) -> dict[str, torch.Tensor]:
     return {"x": waves(batch, LENGTH, 16)}
 
@@ -199,7 +203,158 @@ def clip(attention: str) -> nn.Module:
     return tf.CLIPModel(config)
 
 
+def mixtral(attention: str) -> nn.Module:
+    """Four experts in one stack of weights: their hidden units are one axis."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 24, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return tf.MixtralForCausalLM(tf.MixtralConfig(vocab_size=VOCAB, attn_implementation=attention, **sizes, **heads))
+
+
+def gpt_oss(attention: str) -> nn.Module:
+    """Experts whose gates and values alternate in one weight."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 24, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return tf.GptOssForCausalLM(tf.GptOssConfig(vocab_size=VOCAB, rope_parameters=rope, **sizes, **heads))
+
+
+def deepseek(attention: str) -> nn.Module:
+    """Multi-head latent attention."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 24, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    parts = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}
+    return tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(vocab_size=VOCAB, attn_implementation=attention, **sizes, **heads, **parts)
+    )
+
+
+def falcon(attention: str) -> nn.Module:
+    """Queries, keys and values of a group side by side in one weight."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2}
+    config = tf.FalconConfig(
+        vocab_size=VOCAB, new_decoder_architecture=True, ffn_hidden_size=24, attn_implementation=attention, **sizes
+    )
+    return tf.FalconForCausalLM(config)
+
+
+def bloom(attention: str) -> nn.Module:
+    """ALiBi: a slope for every head, computed from their number."""
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4))
+
+
+def albert(attention: str) -> nn.Module:
+    """One layer, used twice, and embeddings narrower than the layers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    config = tf.AlbertConfig(
+        vocab_size=VOCAB, embedding_size=16, max_position_embeddings=16, attn_implementation=attention, **sizes
+    )
+    return tf.AlbertForMaskedLM(config)
+
+
+def wav2vec2(attention: str) -> nn.Module:
+    """Waveforms; a group norm of one channel each, and a positional convolution with weight norm."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    convs = {"conv_dim": (12, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3), "num_feat_extract_layers": 2}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = tf.Wav2Vec2Config(vocab_size=VOCAB, attn_implementation=attention, **sizes, **convs, **position)
+    return tf.Wav2Vec2ForCTC(config)
+
+
+def mamba(attention: str) -> nn.Module:
+    """A state space model: a depthwise convolution and a scan over time."""
+    config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4, use_mambapy=False)
+    return tf.MambaForCausalLM(config)
+
+
+def efficientnet(attention: str) -> nn.Module:
+    """Depthwise convolutions with a squeeze-and-excite gate."""
+    config = tf.EfficientNetConfig(
+        image_size=32, width_coefficient=0.5, depth_coefficient=0.4, hidden_dim=640, num_labels=5,
+        kernel_sizes=[3, 3], in_channels=[32, 32], out_channels=[32, 48], strides=[1, 2], num_block_repeats=[1, 2],
+        expand_ratios=[1, 2], depthwise_padding=[],
+    )  # fmt: skip
+    return tf.EfficientNetForImageClassification(config)
+
+
+def regnet(attention: str) -> nn.Module:
+    """Grouped convolutions."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 1], "groups_width": 4}
+    return tf.RegNetForImageClassification(tf.RegNetConfig(num_labels=5, **sizes))
+
+
+def segformer(attention: str) -> nn.Module:
+    """Attention on a shortened sequence, a stage of one head, depthwise convolutions in the FFN."""
+    stages = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
+    more = {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    return tf.SegformerForImageClassification(tf.SegformerConfig(num_labels=5, **stages, **more))
+
+
+def detr(attention: str) -> nn.Module:
+    """Detection heads, cross-attention, and a backbone whose batch norms are buffers."""
+    backbone = tf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 3, "num_labels": 4}
+    ffn = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = tf.DetrConfig(backbone_config=backbone, use_timm_backbone=False, **sizes, **ffn)
+    return tf.DetrForObjectDetection(config)
+
+
+def vit_mae(attention: str) -> nn.Module:
+    """Patches masked at random."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = tf.ViTMAEConfig(image_size=32, patch_size=8, decoder_intermediate_size=20, **sizes, **decoder)
+    config._attn_implementation = attention
+    return tf.ViTMAEForPreTraining(config)
+
+
+def phi3(attention: str) -> nn.Module:
+    """Fused queries, keys and values, fused gate and value; the head count is read from the config in forward."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 24, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "original_max_position_embeddings": 16}
+    config = tf.Phi3Config(vocab_size=VOCAB, pad_token_id=0, attn_implementation=attention, **sizes, **heads)
+    return tf.Phi3ForCausalLM(config)
+
+
 # our own, for what no model above has
+
+
+class WeightNormed(nn.Module):
+    """Direction and norm of a weight by themselves: a zero norm silences, a zero direction would be 0 / 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.weight_norm
+        self.first, self.last = norm(nn.Conv2d(3, 8, 3)), norm(nn.Conv2d(8, 5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu())
+
+
+class FrozenNorm(nn.Module):
+    """A shift by a buffer, which no optimizer makes zero: the reader has to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+        self.register_buffer("shift", torch.linspace(1, 2, 8).view(8, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x) + self.shift).relu())
+
+
+class Glu(nn.Module):
+    """Values and gates in the halves of one weight; something is computed and thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(12, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        h.softmax(-1)
+        return self.down(F.glu(h, -1))
 
 
 class Dense(nn.Module):
@@ -319,6 +474,7 @@ def channels(counts: dict[int, int]) -> dict[tuple[str, int], int]:
 
 TRANSFORMER = {("heads", 4): 2, ("units", 24): 2}
 MOBILENET_V2 = channels({8: 4, 16: 1, 24: 1, 40: 1, 48: 6, 80: 1, 96: 4, 144: 3, 240: 3, 1280: 1})
+REGNET = channels({8: 1, 16: 1, 2: 1, 24: 1, 4: 1}) | {("groups", 4): 1, ("groups", 6): 1}
 
 TABLE = {
     "resnet_basic": Row(basic_resnet, channels({8: 2, 12: 3}), image),
@@ -341,5 +497,22 @@ TABLE = {
     "sigmoid": Row(lambda attention: Sigmoid(), {("units", 12): 1}, hidden),
     "group_norm": Row(lambda attention: GroupNormed(), {("groups", 4): 1}, picture),
     "swapped": Row(lambda attention: Swapped(GatedConfig()), {("units", 12): 1}, hidden),
+    "mixtral": Row(mixtral, {("kv_groups", 2): 1, ("units", 24): 1}, text),
+    "gpt_oss": Row(gpt_oss, {("kv_groups", 2): 1, ("units", 24): 1}, text),
+    "deepseek": Row(deepseek, {("heads", 4): 1, ("units", 24): 1}, text),
+    "falcon": Row(falcon, {("heads", 2): 1, ("units", 24): 1}, text),
+    "bloom": Row(bloom, {("units", 8): 1, ("units", 128): 1}, text),
+    "albert": Row(albert, {("heads", 4): 1, ("units", 24): 1}, text),
+    "wav2vec2": Row(wav2vec2, {("groups", 12): 1, ("heads", 4): 1, ("units", 24): 1}, wave),
+    "mamba": Row(mamba, {("channels", 32): 1}, text),
+    "efficientnet": Row(efficientnet, channels({16: 2, 4: 2, 32: 1, 24: 1, 640: 1}), image),
+    "regnet": Row(regnet, REGNET, image),
+    "segformer": Row(segformer, {("channels", 16): 1, ("heads", 2): 1, ("channels", 32): 1}, image),
+    "detr": Row(detr, channels({8: 2, 16: 2}) | {("heads", 4): 3, ("units", 24): 2, ("units", 32): 2}, image),
+    "vit_mae": Row(vit_mae, {("heads", 4): 1, ("units", 24): 1, ("heads", 2): 1, ("units", 20): 1}, image),
+    "phi3": Row(phi3, {("units", 24): 1}, text),
+    "weight_norm": Row(lambda attention: WeightNormed(), channels({8: 1}), picture),
+    "frozen_norm": Row(lambda attention: FrozenNorm(), channels({8: 1}), picture),
+    "glu": Row(lambda attention: Glu(), {("units", 12): 1}, hidden),
     "gated": Row(lambda attention: Gated(GatedConfig()), {("units", 12): 1}, hidden),
 }
