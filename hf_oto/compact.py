@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_oto import OTOError, become_compact_
+from .modeling_oto import OTOError, become_compact_, set_sizes_, sizes_of
 from .sizes import Attribute
 from .zigs import Member, PruningPlan, ZIGPartition
 
@@ -71,10 +71,10 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
             for name, tensor in store.items():
                 if id(tensor) in new:
                     store[name] = new[id(tensor)]
-    set_sizes_(model, attributes)
+    resize_(model, attributes)
 
 
-def set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
+def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
     """Sets the attributes, and what torch's own layers keep of the shapes of their weights."""
     for (path, name, index), value in attributes.items():
         module = model.get_submodule(path)
@@ -82,10 +82,9 @@ def set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
             values = list(vars(module)[name])
             values[index] = value
             value = type(vars(module)[name])(values)
-        setattr(module, name, value)
+        set_sizes_(module, {name: value})
     for module in model.modules():
-        for name, value in own_sizes(module).items():
-            setattr(module, name, value)
+        set_sizes_(module, own_sizes(module))
 
 
 def own_sizes(module: nn.Module) -> dict[str, int]:
@@ -131,7 +130,7 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
         for m in axis.members:
             if m.positions(axis.size).max() >= tensors[m.param].shape[m.dim]:
                 raise OTOError(f"{m.param} is smaller than this partition says: has the model been compacted already?")
-    before = _sizes_of(model)
+    before = {path: sizes_of(module) for path, module in model.named_modules()}
     shapes = {name: t.shape for name, t in tensors.items()}
     cuts = kept_positions(partition, removed, shapes)
     cut_(model, cuts, attributes)
@@ -140,21 +139,13 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     return model
 
 
-def _sizes_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {path: dict(vars(module)) for path, module in model.named_modules()}
-
-
 def _record(
     model: nn.Module, partition: ZIGPartition, removed: np.ndarray, cuts: Cuts, before: dict[str, dict[str, Any]]
 ) -> dict:
     """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut."""
     modules: dict[str, dict[str, dict[str, Any]]] = {}
     for path, module in model.named_modules():
-        changed = {
-            n: v
-            for n, v in vars(module).items()
-            if not n.startswith("_") and n in before[path] and _differs(before[path][n], v)
-        }
+        changed = {n: v for n, v in sizes_of(module).items() if before[path].get(n, v) != v}
         if changed:
             values = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in changed.items()}
             modules.setdefault(path, {})["attributes"] = values
@@ -181,10 +172,6 @@ def _record(
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
             found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members})
     return {"version": 1, "modules": modules, "cuts": found}
-
-
-def _differs(old: Any, new: Any) -> bool:
-    return type(old) in (int, list, tuple, torch.Size) and type(old) is type(new) and old != new
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ The record is `config.oto`, plain JSON:
 
     {"version": 1,
      "modules": {"bert.encoder.layer.0.attention.self.query":             # only what differs from the stock model
-                     {"attributes": {"out_features": 128},                # ints, or lists of ints
+                     {"attributes": {"out_features": 128},                # ints, or lists of ints; "config.NAME" for
+                                                                          # what only this module's config says
                       "shapes": {"weight": [128, null], "bias": [128]}}}, # new sizes, null: as the stock model has it
      "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
                "members": [["bert...query.weight", 0, 0, 1, 64], ...]}]}   # a hexadecimal number, are what was kept
@@ -21,13 +22,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 VERSION = 1
@@ -104,11 +105,65 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
         OTOError: the record does not fit the model; nothing has been changed then.
     """
     attributes, tensors = list(_attributes(model, record)), list(_tensors(model, record))
-    for label, module, _, new in attributes:
-        setattr(module, label.rpartition(".")[2], new)
+    for _, module, name, _, new in attributes:
+        set_sizes_(module, {name: new})
     for _, tensor, shape in tensors:
         if tensor.shape != shape:
             tensor.data = tensor.data[tuple(map(slice, shape))].clone()
+
+
+def sizes_of(module: torch.nn.Module) -> dict[str, int | list | tuple]:
+    """The ints, and lists and tuples of ints, that a module keeps, and the ints of its config as "config.NAME"."""
+    kept = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    found = {
+        name: value
+        for name, value in kept.items()
+        if _is_size(value) or (type(value) in (list, tuple, torch.Size) and value and all(map(_is_size, value)))
+    }
+    config = kept.get("config")
+    if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+        names = [name for name, value in vars(config).items() if _is_size(value) and not name.startswith("_")]
+        found |= {f"config.{name}": getattr(config, name) for name in names}
+    return found
+
+
+def set_sizes_(module: torch.nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Sets what `sizes_of` names, in place."""
+    of_config = {name.removeprefix("config."): value for name, value in sizes.items() if name.startswith("config.")}
+    if of_config:
+        module.config = config_view(module.config, of_config)
+    for name, value in sizes.items():
+        if not name.startswith("config."):
+            setattr(module, name, value)
+
+
+class _View:
+    """The base of config views: no classes of their own to Transformers, and they copy and pickle as views."""
+
+    _oto_view: tuple[PreTrainedConfig, dict[str, int]]
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreTrainedConfig:
+        config, values = self._oto_view
+        return config_view(copy.deepcopy(config, memo), values)
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return config_view, self._oto_view
+
+
+def config_view(config: PreTrainedConfig, values: Mapping[str, int]) -> PreTrainedConfig:
+    """The same config, attributes shared, in which one module reads other values: layers of one model differ."""
+    if isinstance(config, _View):
+        config, before = config._oto_view
+        values = before | dict(values)
+    names: dict[str, Any] = {name: property(lambda _, value=value: value) for name, value in values.items()}
+    stock = type(config)
+    names |= {"_oto_view": (config, dict(values)), "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    view = object.__new__(type(stock.__name__, (_View, stock), names))
+    view.__dict__ = vars(config)
+    return view
 
 
 def _modules(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, dict[str, Any]]]:
@@ -120,20 +175,23 @@ def _modules(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
         yield path, modules[path], entry
 
 
-def _attributes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
-    """(label, module, value now, value in the record) of every attribute, checked against each other."""
+def _attributes(
+    model: torch.nn.Module, record: dict[str, Any]
+) -> Iterator[tuple[str, torch.nn.Module, str, Any, Any]]:
+    """(path, module, name, value now, value in the record) of every attribute, checked against each other."""
     for path, module, entry in _modules(model, record):
         for name, new in entry.get("attributes", {}).items():
             label = f"{path}.{name}"
-            _require(name in vars(module), f"{type(module).__name__} has no attribute {name!r} ({label})")
-            old = vars(module)[name]
+            known = sizes_of(module) if name.startswith("config.") else vars(module)
+            _require(name in known, f"{type(module).__name__} has no attribute {name!r} ({label})")
+            old = known[name]
             if isinstance(old, (list, tuple)):
                 _require(all(map(_is_size, old)), f"{label} is {old!r}, not a list of ints")
                 _require(isinstance(new, list) and len(new) == len(old), f"{label} is {old!r}, the record has {new!r}")
-                yield label, module, old, type(old)(new)
+                yield path, module, name, old, type(old)(new)
             else:
                 _require(_is_size(old) and _is_size(new), f"{label} is {old!r}, the record has {new!r}")
-                yield label, module, old, new
+                yield path, module, name, old, new
 
 
 def _tensors(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
@@ -291,8 +349,8 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
     validate(record)
     if "oto" in vars(model.config):
         record = _merged(model.config.oto, record)
-    for label, _, now, new in _attributes(model, record):
-        _require(now == new, f"{label} is {now!r}, the record has {new!r}")
+    for path, _, name, now, new in _attributes(model, record):
+        _require(now == new, f"{path}.{name} is {now!r}, the record has {new!r}")
     for label, tensor, shape in _tensors(model, record):
         _require(tensor.shape == shape, f"{label} has shape {tuple(tensor.shape)}, the record has {tuple(shape)}")
     model.config.oto = record

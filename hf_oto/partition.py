@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import cut_, kept_positions, resolve, set_sizes_
+from .compact import cut_, kept_positions, resize_, resolve
+from .modeling_oto import sizes_of
 from .rules import Axes, apply_rules, multiplications
 from .sizes import Sizes
 from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
@@ -187,7 +188,7 @@ def _solved(
                     zigs[id(leaf.ids)] = solution.zig_of[leaf.ids]
             spans[expr[1:3]] = tuple(zigs[id(leaf.ids)] for leaf in leaves)
         elif expr[0] == "attribute":
-            value = vars(modules[expr[1]])[expr[2]]
+            value = sizes_of(modules[expr[1]])[expr[2]]
             values[expr[1:]] = value if expr[3] is None else value[expr[3]]
         elif expr[0] not in ("const", "span"):
             stack += expr[1:]
@@ -331,7 +332,7 @@ class _Fake:
             fakes |= {id(t): nn.Parameter(weights[n], t.requires_grad) for n, t in parameters}
             small = _copy_structure(self.model, fakes)
             try:
-                set_sizes_(small, attributes)
+                resize_(small, attributes)
                 with evaluating(small), _experts_at_once(small):
                     out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
             except DynamicOutputShapeException:

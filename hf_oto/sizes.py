@@ -113,8 +113,10 @@ class Sizes:
         """
         removed = np.append(removed, False)  # what -1 stands for
         attributes = dict(self.values)
-        fixed: set[Attribute] = set()
-        pending = [e for e in self.equations if self._touched(e, removed)]
+        touched = [self._touched(e, removed) for e in self.equations]
+        pending = [e for e, yes in zip(self.equations, touched, strict=True) if yes]
+        # what an equation of no cut axis says of one attribute alone stays true
+        fixed = {a for e, yes in zip(self.equations, touched, strict=True) if not yes for a in _alone(e)}
         conflicts: list[Equation] = []
         for alone in (True, False):  # attributes that stand alone first: they are certain
             progress = True
@@ -202,6 +204,12 @@ def _attributes(expr: Expr) -> list[Attribute]:
     if expr[0] == "attribute":
         return [expr[1:]]
     return [] if expr[0] in ("const", "span") else [*_attributes(expr[1]), *_attributes(expr[2])]
+
+
+def _alone(equation: Equation) -> list[Attribute]:
+    """The attribute of an equation of one lone attribute and none on its other side."""
+    left, right = equation[:2]
+    return [a[1:] for a, b in ((left, right), (right, left)) if a[0] == "attribute" and not _attributes(b)]
 
 
 def _spans(expr: Expr) -> list[Expr]:

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from .modeling_oto import config_view, sizes_of
+
 logger = logging.getLogger(__name__)
 
 Expr = tuple  # ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right)
@@ -392,33 +394,29 @@ def _untag(value: Any, sizes: list[Size]) -> Any:
     return value
 
 
-def size_attributes(module: nn.Module) -> dict[str, int | list | tuple]:
-    """The ints, and lists and tuples of ints, that a module keeps."""
-    found = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or name == "training":
-            continue
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if items and all(type(i) is int for i in items) and type(value) in (int, list, tuple, torch.Size):
-            found[name] = value
-    return found
-
-
 @contextlib.contextmanager
 def _tagged(model: nn.Module, equations: list[Equation]) -> Iterator[None]:
-    """While open, every size attribute of every module is tagged."""
+    """While open, every size that a module keeps is tagged, and those it reads from its config."""
     undo = []
     try:
         for path, module in model.named_modules():
-            for name, value in size_attributes(module).items():
+            of_config = {}
+            for name, value in sizes_of(module).items():
                 if isinstance(value, int):
                     tagged: Any = Size.of(value, ("attribute", path, name, None), equations)
                 else:
                     tagged = type(value)(
                         [Size.of(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
                     )
-                undo.append((module, name, value, tagged))
-                vars(module)[name] = tagged
+                if name.startswith("config."):
+                    of_config[name.removeprefix("config.")] = tagged
+                else:
+                    undo.append((module, name, value, tagged))
+                    vars(module)[name] = tagged
+            if of_config:
+                config = vars(module)["config"]
+                vars(module)["config"] = config_view(config, of_config)
+                undo.append((module, "config", config, vars(module)["config"]))
         yield
     finally:
         for module, name, value, tagged in undo:

@@ -510,7 +510,7 @@ TABLE = {
     "segformer": Row(segformer, {("channels", 16): 1, ("heads", 2): 1, ("channels", 32): 1}, image),
     "detr": Row(detr, channels({8: 2, 16: 2}) | {("heads", 4): 3, ("units", 24): 2, ("units", 32): 2}, image),
     "vit_mae": Row(vit_mae, {("heads", 4): 1, ("units", 24): 1, ("heads", 2): 1, ("units", 20): 1}, image),
-    "phi3": Row(phi3, {("units", 24): 1}, text),
+    "phi3": Row(phi3, {("kv_groups", 2): 1, ("units", 24): 1}, text),
     "weight_norm": Row(lambda attention: WeightNormed(), channels({8: 1}), picture),
     "frozen_norm": Row(lambda attention: FrozenNorm(), channels({8: 1}), picture),
     "glu": Row(lambda attention: Glu(), {("units", 12): 1}, hidden),

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from models import TABLE, make, randomise_, waves
@@ -21,7 +22,7 @@ from torch import nn
 import hf_oto
 import hf_oto.partition
 import hf_oto.rules
-from hf_oto import PruningPlan, check_zero_invariance, compact, partition_zigs
+from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import macs
 
@@ -491,3 +492,65 @@ def test_no_line_names_an_architecture(path):
 def test_the_search_for_architectures_finds_them(line):
     assert architectures_in(line)
     assert not architectures_in(f'"""{line}"""\n# {line}\n')
+
+
+# models as users have them
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "clip", "whisper", "wav2vec2", "t5", "mixtral"])
+def test_a_batch_made_from_the_config_gives_the_same(name):
+    """Both towers of CLIP, encoder and decoder of Whisper: nobody has to say what the forward takes."""
+    model = make(name).eval()
+    assert layout(partition_zigs(model)) == layout(partition_zigs(model, TABLE[name].inputs(2)))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+def test_low_precision_and_checkpointing_give_the_same(name):
+    model, inputs = make(name).eval(), TABLE[name].inputs(2)
+    expected = layout(partition_zigs(model, inputs))
+    model.activation_checkpointing_enable()
+    model.train()
+    assert layout(partition_zigs(model, inputs)) == expected
+    assert model.training
+    assert layout(partition_zigs(model.to(torch.bfloat16), inputs)) == expected
+
+
+def test_labels_are_welcome():
+    model, inputs = make("bert"), TABLE["bert"].inputs(2)
+    assert layout(partition_zigs(model, inputs | {"labels": inputs["input_ids"]})) == layout(
+        partition_zigs(model, inputs)
+    )
+
+
+def adapted():
+    """A model with adapters on its queries, values and up projections, none of them zero."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    return randomise_(peft.get_peft_model(make("llama"), config)).eval()
+
+
+def test_adapters_are_cut_along(draw_plan, outputs, difference):
+    model, inputs = adapted(), TABLE["llama"].inputs(2)
+    partition = partition_zigs(model, inputs)
+    sizes = Counter((axis.kind, axis.size) for axis in partition.axes)
+    assert sizes == {("kv_groups", 2): 2, ("units", 24): 2, ("units", 4): 6}  # the base's, and the adapters' ranks
+    axis = axis_of(partition, "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    members = {(m.param.split(".", 5)[-1], m.role) for m in axis.members}
+    assert ("mlp.up_proj.lora_B.default.weight", "producer") in members
+    plan = draw_plan(partition)
+    partition.zero_(model, plan)
+    zeroed = outputs(model, inputs)
+    compact(model, partition, plan)
+    assert difference(zeroed, outputs(model, inputs)) <= 1e-5
+    merged = model.merge_and_unload()
+    assert difference(zeroed, outputs(merged, inputs)) <= 1e-5
+
+
+def test_a_frozen_base_is_left_alone_and_said_so(caplog):
+    model, inputs = adapted(), TABLE["llama"].inputs(2)
+    partition = partition_zigs(model, inputs)
+    with caplog.at_level(logging.WARNING, "hf_oto"):
+        optimizer = DHSPG(model, partition, total_steps=100)
+    assert "4 axes are not pruned, because some of their parameters are frozen" in caplog.text
+    assert optimizer.schedule.size == 6 * 4
+    model.requires_grad_(True)
+    assert DHSPG(model, partition, total_steps=100).schedule.size == partition.num_zigs

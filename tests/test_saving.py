@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from models import TABLE, make
 
+import hf_oto
 import hf_oto.saving
 from hf_oto.modeling_oto import (
     CompactMixin,
@@ -283,6 +285,38 @@ def test_fresh_process_without_hf_oto(saved, tmp_path):
 
 
 # In this process
+
+
+def test_every_model_of_the_table_comes_back(case, draw_plan, outputs, tmp_path):
+    if not isinstance(case.model, tf.PreTrainedModel):
+        pytest.skip("only Transformers models are saved")
+    model = hf_oto.compact(copy.deepcopy(case.model), case.partition, draw_plan(case.partition))
+    model.save_pretrained(tmp_path)
+    twins = [type(case.model).from_pretrained(tmp_path), copy.deepcopy(model)]
+    if not any("parametrizations" in name for name, _ in model.named_parameters()):  # torch doesn't pickle those
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
+        assert type(twin) is type(model)
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            tensor.data = tensor.data.clone()  # mapped from the file it may be unaligned
+        for a, b in zip(outputs(model, case.inputs), outputs(twin, case.inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_layers_read_their_own_config():
+    """Phi-3 reads its head count from the config in forward: every layer gets a view of it, the config stays stock."""
+    model, inputs = make("phi3"), TABLE["phi3"].inputs(2)
+    partition = hf_oto.partition_zigs(model, inputs)
+    (axis,) = [axis for axis in partition.axes if axis.kind == "kv_groups"]
+    hf_oto.compact(model, partition, hf_oto.PruningPlan({axis.name: [1]}))
+    attention = model.model.layers[0].self_attn
+    assert (attention.config.num_attention_heads, model.config.num_attention_heads) == (2, 4)
+    assert isinstance(attention.config, tf.Phi3Config) and attention.config.hidden_size == 32
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")  # what is not viewed is shared, with the twin's own config
+    assert twin.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert attention.config._attn_implementation == "sdpa"
+    assert type(tf.Phi3Config.from_dict(model.config.to_dict())) is tf.Phi3Config
 
 
 def test_saved_files_are_stock_plus_record(saved):
