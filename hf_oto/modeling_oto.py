@@ -122,8 +122,8 @@ def sizes_of(module: torch.nn.Module) -> dict[str, int | list | tuple]:
     }
     config = kept.get("config")
     if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
-        names = [name for name, value in vars(config).items() if _is_size(value) and not name.startswith("_")]
-        found |= {f"config.{name}": getattr(config, name) for name in names}
+        read = vars(config) | (config._oto_view[1] if isinstance(config, _View) else {})
+        found |= {f"config.{name}": value for name, value in read.items() if _is_size(value) and name[0] != "_"}
     return found
 
 

@@ -327,18 +327,17 @@ class _Fake:
         for (name, dim), keep in kept_positions(partition, removed, shapes).items():
             shapes[name][dim] = len(keep)
         weights = fake_weights(self.model, mode, shapes)
-        with mode:
-            fakes: dict[int, torch.Tensor] = {id(t): weights[n] for n, t in tensors}
-            fakes |= {id(t): nn.Parameter(weights[n], t.requires_grad) for n, t in parameters}
+        fakes: dict[int, torch.Tensor] = {id(t): weights[n] for n, t in tensors}
+        fakes |= {id(t): nn.Parameter(weights[n], t.requires_grad) for n, t in parameters}
+        try:
             small = _copy_structure(self.model, fakes)
-            try:
-                resize_(small, attributes)
-                with evaluating(small), _experts_at_once(small):
-                    out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
-            except DynamicOutputShapeException:
-                return None
-            except Exception as error:
-                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            resize_(small, attributes)
+            with mode, evaluating(small), _experts_at_once(small):
+                out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
+        except DynamicOutputShapeException:
+            return None
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         shapes = [tuple(t.shape) for t in out]
         return None if shapes == self.shapes else f"the outputs change shape, {self.shapes} -> {shapes}"
 

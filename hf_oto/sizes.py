@@ -7,7 +7,7 @@ set of removed ZIGs gives the new attributes; a contradiction names the ZIGs tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,47 +117,31 @@ class Sizes:
         pending = [e for e, yes in zip(self.equations, touched, strict=True) if yes]
         # what an equation of no cut axis says of one attribute alone stays true
         fixed = {a for e, yes in zip(self.equations, touched, strict=True) if not yes for a in _alone(e)}
-        conflicts: list[Equation] = []
-        for alone in (True, False):  # attributes that stand alone first: they are certain
-            progress = True
-            while progress:
-                progress = False
-                for equation in list(pending):
+
+        def settle(equations: Sequence[Equation], ready: Callable[[Equation], bool]) -> None:
+            """Fixes the attribute of every equation that has one unknown left, until there is none."""
+            count = -1
+            while count < len(fixed):
+                count = len(fixed)
+                for equation in equations:
                     unknown = {a for e in equation[:2] for a in _attributes(e)} - fixed
-                    if len(unknown) > 1 or (unknown and alone and not any(e[0] == "attribute" for e in equation[:2])):
-                        continue
-                    pending.remove(equation)
-                    if unknown:
+                    if len(unknown) == 1 and ready(equation):
                         (attribute,) = unknown
                         value = self._fit(equation, attribute, attributes, removed)
                         if value is not None:
                             attributes[attribute] = value
                             fixed.add(attribute)
-                            progress = True
-                            continue
-                    if not self._holds(equation, attributes, removed):
-                        conflicts.append(equation)
-        progress = True
-        while progress:  # equations that speak of no cut axis, but of an attribute that has changed
-            progress = False
-            for equation in self.equations:
-                unknown = {a for e in equation[:2] for a in _attributes(e)} - fixed
-                if len(unknown) == 1 and not self._holds(equation, attributes, removed):
-                    (attribute,) = unknown
-                    value = self._fit(equation, attribute, attributes, removed)
-                    if value is not None:
-                        attributes[attribute] = value
-                        fixed.add(attribute)
-                        progress = True
+
+        settle(pending, lambda q: any(e[0] == "attribute" for e in q[:2]))  # what stands alone is certain
+        settle(pending, lambda q: True)
+        settle(self.equations, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
-        for equation in self.equations:
-            involved = any(a in changed for e in equation[:2] for a in _attributes(e))
-            if (
-                (involved or equation in pending)
-                and equation not in conflicts
-                and not self._holds(equation, attributes, removed)
-            ):
-                conflicts.append(equation)
+        conflicts = [
+            q
+            for q, yes in zip(self.equations, touched, strict=True)
+            if (yes or any(a in changed for e in q[:2] for a in _attributes(e)))
+            and not self._holds(q, attributes, removed)
+        ]
         return changed, conflicts
 
     def _fit(
