@@ -164,9 +164,8 @@ def _record(
     for axis, gone in partition.split(removed):
         if gone.any():
             members = [
-                [m.param, m.dim, m.index.tolist()]
-                if m.index is not None
-                else [m.param, m.dim, m.start, m.outer, m.inner]
+                [m.param, m.dim, int(m.role == "statistic")]  # a variance or direction must not be zero
+                + ([m.start, m.outer, m.inner] if m.index is None else [m.index.tolist()])
                 for m in axis.members
             ]
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
@@ -203,12 +202,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The tensors before these cuts, with zeros where something was cut."""
+    """The tensors before these cuts: zeros where something was cut, ones where zeros would not do."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
+    fill: dict[tuple[str, int], int] = {}
     for cut in cuts:
         bits = int(cut["kept"], 16)
         lost = [j for j in range(cut["size"]) if not bits >> j & 1]
-        for name, dim, *rest in cut["members"]:
+        for name, dim, value, *rest in cut["members"]:
             layout = (
                 {"index": np.array(rest[0])}
                 if len(rest) == 1
@@ -216,6 +216,7 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
             )
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
             gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
+            fill[name, dim] = value
     filled = dict(tensors)
     for (name, dim), found in gone.items():
         old = filled[name]
@@ -223,5 +224,6 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
         stay = np.setdiff1d(np.arange(old.shape[dim] + len(removed)), removed)
         shape = list(old.shape)
         shape[dim] += len(removed)
-        filled[name] = old.new_zeros(shape).index_copy_(dim, torch.from_numpy(stay).to(old.device), old)
+        new = old.new_full(shape, fill[name, dim])
+        filled[name] = new.index_copy_(dim, torch.from_numpy(stay).to(old.device), old)
     return filled

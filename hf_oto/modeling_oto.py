@@ -11,7 +11,8 @@ The record is `config.oto`, plain JSON:
                                                                           # what only this module's config says
                       "shapes": {"weight": [128, null], "bias": [128]}}}, # new sizes, null: as the stock model has it
      "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
-               "members": [["bert...query.weight", 0, 0, 1, 64], ...]}]}   # a hexadecimal number, are what was kept
+               "members": [["bert...query.weight", 0, 0,                   # a hexadecimal number, are what was kept;
+                            0, 1, 64], ...]}]}                             # the third entry fills the cut places
 """
 
 from __future__ import annotations
@@ -90,10 +91,10 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_member(member: Any) -> bool:
-    """[name, dim, start, outer, inner] or [name, dim, [index, ...]]."""
-    if not (isinstance(member, list) and len(member) > 2 and isinstance(member[0], str) and _is_size(member[1])):
+    """[name, dim, fill, start, outer, inner] or [name, dim, fill, [index, ...]]."""
+    if not (isinstance(member, list) and len(member) in (4, 6) and isinstance(member[0], str)):
         return False
-    return all(map(_is_size, member[2:])) if len(member) == 5 else len(member) == 3 and isinstance(member[2], list)
+    return all(map(_is_size, member[1:])) if len(member) == 6 else isinstance(member[3], list)
 
 
 def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
@@ -466,12 +466,10 @@ def fake_weights(
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     device = next((t.device for _, t in tensors if t.device.type != "meta"), torch.device("cpu"))
     fakes: dict[int, torch.Tensor] = {}
-    with mode:
-        for name, t in tensors:
-            if id(t) not in fakes:
-                where = device if t.device.type == "meta" else t.device
-                shape = t.shape if shapes is None else shapes[name]
-                fakes[id(t)] = torch.empty(shape, dtype=t.dtype, device=where)
+    for name, t in tensors:
+        if id(t) not in fakes:
+            empty = torch.empty(t.shape if shapes is None else shapes[name], dtype=t.dtype, device="meta")
+            fakes[id(t)] = FakeTensor(mode, empty, device if t.is_meta else t.device)
     return {name: fakes[id(t)] for name, t in tensors}
 
 

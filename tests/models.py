@@ -320,18 +320,6 @@ def phi3(attention: str) -> nn.Module:
 # our own, for what no model above has
 
 
-class WeightNormed(nn.Module):
-    """Direction and norm of a weight by themselves: a zero norm silences, a zero direction would be 0 / 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        norm = nn.utils.parametrizations.weight_norm
-        self.first, self.last = norm(nn.Conv2d(3, 8, 3)), norm(nn.Conv2d(8, 5, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).relu())
-
-
 class FrozenNorm(nn.Module):
     """A shift by a buffer, which no optimizer makes zero: the reader has to be."""
 
@@ -451,6 +439,21 @@ class Gated(tf.PreTrainedModel):
         return self.down(F.silu(gate) * value)
 
 
+class WeightNormed(tf.PreTrainedModel):
+    """Direction and norm of a weight by themselves: a zero norm silences, a zero direction would be 0 / 0."""
+
+    config_class = GatedConfig
+
+    def __init__(self, config: GatedConfig) -> None:
+        super().__init__(config)
+        norm = nn.utils.parametrizations.weight_norm
+        self.first, self.last = norm(nn.Conv2d(3, 8, 3)), norm(nn.Conv2d(8, 5, 3))
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu())
+
+
 class Swapped(tf.PreTrainedModel):
     """The two parts of a hidden layer change places on the way: its units are read in another order."""
 
@@ -511,7 +514,7 @@ TABLE = {
     "detr": Row(detr, channels({8: 2, 16: 2}) | {("heads", 4): 3, ("units", 24): 2, ("units", 32): 2}, image),
     "vit_mae": Row(vit_mae, {("heads", 4): 1, ("units", 24): 1, ("heads", 2): 1, ("units", 20): 1}, image),
     "phi3": Row(phi3, {("kv_groups", 2): 1, ("units", 24): 1}, text),
-    "weight_norm": Row(lambda attention: WeightNormed(), channels({8: 1}), picture),
+    "weight_norm": Row(lambda attention: WeightNormed(GatedConfig()), channels({8: 1}), picture),
     "frozen_norm": Row(lambda attention: FrozenNorm(), channels({8: 1}), picture),
     "glu": Row(lambda attention: Glu(), {("units", 12): 1}, hidden),
     "gated": Row(lambda attention: Gated(GatedConfig()), {("units", 12): 1}, hidden),

@@ -50,7 +50,7 @@ def cut_(model, tensors, attributes=()):
         setattr(model.get_submodule(path), name, value)
         modules.setdefault(path, {}).setdefault("attributes", {})[name] = value
     first = next(iter(tensors))
-    cuts = [{"step": 0, "size": 8, "kept": "5a", "members": [[first, 0, 0, 1, 1], [first, 0, [0, 1]]]}]
+    cuts = [{"step": 0, "size": 8, "kept": "5a", "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [0, 1]]]}]
     return {"version": 1, "modules": modules, "cuts": cuts}
 
 
