@@ -321,16 +321,16 @@ class _Fake:
     def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         removed, attributes = resolve(partition, _half(partition, families))
-        parameters = list(self.model.named_parameters(remove_duplicate=False))
-        tensors = [*parameters, *self.model.named_buffers(remove_duplicate=False)]
+        tensors = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
         shapes = {n: list(t.shape) for n, t in tensors}
         for (name, dim), keep in kept_positions(partition, removed, shapes).items():
             shapes[name][dim] = len(keep)
         weights = fake_weights(self.model, mode, shapes)
-        fakes: dict[int, torch.Tensor] = {id(t): weights[n] for n, t in tensors}
-        fakes |= {id(t): nn.Parameter(weights[n], t.requires_grad) for n, t in parameters}
         try:
-            small = _copy_structure(self.model, fakes)
+            small = _copy_structure(self.model, {id(t): weights[n] for n, t in tensors})
             resize_(small, attributes)
             with mode, evaluating(small), _experts_at_once(small):
                 out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
