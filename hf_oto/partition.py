@@ -76,7 +76,7 @@ def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     made = {}
     for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
         if config is not None and name in accepted:
-            made |= _made(name, config)
+            made |= {key: _like(model, value) for key, value in _made(name, config).items()}
     if made:
         yield made
     main = model.main_input_name if config is not None else ""
@@ -86,6 +86,12 @@ def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         )
     yield {name: value for name, value in made.items() if name in (main, "decoder_input_ids")}
     yield {main: made[main]}
+
+
+def _like(model: PreTrainedModel, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the model's device and, if it is no integer, of its precision."""
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    return tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -133,23 +139,20 @@ def _first_traced(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tup
 
 def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """The trace of one forward: on FakeTensors, or by one real forward where the model does not run on them."""
+    hint = ""
     with _experts_at_once(model):
-        return _run_traced(model, inputs)
-
-
-def _run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    try:
-        return trace(model, inputs)
-    except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
-        logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
-        problem, hint = error, ""
-    if any(p.is_meta for p in model.parameters()):
-        hint = " (or the model can't be traced without weights: load them first)"
-    else:
         try:
-            return trace(model, inputs, fake=False)
-        except Exception as error:
+            return trace(model, inputs)
+        except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
+            logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
             problem = error
+        if any(p.is_meta for p in model.parameters()):
+            hint = " (or the model can't be traced without weights: load them first)"
+        else:
+            try:
+                return trace(model, inputs, fake=False)
+            except Exception as error:
+                problem = error
     shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     raise OTOError(
         f"{type(model).__name__} can't take the batch {shapes}: {type(problem).__name__}: {problem}{hint}"

@@ -501,7 +501,9 @@ def test_the_search_for_architectures_finds_them(line):
 def test_a_batch_made_from_the_config_gives_the_same(name):
     """Both towers of CLIP, encoder and decoder of Whisper: nobody has to say what the forward takes."""
     model = make(name).eval()
-    assert layout(partition_zigs(model)) == layout(partition_zigs(model, TABLE[name].inputs(2)))
+    expected = layout(partition_zigs(model, TABLE[name].inputs(2)))
+    assert layout(partition_zigs(model)) == expected
+    assert layout(partition_zigs(model.to(torch.bfloat16))) == expected
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
