@@ -117,10 +117,8 @@ class Algebra:
             different = ra != rb
             if not different.any():
                 return
-            ra, rb = (
-                ra[different][::-1],
-                rb[different][::-1],
-            )  # of several the smallest comes last
+            # of several writes to one root the last counts: reversed, that is mostly the smallest, and few rounds do
+            ra, rb = ra[different][::-1], rb[different][::-1]
             self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
 
     def pin(self, dim: Dim, why: str) -> None:

@@ -207,7 +207,8 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
     fill: dict[tuple[str, int], int] = {}
     for cut in cuts:
         bits = int(cut["kept"], 16)
-        lost = [j for j in range(cut["size"]) if not bits >> j & 1]
+        packed = np.frombuffer(bits.to_bytes(-(-cut["size"] // 8), "little"), np.uint8)
+        lost = np.unpackbits(packed, bitorder="little", count=cut["size"]) == 0
         for name, dim, value, *rest in cut["members"]:
             layout = (
                 {"index": np.array(rest[0])}

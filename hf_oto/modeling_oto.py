@@ -77,6 +77,7 @@ def validate(record: Any) -> None:
     for i, cut in enumerate(record["cuts"]):
         ok = isinstance(cut, dict) and _is_size(cut.get("step")) and _is_size(cut.get("size"))
         ok = ok and isinstance(cut.get("kept"), str) and re.fullmatch("[0-9a-f]+", cut["kept"]) is not None
+        ok = ok and int(cut["kept"], 16).bit_length() <= cut["size"]
         ok = ok and isinstance(cut.get("members"), list) and all(map(_is_member, cut["members"]))
         _require(ok, f"cuts[{i}] is not {{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...]}}")
 
@@ -91,10 +92,12 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_member(member: Any) -> bool:
-    """[name, dim, fill, start, outer, inner] or [name, dim, fill, [index, ...]]."""
+    """[name, dim, fill, start, outer, inner] or [name, dim, fill, [[index, ...] of every ZIG]]."""
     if not (isinstance(member, list) and len(member) in (4, 6) and isinstance(member[0], str)):
         return False
-    return all(map(_is_size, member[1:])) if len(member) == 6 else isinstance(member[3], list)
+    rows = [member[3:]] if len(member) == 6 else member[3]
+    rows = rows if isinstance(rows, list) else [None]
+    return all(isinstance(row, list) and all(map(_is_size, row)) for row in [member[1:3], *rows])
 
 
 def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
@@ -357,18 +360,6 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
     model.config.oto = record
     model.__class__ = compact_class(type(model))
     model.config.architectures = [model._oto_stock.__name__]  # the class that the paths belong to
-    return model
-
-
-def become_stock_(model: PreTrainedModel) -> PreTrainedModel:
-    """The inverse of `become_compact_`, for a model that has its stock widths again: no record, the stock class."""
-    if is_compact(type(model)):
-        model.__class__ = model._oto_stock
-    kept = _foreign_auto_map(model.config)
-    vars(model.config).pop("oto", None)
-    vars(model.config).pop("auto_map", None)
-    if kept:
-        model.config.auto_map = kept
     return model
 
 

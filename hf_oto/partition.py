@@ -190,10 +190,10 @@ def _solved(
                 if id(leaf.ids) not in zigs:
                     zigs[id(leaf.ids)] = solution.zig_of[leaf.ids]
             spans[expr[1:3]] = tuple(zigs[id(leaf.ids)] for leaf in leaves)
-        elif expr[0] == "attribute":
+        elif expr[0] == "attribute" and expr[1:] not in values:
             value = sizes_of(modules[expr[1]])[expr[2]]
             values[expr[1:]] = value if expr[3] is None else value[expr[3]]
-        elif expr[0] not in ("const", "span"):
+        elif expr[0] not in ("const", "span", "attribute"):
             stack += expr[1:]
     spans = {key: factors for key, factors in spans.items() if any((f >= 0).any() for f in factors)}
     sizes = Sizes(traced.equations, spans, values)

@@ -104,10 +104,10 @@ class Axes:
         pair = self.algebra.align(a, b, self.why(MEETS))
         for x, y in zip(*pair, strict=True) if pair else ():
             weight, data = (x, y) if a_weight > b_weight else (y, x)
+            if not (x.zero or y.zero):  # between activations, or a reader that can't be zeroed: a buffer, exp(weight)
+                self.pin((x,), "summed over, and neither side becomes zero")
             if a_weight or b_weight:
                 self.algebra.mark((weight,), Mark.CONSUMER if data.zero else Mark.CONSUMER | Mark.NOT_ZERO)
-            elif not (x.zero or y.zero):
-                self.pin((x,), "summed over between activations that do not become zero")
             if a_weight and b_weight:
                 self.algebra.mark((data,), Mark.PRODUCER)
 
@@ -262,7 +262,7 @@ def slice_(s: Axes, call: Call) -> list[list[Dim]]:
         s.pin(inner, "a fixed position of it is read")
         return [dims]
     if step > 1:
-        s.pin(s.of(ref)[d], "every so manyth position of it is read")
+        s.pin(s.of(ref)[d], "its positions are read at a stride")
     return [_taken(s, ref, d, index)]
 
 

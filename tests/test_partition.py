@@ -556,3 +556,22 @@ def test_a_frozen_base_is_left_alone_and_said_so(caplog):
     assert optimizer.schedule.size == 6 * 4
     model.requires_grad_(True)
     assert DHSPG(model, partition, total_steps=100).schedule.size == partition.num_zigs
+
+
+@pytest.mark.parametrize(("reader", "offered"), [("parameter", True), ("buffer", False), ("exp", False)])
+def test_a_reader_that_cannot_be_zero_pins_what_is_not_zero(reader, offered):
+    """sigmoid(0) is 1/2: the reader has to be zero, as a buffer or exp(weight) never is; with weights or without."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16, bias=False)
+            self.register_buffer("fixed", waves(12, 16))
+
+        def forward(self, x):
+            down = {"parameter": self.down.weight.T, "buffer": self.fixed, "exp": self.down.weight.T.exp()}[reader]
+            return self.up(x).sigmoid() @ down
+
+    net = randomise_(Net())
+    for model in (net, copy.deepcopy(net).to("meta")):
+        assert bool(partition_zigs(model, {"x": waves(2, 7, 16)}).axes) is offered
