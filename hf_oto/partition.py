@@ -26,8 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .compact import cut_, kept_positions, resize_, resolve
 from .modeling_oto import sizes_of
 from .rules import Axes, apply_rules, multiplications
-from .sizes import Sizes
-from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
+from .sizes import Sizes, spans_of
+from .trace import Equation, Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
 from .zigs import OTOError, PruningPlan, Solution, Source, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def partition_zigs(
     protected = _protected(model, protect)
     inputs, traced = _first_traced(model, make_inputs(model) if inputs is None else [inputs])
     found = apply_rules(traced)
+    traced = traced._replace(equations=_living(traced, found))
     buffers = persistent_buffers(model)
     sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
     for name in protected & sources.keys():
@@ -172,6 +173,12 @@ def _experts_at_once(model: nn.Module) -> Iterator[None]:
     finally:
         for module, before in undo:
             module.set_experts_implementation(before)
+
+
+def _living(traced: Trace, found: Axes) -> list[Equation]:
+    """The equations without those of results that nobody uses, whose axes are not known: the rehearsal runs them."""
+    dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()
+    return [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
 
 
 def _solved(

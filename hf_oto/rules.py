@@ -547,6 +547,19 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     return [result] + [[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]
 
 
+def solve_triangular(s: Axes, call: Call) -> list[list[Dim]]:
+    """b n n, b n k -> b n k with ones on the diagonal: one triangular system for each of b"""
+    if not (call.kwargs.get("unitriangular") and call.kwargs.get("left", True)):
+        return unknown(s, call)
+    matrix, known = s.of(call.args[0]), s.of(call.args[1])
+    for ref in call.args:
+        s.produce(ref, *s.of(ref))
+    for dim in (*matrix[-2:], known[-2]):
+        s.pin(dim, "a linear system is solved along it")
+    batch = [s.unify(a, b, second) for a, b in zip(matrix[:-2], known[:-2], strict=True)]
+    return [[*batch, *known[-2:]]]
+
+
 def multiplications(call: Call) -> list[list[tuple[Ref, int]]]:
     """The dimensions whose sizes, multiplied, are the multiply-accumulates of a call; a list per product, summed.
 
@@ -790,6 +803,7 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
+    solve_triangular: "linalg_solve_triangular",
     softmax: "_softmax _log_softmax _safe_softmax",
     layer_norm: "native_layer_norm",
     batch_norm: """native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm

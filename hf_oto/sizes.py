@@ -160,7 +160,7 @@ class Sizes:
         return None
 
     def _touched(self, equation: Equation, removed: np.ndarray) -> bool:
-        return any(removed[f].any() for e in equation[:2] for s in _spans(e) for f in self.spans[s].factors)
+        return any(removed[f].any() for e in equation[:2] for s in spans_of(e) for f in self.spans[s].factors)
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
         """The removed ZIGs that the equations speak of; where there are none, those of equations with the same
@@ -168,7 +168,7 @@ class Sizes:
         shared = {a for q in equations for e in q[:2] for a in _attributes(e)}
         linked = [q for q in self.equations if shared & {a for e in q[:2] for a in _attributes(e)}]
         for some in (equations, linked):
-            zigs = [f for q in some for e in q[:2] for s in _spans(e) for f in self.spans[s].factors]
+            zigs = [f for q in some for e in q[:2] for s in spans_of(e) for f in self.spans[s].factors]
             found = np.unique(np.concatenate([np.zeros(0, np.int64), *zigs]))
             found = found[found >= 0]
             if removed[found].any():
@@ -196,7 +196,8 @@ def _alone(equation: Equation) -> list[Attribute]:
     return [a[1:] for a, b in ((left, right), (right, left)) if a[0] == "attribute" and not _attributes(b)]
 
 
-def _spans(expr: Expr) -> list[Expr]:
+def spans_of(expr: Expr) -> list[Expr]:
+    """The spans in an expression."""
     if expr[0] == "span":
         return [expr]
-    return [] if expr[0] in ("const", "attribute") else [*_spans(expr[1]), *_spans(expr[2])]
+    return [] if expr[0] in ("const", "attribute") else [*spans_of(expr[1]), *spans_of(expr[2])]

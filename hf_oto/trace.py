@@ -426,16 +426,17 @@ def _tagged(model: nn.Module, equations: list[Equation]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in eval mode, without gradients, and leaves the random state alone."""
-    training = {module: module.training for module in model.modules()}
+    """While open, the model is in eval mode, without gradients; nothing that it keeps for itself outlasts it."""
+    before = {module: dict(vars(module)) for module in model.modules()}
     with torch.no_grad(), torch.random.fork_rng():
         try:
             model.train()  # drops what modules cache in eval mode
             model.eval()
             yield
         finally:
-            for module, was in training.items():
-                module.training = was
+            for module, attributes in before.items():
+                vars(module).clear()
+                vars(module).update(attributes)
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:

@@ -266,6 +266,25 @@ def mamba(attention: str) -> nn.Module:
     return tf.MambaForCausalLM(config)
 
 
+def recurrent_gemma(attention: str) -> nn.Module:
+    """A gated linear recurrence, head by head; the state it would hand on is computed and thrown away."""
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, lru_width=32, block_types=["recurrent", "attention"], pad_token_id=0,
+    )  # fmt: skip
+    return tf.RecurrentGemmaForCausalLM(config)
+
+
+def gated_delta_net(attention: str) -> nn.Module:
+    """Linear attention by chunks, each a triangular system: two value heads for every key head."""
+    config = tf.Qwen3_5TextConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=24, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    return tf.Qwen3_5ForCausalLM(config)
+
+
 def efficientnet(attention: str) -> nn.Module:
     """Depthwise convolutions with a squeeze-and-excite gate."""
     config = tf.EfficientNetConfig(
@@ -507,6 +526,8 @@ TABLE = {
     "bloom": Row(bloom, {("units", 8): 1, ("units", 128): 1}, text),
     "albert": Row(albert, {("heads", 4): 1, ("units", 24): 1}, text),
     "wav2vec2": Row(wav2vec2, {("groups", 12): 1, ("heads", 4): 1, ("units", 24): 1}, wave),
+    "recurrent_gemma": Row(recurrent_gemma, {("channels", 4): 1, ("units", 24): 2, ("kv_groups", 2): 1}, text),
+    "gated_delta_net": Row(gated_delta_net, {("kv_groups", 2): 2, ("units", 24): 2}, text),
     "mamba": Row(mamba, {("channels", 32): 1}, text),
     "efficientnet": Row(efficientnet, channels({16: 2, 4: 2, 32: 1, 24: 1, 640: 1}), image),
     "regnet": Row(regnet, REGNET, image),

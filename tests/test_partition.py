@@ -412,6 +412,25 @@ def test_the_model_stays_untouched(case):
     assert all(type(v) in (int, bool) for m in model.modules() for v in vars(m).values() if isinstance(v, int))
 
 
+class Recurrent(TwoLayers):
+    """Keeps its state for the next call."""
+
+    state: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = x if self.state is None else self.state + x
+        return super().forward(self.state)
+
+
+def test_a_forward_leaves_no_state_behind():
+    model, x = Recurrent(torch.relu), torch.randn(2, 16)
+    partition = partition_zigs(model, {"x": x})
+    check_zero_invariance(model, partition, {"x": x})
+    assert model.state is None
+    assert torch.equal(model(x), TwoLayers.forward(model, x))
+    assert model.state is x  # control: outside, it does keep it
+
+
 def test_a_failing_trace_puts_everything_back():
     model = make("bert")
     before = frozen_view(model)
