@@ -67,7 +67,7 @@ def partition_zigs(
 
 def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Small batches made from a Transformers config, of text, images or sound: first of all its forward takes, so that
-    every tower runs, then of its main input alone.
+    every tower runs (images have their places in the text, where the model wants that), then of its main input alone.
 
     Raises:
         OTOError: what the model reads is none of these.
@@ -78,6 +78,8 @@ def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
         if config is not None and name in accepted:
             made |= {key: _like(model, value) for key, value in _made(name, config).items()}
+    if {"input_ids", "pixel_values"} <= made.keys():
+        yield from _with_images(model, made)
     if made:
         yield made
     main = model.main_input_name if config is not None else ""
@@ -89,29 +91,61 @@ def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield {main: made[main]}
 
 
+def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches whose texts begin with a token for every feature of their image: to count these the images are encoded,
+    in each of the forms that models take them in."""
+    token, encode = _find(model.config, "image_token_id"), getattr(model, "get_image_features", None)
+    if token is None or encode is None or model.device.type == "meta":
+        return
+    pixels, text = made["pixel_values"], made["input_ids"]
+    forms = [{"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)}]
+    forms += [{"pixel_values": pixels}, {"pixel_values": pixels[:, None]}]
+    patch, merge = _find(model.config, "patch_size"), 2 * (_find(model.config, "spatial_merge_size") or 1)
+    if isinstance(patch, int):
+        size = pixels.shape[1] * (_find(model.config, "temporal_patch_size") or 1) * patch**2
+        grid = torch.tensor([[1, merge, merge]] * 2, device=pixels.device)
+        forms.insert(0, {"pixel_values": pixels.new_ones(2 * merge**2, size), "image_grid_thw": grid})
+    for images in forms:
+        if not images.keys() <= inspect.signature(encode).parameters.keys():
+            continue
+        try:
+            with evaluating(model):
+                features = encode(**images)
+        except Exception:  # not its form
+            continue
+        features = tensors_of(getattr(features, "pooler_output", features))
+        count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]
+        text = torch.where(text == token, text - 1, text)
+        batch = made | images | {"input_ids": torch.cat([text.new_full((2, count // 2), token), text], 1)}
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+        yield batch
+
+
 def _like(model: PreTrainedModel, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the model's device and, if it is no integer, of its precision."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
+def _find(config: PreTrainedConfig, key: str) -> Any:
+    """What a config or one of its parts says, None if none does."""
+    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
+    return next((found for part in parts if (found := getattr(part, key, None)) is not None), None)
+
+
 def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """One input, {} if the config doesn't say how large it is."""
-    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
-
-    def find(key: str, default: Any = None) -> Any:
-        return next((vars(part)[key] for part in parts if vars(part).get(key) is not None), default)
-
     generator = torch.Generator().manual_seed(0)
     if name.endswith("input_ids"):
-        size = find("vocab_size")
+        size = _find(config, "vocab_size")
         return {name: torch.randint(3, size, (2, 16), generator=generator)} if size else {}
     if name == "pixel_values":
-        size = find("image_size", 64)
+        size = _find(config, "image_size") or 64
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {name: torch.randn(2, find("num_channels", 3), height, width, generator=generator)}
+        return {name: torch.randn(2, _find(config, "num_channels") or 3, height, width, generator=generator)}
     if name == "input_features":
-        bins, length = find("num_mel_bins"), 2 * find("max_source_positions", 50)
+        bins, length = _find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50)
         return {name: torch.randn(2, bins, length, generator=generator)} if bins else {}
     return {name: torch.randn(2, 4000, generator=generator)}
 

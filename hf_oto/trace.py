@@ -426,7 +426,7 @@ def _tagged(model: nn.Module, equations: list[Equation]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in eval mode, without gradients; nothing that it keeps for itself outlasts it."""
+    """While open, the model is in eval mode, without gradients; no tensor that it keeps for itself outlasts it."""
     before = {module: dict(vars(module)) for module in model.modules()}
     with torch.no_grad(), torch.random.fork_rng():
         try:
@@ -434,9 +434,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            for module, attributes in before.items():
-                vars(module).clear()
-                vars(module).update(attributes)
+            for module, kept in before.items():
+                now = vars(module)
+                for name in [n for n, v in now.items() if v is not kept.get(n) and tensors_of(v)]:
+                    del now[name]
+                now.update({n: v for n, v in kept.items() if n not in now}, training=kept["training"])
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 from models import TABLE, make, randomise_, waves
 from torch import nn
 
@@ -431,6 +432,13 @@ def test_a_forward_leaves_no_state_behind():
     assert model.state is x  # control: outside, it does keep it
 
 
+def test_hooks_that_the_first_forward_installs_stay():
+    """Transformers records hidden states by hooks, put there once: the mark that they are must outlast the trace."""
+    model, inputs = make("bert").eval(), TABLE["bert"].inputs(2) | {"output_hidden_states": True}
+    partition_zigs(model, inputs)
+    assert len(model(**inputs).hidden_states) == len(make("bert").eval()(**inputs).hidden_states) > 1
+
+
 def test_a_failing_trace_puts_everything_back():
     model = make("bert")
     before = frozen_view(model)
@@ -523,6 +531,50 @@ def test_a_batch_made_from_the_config_gives_the_same(name):
     expected = layout(partition_zigs(model, TABLE[name].inputs(2)))
     assert layout(partition_zigs(model)) == expected
     assert layout(partition_zigs(model.to(torch.bfloat16))) == expected
+
+
+TEXT = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+VISION = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 20, "image_size": 16, "patch_size": 8}
+
+
+def llava() -> nn.Module:
+    """As many image tokens in the text as the image has patches."""
+    vision = tf.CLIPVisionConfig(**VISION, num_hidden_layers=2)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**TEXT), image_token_index=50)
+    )
+
+
+def smolvlm() -> nn.Module:
+    """Several images for every text."""
+    text = tf.LlamaConfig(**TEXT)
+    vision = VISION | {"num_hidden_layers": 1}
+    return tf.SmolVLMForConditionalGeneration(
+        tf.SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=50, scale_factor=2)
+    )
+
+
+def qwen_vl() -> nn.Module:
+    """Images as a list of patches and a grid."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 20, "out_hidden_size": 32}
+    config = tf.Qwen2_5_VLConfig(
+        text_config=TEXT | {"rope_parameters": rope}, vision_config=vision | {"patch_size": 4}, image_token_id=50,
+        video_token_id=51, vision_start_token_id=52, vision_end_token_id=53,
+    )  # fmt: skip
+    return tf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [llava, smolvlm, qwen_vl])
+def test_images_find_their_places_in_the_text(build):
+    """Models that read image tokens in the ids get as many as their images have features: both towers are offered."""
+    model = randomise_(build()).eval()
+    units = {axis.size for axis in partition_zigs(model).axes if axis.kind == "units"}
+    assert {20, 24} <= units  # of the vision tower and of the language model
+    text = next(batch for batch in hf_oto.partition.make_inputs(model) if len(batch) == 1)
+    units = {axis.size for axis in partition_zigs(model, text).axes if axis.kind == "units"}
+    assert 24 in units and 20 not in units  # control: of a text alone the vision tower never runs
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
