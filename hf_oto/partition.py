@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import inspect
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,12 +22,13 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .axes import Leaf
 from .compact import cut_, kept_positions, resize_, resolve
 from .modeling_oto import sizes_of
 from .rules import Axes, apply_rules, multiplications
 from .sizes import Sizes, spans_of
 from .trace import Equation, Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
-from .zigs import OTOError, PruningPlan, Solution, Source, ZIGPartition, fold, solve
+from .zigs import OTOError, PruningPlan, Solution, Source, Width, Work, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
 
@@ -238,29 +238,27 @@ def _solved(
             stack += expr[1:]
     spans = {key: factors for key, factors in spans.items() if any((f >= 0).any() for f in factors)}
     sizes = Sizes(traced.equations, spans, values)
-    total, macs = _work(traced, found, solution)
-    axes = tuple(dataclasses.replace(axis, macs=round(n)) for axis, n in zip(solution.axes, macs, strict=True))
-    return ZIGPartition(axes, solution.pinned, total, sizes), solution.zig_of
+    work = _work(traced, found, solution)
+    axes = tuple(dataclasses.replace(a, macs=round(n)) for a, n in zip(solution.axes, work.alone, strict=True))
+    return ZIGPartition(axes, solution.pinned, work, sizes), solution.zig_of
 
 
-def _work(traced: Trace, found: Axes, solution: Solution) -> tuple[int, np.ndarray]:
-    """Multiply-accumulates of the trace, and the part of them that one ZIG of each axis takes with it, (axes,)."""
-    size = np.array([axis.size for axis in solution.axes], float)
-    axis_of = np.append(np.repeat(np.arange(len(size), dtype=np.int32), size.astype(int)), np.int32(-1))
+def _work(traced: Trace, found: Axes, solution: Solution) -> Work:
+    """Multiply-accumulates of the trace."""
+    size = [axis.size for axis in solution.axes]
+    axis_of = np.append(np.repeat(np.arange(len(size), dtype=np.int32), size), np.int32(-1))
     axis_of = axis_of[solution.zig_of]  # of every id
-    total, macs = 0, np.zeros(len(size))
-    for dims in (dims for call in traced.calls for dims in multiplications(call)):
-        work = math.prod(ref.shape[d] for ref, d in dims)
-        total += work
-        left: dict[int, float] = {}  # axis -> the part of the work that is left without one of its ZIGs
-        for leaf in (leaf for ref, d in dims for leaf in found.of(ref)[d]):
+    known: dict[int, Width] = {}  # many tensors share a leaf
+
+    def width(leaf: Leaf) -> Width:
+        if id(leaf.ids) not in known:
             axes, counts = np.unique(axis_of[leaf.ids], return_counts=True)
-            for a, n in zip(axes, counts, strict=True):
-                if a >= 0:
-                    left[a] = left.get(a, 1.0) * (1 - n / len(leaf.ids) / size[a])
-        for a, part in left.items():
-            macs[a] += work * (1 - part)
-    return total, macs
+            zigs = tuple((int(a), float(n) / size[a]) for a, n in zip(axes, counts, strict=True) if a >= 0)
+            known[id(leaf.ids)] = (len(leaf.ids), zigs)
+        return known[id(leaf.ids)]
+
+    products = (dims for call in traced.calls for dims in multiplications(call))
+    return Work.of(([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products), len(size))
 
 
 def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> ZIGPartition:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +120,48 @@ class PrunableAxis:
         return data | {"members": members}
 
 
+Width = tuple[int, tuple[tuple[int, float], ...]]  # positions, and how many of them one ZIG of an (axis, n) takes
+
+
+class Work(NamedTuple):
+    """An amount, of parameters or MACs, as a sum of products of widths that a cut makes smaller."""
+
+    factors: np.ndarray  # (terms, k), which widths each term multiplies; the last one is 1
+    times: np.ndarray  # (terms,), what is no width of any axis
+    full: np.ndarray  # (widths,)
+    lost: np.ndarray  # (widths, axes), what one ZIG of an axis takes
+
+    @classmethod
+    def of(cls, terms: Iterable[Sequence[Width]], axes: int) -> Work:
+        """The sum of the products of the given widths."""
+        times: Counter[tuple[Width, ...]] = Counter()
+        for term in terms:
+            cut = tuple(sorted(width for width in term if width[1]))
+            times[cut] += math.prod(n for n, zigs in term if not zigs)
+        widths = {width: i for i, width in enumerate(dict.fromkeys(w for cut in times for w in cut))}
+        longest = max(map(len, times), default=0)
+        factors = np.full((len(times), longest), len(widths))
+        for row, cut in zip(factors, times, strict=True):
+            row[: len(cut)] = [widths[w] for w in cut]
+        lost = np.zeros((len(widths), axes))
+        for (_, zigs), i in widths.items():
+            for axis, n in zigs:
+                lost[i, axis] = n
+        return cls(factors, np.array([*times.values()], float), np.array([n for n, _ in widths], float), lost)
+
+    def left(self, gone: np.ndarray) -> float:
+        """How much is left without so many ZIGs of every axis, (axes,)."""
+        widths = np.append(self.full - self.lost @ gone, 1.0)
+        return float(self.times @ widths[self.factors].prod(1))
+
+    @property
+    def alone(self) -> np.ndarray:
+        """What one ZIG of every axis takes with it when it is the first to go, (axes,)."""
+        axes = self.lost.shape[1]
+        total = self.left(np.zeros(axes))
+        return np.array([total - self.left(row) for row in np.eye(axes)])
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """Which positions of each axis stay: `{axis name: kept indices}`. Axes that are not named stay whole.
@@ -183,13 +226,13 @@ class ZIGPartition:
     Attributes:
         axes: the prunable axes; position j along an axis is one ZIG.
         pinned: "parameter[dim]" -> why that dimension may not be cut.
-        macs: multiply-accumulates of the traced forward.
+        work: multiply-accumulates of the traced forward, None in a partition that was not traced.
         sizes: the equations that tie the modules' own size attributes to the axes (sizes.py).
     """
 
     axes: tuple[PrunableAxis, ...]
     pinned: Mapping[str, str]
-    macs: int = 0
+    work: Work | None = None
     sizes: Any = None
 
     @property
@@ -206,6 +249,17 @@ class ZIGPartition:
         if missing := names - found.keys():
             raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
         return found
+
+    def params(self, model: torch.nn.Module) -> Work:
+        """The parameters of the model, tied ones once."""
+        shapes = {name: [(n, {}) for n in p.shape] for name, p in model.named_parameters()}
+        for a, axis in enumerate(self.axes):
+            for m in axis.members:
+                if m.param in shapes:
+                    zigs = shapes[m.param][m.dim][1]
+                    zigs[a] = zigs.get(a, 0) + m.positions(axis.size).shape[1]
+        terms = ([(n, tuple(zigs.items())) for n, zigs in dims] for dims in shapes.values())
+        return Work.of(terms, len(self.axes))
 
     def split(self, vector: np.ndarray) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
         """Yields (axis, its part, a view of shape (size,)) of a vector over all ZIGs."""
@@ -248,9 +302,10 @@ class ZIGPartition:
         for axis in self.axes:
             families.setdefault((fold(axis.name), axis.kind, axis.size), []).append(axis)
         rows = [("axis", "kind", "ZIGs", "parameters", "MACs")]
+        total = (self.work.left(np.zeros(len(self.axes))) if self.work else 0) or 1
         for (_, kind, size), axes in families.items():
             params, macs = (sum(n * size for n in ns) for ns in ([a.params for a in axes], [a.macs for a in axes]))
-            share = f"{100 * macs / max(1, self.macs):.0f} %"
+            share = f"{100 * macs / total:.0f} %"
             rows.append((_together([a.name for a in axes]), kind, f"{len(axes)} x {size}", f"{params:,}", share))
         width = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [f"{len(self.axes)} prunable axes, {self.num_zigs:,} ZIGs"]

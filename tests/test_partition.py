@@ -24,6 +24,7 @@ import hf_oto
 import hf_oto.partition
 import hf_oto.rules
 from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
+from hf_oto.compact import resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import macs
 
@@ -480,11 +481,22 @@ def test_params_count_what_a_zig_takes(case):
 
 def test_macs_count_what_a_zig_takes(case):
     dense = macs(case.model, case.inputs)
-    assert case.partition.macs == dense > 0
+    assert case.partition.work.left(np.zeros(len(case.partition.axes))) == dense > 0
     for axis in case.partition.axes[:6]:
         small = copy.deepcopy(case.model)
         compact(small, case.partition, PruningPlan({axis.name: range(axis.multiple, axis.size)}))
         assert dense - macs(small, case.inputs) == pytest.approx(axis.multiple * axis.macs, abs=1)
+
+
+def test_what_a_plan_leaves_is_known_before_the_cut(case, draw_plan):
+    plan = draw_plan(case.partition, 3)
+    removed, _ = resolve(case.partition, plan)
+    gone = np.array([part.sum() for _, part in case.partition.split(removed)])
+    params = case.partition.params(case.model)
+    small = compact(copy.deepcopy(case.model), case.partition, plan)
+    assert params.left(gone) == sum(p.numel() for p in small.parameters())
+    assert case.partition.work.left(gone) == pytest.approx(macs(small, case.inputs), rel=1e-9)
+    assert params.left(gone) < params.left(0 * gone) == sum(p.numel() for p in case.model.parameters())
 
 
 ARCHITECTURES = """albert bart beit bert bloom blip convbert convnext deberta deit detr distilbert efficientnet electra
