@@ -6,9 +6,11 @@ as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2)
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .zigs import Member, PrunableAxis, ZIGPartition
+from .zigs import Member, PrunableAxis, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 8  # of the salience before each event
+SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
 CORRECT_EVERY = 4  # optimizer steps
 
@@ -37,10 +40,13 @@ class Schedule(NamedTuple):
     """What stays the same over a run; see `DHSPG` for the arguments."""
 
     mode: str
-    target: int  # ZIGs to be zero at the end
     size: int  # ZIGs in all
-    axis: Tensor  # (size,), the axis of every ZIG
-    room: Tensor  # (axes,), how many ZIGs of every axis may go
+    sizes: np.ndarray  # (axes,), ZIGs of every axis
+    room: np.ndarray  # (axes,), how many of them may go
+    multiple: np.ndarray  # (axes,), of which what stays is a multiple, unless all stays
+    work: Work  # what the budget counts: ZIGs, parameters or MACs
+    target: float  # how much of that is left in the end
+    cost: np.ndarray  # (axes,), how much of it a ZIG of every axis takes
     elements: Tensor  # (size,), parameters of every ZIG
     group: tuple[Slice, ...]  # what is zero of a zero ZIG
     readers: tuple[Slice, ...]  # what reads it: zero too once it is, so that its gradients are
@@ -77,13 +83,20 @@ class DHSPG(torch.optim.Optimizer):
         partition: its ZIGs. Axes with a frozen parameter are left alone.
         base: any `torch.optim.Optimizer` class; its step is not rewritten.
         lr: learning rate, as in `base`.
-        target_group_sparsity: fraction of ZIGs that are zero in the end, in [0, 1): exactly round(target * ZIGs).
+        target_group_sparsity: fraction of ZIGs that are zero in the end, in [0, 1): exactly round(target * ZIGs);
+            None: 0.5, unless one of the other targets is given.
         total_steps: optimizer steps of the whole run.
+        target_params, target_macs: scheduled: instead, the fraction of the parameters of the whole model, or of the
+            multiply-accumulates of the traced forward, that is left in the end, in (0, 1]: within 1 % absolute.
+        target_per_axis: scheduled: instead, fractions of the ZIGs of each axis, {regular expression: target}; an axis
+            has the first whose pattern matches its name somewhere, and else stays whole.
         mode: "scheduled" or "paper".
         params: parameter groups, their "params" as (name, parameter) pairs; None: all that require gradients.
         window: scheduled: fractions of the run at which pruning starts and ends.
         num_events: scheduled: choices in the window; None: 8, or 16 for targets from 0.8.
         min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
+        group_divisible: scheduled: the width that is left of every axis, in channels or units, is a multiple of this;
+            an axis that can't lose so many stays whole.
         start: paper: fraction of the run that is warm-up.
         lam, lam_amplify, lam_max: paper: lambda, its amplification where a step would grow the norm, and the bound of
             that in multiples of lambda; None: the release's 1e-2, 20, 1e3 (1e-3, 2, 10 for SGD).
@@ -91,7 +104,7 @@ class DHSPG(torch.optim.Optimizer):
         base_kwargs: for `base`.
 
     Raises:
-        ValueError: an argument out of range, a target that the floors make infeasible, too few steps, no ZIG.
+        ValueError: an argument out of range, two targets, one that the floors make infeasible, too few steps, no ZIG.
 
     Example:
         >>> partition = partition_zigs(model, batch)  # doctest: +SKIP
@@ -109,13 +122,17 @@ class DHSPG(torch.optim.Optimizer):
         partition: ZIGPartition,
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,
         lr: float = 1e-3,
-        target_group_sparsity: float = 0.5,
+        target_group_sparsity: float | None = None,
         total_steps: int = 0,
         mode: str = "scheduled",
+        target_params: float | None = None,
+        target_macs: float | None = None,
+        target_per_axis: Mapping[str, float] | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         window: tuple[float, float] = (0.1, 0.6),
         num_events: int | None = None,
         min_keep: float = 0.1,
+        group_divisible: int = 1,
         start: float = 0.1,
         lam: float | None = None,
         lam_amplify: float | None = None,
@@ -123,10 +140,15 @@ class DHSPG(torch.optim.Optimizer):
         epsilon: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        if not 0 <= target_group_sparsity < 1:
-            raise ValueError(f"target_group_sparsity is {target_group_sparsity}: it must be in [0, 1)")
+        targets = {
+            "target_group_sparsity": target_group_sparsity, "target_params": target_params,
+            "target_macs": target_macs, "target_per_axis": target_per_axis,
+        }  # fmt: skip
+        kind, wanted = the_target(targets)
         if mode not in ("scheduled", "paper"):
             raise ValueError(f"mode is {mode!r}: it must be 'scheduled' or 'paper'")
+        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible != 1):
+            raise ValueError("mode='paper' knows target_group_sparsity only: use mode='scheduled'")
         groups = list(params or [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}])
         super().__init__(groups, lr=lr, **base_kwargs)
         # with this, GradScaler would let the fused kernel skip steps without our knowing
@@ -138,31 +160,55 @@ class DHSPG(torch.optim.Optimizer):
                 "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
                 "merge it, or let it train): %s", len(left), ", ".join(left[:3] + ["..."] * (len(left) > 3)),
             )  # fmt: skip
-        total = sum(axis.size for axis in axes)
-        target = round(target_group_sparsity * total)
-        if target_group_sparsity and not axes:
+        sizes = np.array([axis.size for axis in axes], int)
+        total = int(sizes.sum())
+        prune = wanted not in (0, {}) if kind in ("target_group_sparsity", "target_per_axis") else wanted < 1
+        if prune and not axes:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
-        floor = min_keep if mode == "scheduled" else 0.0
-        room = [axis.size - max(1, math.ceil(floor * axis.size)) for axis in axes]
-        if target > sum(room):
-            feasible = math.floor(1000 * sum(room) / total) / 1000
+        most = [axis.size - max(1, math.ceil((min_keep if mode == "scheduled" else 0) * axis.size)) for axis in axes]
+        multiple = np.array([_multiple(axis, group_divisible) for axis in axes], int)
+        if kind == "target_per_axis":
+            asked = [_asked(axis, wanted) for axis in axes]
+            for axis, n, limit in zip(axes, asked, most, strict=True):
+                if n > limit:
+                    raise ValueError(
+                        f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
+                        f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
+                    )
+            most = asked
+        room = np.array([_allowed(n, size, m) for n, size, m in zip(most, sizes, multiple, strict=True)], int)
+        work = Work.of([[(n, ((a, 1),))] for a, n in enumerate(sizes)], len(axes))  # ZIGs
+        if kind in ("target_params", "target_macs"):
+            whole = partition.params(model) if kind == "target_params" else partition.work
+            if whole is None:
+                raise ValueError("this partition doesn't know its MACs: target_macs needs one of partition_zigs")
+            work = whole._replace(lost=whole.lost[:, [partition.axes.index(axis) for axis in axes]])
+        dense, least = work.left(np.zeros(len(axes))), work.left(room)
+        target = {
+            "target_group_sparsity": lambda: dense - round(wanted * dense),
+            "target_per_axis": lambda: least,
+        }.get(kind, lambda: wanted * dense)()
+        if target < least:
+            bound = 1 - least / dense if kind == "target_group_sparsity" else least / dense
+            bound = (
+                math.floor(1000 * bound) / 1000 if kind == "target_group_sparsity" else math.ceil(1000 * bound) / 1000
+            )
             raise ValueError(
-                f"target_group_sparsity={target_group_sparsity} is not feasible: "
-                f"with min_keep={min_keep} it can be at most {feasible}"
+                f"{kind}={wanted} is not feasible: with min_keep={min_keep} it can be "
+                f"at {'most' if kind == 'target_group_sparsity' else 'least'} {bound}"
             )
         events: tuple[int, ...] = ()
-        if target and mode == "paper":
+        if target < dense and mode == "paper":
             events = (max(1, round(start * total_steps)),)
             if events[0] >= total_steps:
                 raise ValueError(f"total_steps is {total_steps}, fewer training steps than the warm-up ({events[0]})")
-        elif target:
-            events = _events(total_steps, window, num_events or (16 if target_group_sparsity >= 0.8 else 8))
+        elif target < dense:
+            events = _events(total_steps, window, num_events or (16 if target < 0.2 * dense else 8))
         sgd = issubclass(base, torch.optim.SGD)
         elements = []  # parameters of one ZIG of each axis
         for axis in axes:
             rows = [(m.positions(axis.size).shape[1], trained[m.param], m.dim) for m in axis.group]
             elements.append(sum(k * p.numel() // p.shape[dim] for k, p, dim in rows))
-        sizes = torch.tensor([axis.size for axis in axes], dtype=torch.long)
         readers = [(axis, [m for m in axis.members if m.role == "consumer" and m.param in trained]) for axis in axes]
         # without a reader that is zeroed too, a zero group still gets gradients
         unread = [
@@ -170,10 +216,9 @@ class DHSPG(torch.optim.Optimizer):
             if not axis.zero_path or not found or len(found) < sum(m.role == "consumer" for m in axis.members)
         ]  # fmt: skip
         self.schedule = Schedule(
-            mode, target, total,
-            axis=torch.repeat_interleave(torch.arange(len(axes)), sizes),
-            room=torch.tensor(room, dtype=torch.long),
-            elements=torch.repeat_interleave(torch.tensor(elements, dtype=torch.float64), sizes),
+            mode, total, sizes, room, multiple, work, target,
+            cost=work.alone,
+            elements=torch.from_numpy(np.repeat(np.array(elements, float), sizes)),
             group=_slices(axes, {axis.name: axis.group for axis in axes}, trained),
             readers=_slices(axes, {axis.name: members for axis, members in readers}, trained),
             guarded=_slices(axes, {axis.name: axis.group for axis in unread}, trained),
@@ -218,8 +263,8 @@ class DHSPG(torch.optim.Optimizer):
 
     @property
     def target_reached(self) -> bool:
-        """Whether as many ZIGs are zero as were asked for."""
-        return int(self._own["zero"].sum()) >= self.schedule.target
+        """Whether as many ZIGs are zero as the target asks for."""
+        return self.schedule.work.left(_per_axis(self.zero.numpy(), self.schedule.sizes)) <= self.schedule.target
 
     def _by_name(self) -> dict[str, Tensor]:
         """The parameters as they are now: FSDP replaces them in the groups."""
@@ -236,7 +281,7 @@ class DHSPG(torch.optim.Optimizer):
                 loss = closure()
         own, plan = self._own, self.schedule
         now = own["dhspg_step"] + 1
-        if plan.target == 0:
+        if not plan.events:
             super().step()
         elif plan.mode == "paper":
             self._paper_step(now)
@@ -272,7 +317,7 @@ class DHSPG(torch.optim.Optimizer):
         if now in plan.events[:-1]:
             count = len(plan.events) - 1
             share = 1 - (1 - (plan.events.index(now) + 1) / count) ** 3
-            redundant = self._choose(round(plan.target * share))
+            redundant = self._choose(share)
         if now in plan.events or correcting:
             own["redundant"] = redundant.to(torch.uint8)
         self._guard()
@@ -296,7 +341,7 @@ class DHSPG(torch.optim.Optimizer):
         if before and now == start:
             score = paper_salience(xd, xx, dd, plan.elements)
             chosen = torch.zeros_like(redundant)
-            chosen[torch.argsort(score, descending=True, stable=True)[: plan.target]] = True
+            chosen[torch.argsort(score, descending=True, stable=True)[: round(plan.size - plan.target)]] = True
             own["redundant"] = chosen.to(torch.uint8)
         elif before:
             lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
@@ -325,22 +370,41 @@ class DHSPG(torch.optim.Optimizer):
         first = now == min(_sample_steps(self.schedule.events))
         own["salience"] = new if first else EMA * own["salience"].cpu() + (1 - EMA) * new
 
-    def _choose(self, wanted: int) -> Tensor:
-        """The least salient living ZIGs, so that `wanted` are zero or about to be, no axis below its floor."""
-        plan, zero = self.schedule, self.zero
-        order = torch.argsort(self._own["salience"].cpu(), stable=True)
-        order = order[~zero[order]]
-        axis = plan.axis[order]
-        # the rank of every candidate within its axis, in order of salience
-        by_axis = torch.argsort(axis, stable=True)
-        counts = torch.bincount(axis, minlength=len(plan.room))
-        rank = torch.empty_like(order)
-        rank[by_axis] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[axis[by_axis]]
-        gone = torch.bincount(plan.axis[zero], minlength=len(plan.room))
-        allowed = order[rank < (plan.room - gone)[axis]]
-        chosen = torch.zeros(plan.size, dtype=torch.bool)
-        chosen[allowed[: max(0, wanted - int(zero.sum()))]] = True
-        return chosen
+    def _choose(self, share: float) -> Tensor:
+        """The least salient living ZIGs for their cost, so that `share` of the way to the target is gone with them and
+        the zero ones. They go in blocks, so that what stays of an axis is a multiple and above its floor."""
+        plan, zero = self.schedule, self.zero.numpy()
+        axis = np.repeat(np.arange(len(plan.sizes)), plan.sizes)
+        score = np.where(zero, -np.inf, self._own["salience"].cpu().numpy() / plan.cost[axis])
+        order = np.lexsort((score, axis))  # axis after axis, each from the least salient on
+        rank = np.arange(plan.size) - (np.cumsum(plan.sizes) - plan.sizes)[axis]
+        multiple = plan.multiple[axis]
+        first = (plan.sizes[axis] - 1) % multiple + 1  # what has to go before multiples stay
+        block = np.where(rank < first, 0, 1 + (rank - first) // multiple)
+        fits = first + block * multiple <= plan.room[axis]
+        order, axis, block = order[fits], axis[fits], block[fits]
+        starts = np.flatnonzero(np.diff(axis, prepend=-1) | np.diff(block, prepend=-1))
+        length, axis = np.diff(starts, append=len(order)), axis[starts]
+        blocks = candidates = (
+            np.argsort(np.add.reduceat(score[order], starts) / length, kind="stable") if len(order) else starts
+        )
+        dense = plan.work.left(0 * plan.sizes)
+        goal = dense - round((dense - plan.target) * share)
+
+        def left(chosen: np.ndarray) -> float:
+            return plan.work.left(np.bincount(axis[chosen], length[chosen], len(plan.sizes)))
+
+        best = blocks
+        while left(blocks) <= goal:  # the fewest that do; rather others than a big one that does too much
+            blocks = blocks[: bisect.bisect_left(range(len(blocks)), -goal, key=lambda n: -left(blocks[:n]))]
+            best = max(best, blocks, key=left)
+            if not len(blocks) or goal - left(blocks) <= SLACK * dense:
+                break
+            big, rest = blocks[-1], candidates[len(blocks) :]
+            blocks = candidates = np.concatenate([blocks[:-1], rest[axis[rest] != axis[big]]])
+        chosen = np.zeros(plan.size, bool)
+        chosen[order[np.isin(np.repeat(np.arange(len(starts)), length), best)]] = True
+        return torch.from_numpy(chosen & ~zero)
 
     # on the parameters ------------------------------------------------------------------------
 
@@ -416,6 +480,41 @@ def _spread(values: Tensor, s: Slice, index: Tensor, like: Tensor) -> Tensor:
     """One number per ZIG -> one per position of the slice, broadcastable to `like`."""
     shape = [-1 if d == s.dim else 1 for d in range(like.dim())]
     return values.to(like.device, like.dtype)[s.owner.to(like.device)[index]].view(shape)
+
+
+def the_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
+    """The one target that is given, by name, checked; group sparsity 0.5 if none is."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: one target at a time")
+    name, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
+    sparsity = name in ("target_group_sparsity", "target_per_axis")
+    for one in value.values() if name == "target_per_axis" else [value]:
+        if not (0 <= one < 1 if sparsity else 0 < one <= 1):
+            raise ValueError(f"{name} is {value}: it must be in {'[0, 1)' if sparsity else '(0, 1]'}")
+    return name, value
+
+
+def _asked(axis: PrunableAxis, wanted: Mapping[str, float]) -> int:
+    """How many ZIGs of an axis are to go."""
+    return round(next((t for pattern, t in wanted.items() if re.search(pattern, axis.name)), 0) * axis.size)
+
+
+def _multiple(axis: PrunableAxis, divisible: int) -> int:
+    """Of how many ZIGs a multiple has to stay for the width to be divisible; one ZIG may be several channels wide."""
+    width = next(m for m in axis.members if m.role == "producer").positions(axis.size).shape[1]
+    return math.lcm(axis.multiple, divisible // math.gcd(divisible, width))
+
+
+def _allowed(most: int, size: int, multiple: int) -> int:
+    """The largest number up to `most` that may go of `size` ZIGs for a multiple to stay."""
+    first = (size - 1) % multiple + 1
+    return first + (most - first) // multiple * multiple if most >= first else 0
+
+
+def _per_axis(zigs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How many ZIGs of every axis are in a mask, (axes,)."""
+    return np.array([part.sum() for part in np.split(zigs, np.cumsum(sizes)[:-1])], float)
 
 
 def _positions(mask: Tensor, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Tensor]]:

@@ -43,7 +43,8 @@ def partition_zigs(
     Args:
         model: any `nn.Module`; on the meta device too.
         inputs: one small batch, the keyword arguments of forward; None: made from the config.
-        protect: regular expressions; a parameter whose name one of them matches anywhere is not pruned.
+        protect: regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a
+            module it is in.
 
     Returns:
         the partition; its `pinned` says for every other parameter dimension why it stays.
@@ -152,11 +153,13 @@ def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
+    modules = [name for name, _ in model.named_modules() if name]
     found = set()
     for pattern in [protect] if isinstance(protect, str) else protect:
-        matching = {name for name in names if re.search(pattern, name)}
+        inside = tuple(f"{module}." for module in modules if re.search(pattern, module))
+        matching = {name for name in names if re.search(pattern, name) or name.startswith(inside)}
         if not matching:
-            raise ValueError(f"protect: {pattern!r} matches no parameter of the model, for example {names[0]!r}")
+            raise ValueError(f"protect: {pattern!r} matches no parameter or module, for example {names[0]!r}")
         found |= matching
     return found
 

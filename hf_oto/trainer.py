@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
 from .compact import compact
-from .dhspg import DHSPG
+from .dhspg import DHSPG, the_target
 from .partition import check_zero_invariance, cut_difference, partition_zigs, tolerance
 from .report import measure, table
 from .zigs import OTOError, PruningPlan, ZIGPartition
@@ -31,8 +31,16 @@ class OTOTrainingArguments(TrainingArguments):
     """`TrainingArguments` and what to prune. A plain `TrainingArguments` works too and then means the defaults.
 
     Args:
-        target_group_sparsity (`float`, *optional*, defaults to 0.5):
-            Fraction of the ZIGs, in [0, 1), that is removed by the end of training.
+        target_group_sparsity (`float`, *optional*):
+            Fraction of the ZIGs, in [0, 1), that is removed by the end of training: 0.5, unless one of the other
+            targets is given.
+        target_params (`float`, *optional*):
+            Instead: fraction of the parameters, in (0, 1], that is left in the end.
+        target_macs (`float`, *optional*):
+            Instead: fraction of the multiply-accumulates, in (0, 1], that is left in the end.
+        target_per_axis (`dict[str, float]` or JSON, *optional*):
+            Instead: fraction of the ZIGs of each axis that is removed, by regular expression on its name in the
+            printed partition; axes that none matches stay whole.
         pruning_mode (`str`, *optional*, defaults to `"scheduled"`):
             `"scheduled"` reaches the target whatever the learning rate; `"paper"` is OTOv2's own update
             (arXiv 2303.06862), which reaches it only if the learning rate and the number of steps allow.
@@ -40,26 +48,39 @@ class OTOTrainingArguments(TrainingArguments):
             First and last moment of pruning as fractions of the optimizer steps (scheduled mode).
         min_keep (`float`, *optional*, defaults to 0.1):
             Fraction of every axis, at least one ZIG, that is never removed (scheduled mode).
+        group_divisible (`int`, *optional*, defaults to 1):
+            What is left of every axis is a multiple of this, in channels or units (scheduled mode).
         protect (`list[str]`, *optional*):
-            Regular expressions; a parameter whose name one of them matches anywhere is not pruned.
+            Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
+            it is in.
     """
 
-    target_group_sparsity: float = field(default=0.5, metadata={"help": "Fraction of ZIGs to remove, in [0, 1)."})
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "target_per_axis"]
+
+    target_group_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of ZIGs to remove, in [0, 1); 0.5 if no target is given."}
+    )
+    target_params: float | None = field(default=None, metadata={"help": "Fraction of the parameters to keep."})
+    target_macs: float | None = field(default=None, metadata={"help": "Fraction of the MACs to keep."})
+    target_per_axis: dict | str | None = field(
+        default=None, metadata={"help": "Fractions of ZIGs to remove, by regular expression on the axis, as JSON."}
+    )
     pruning_mode: str = field(default="scheduled", metadata={"help": "scheduled or paper."})
     pruning_window: tuple[float, float] = field(default=(0.1, 0.6), metadata={"help": "Pruning starts and ends at."})
     min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays."})
+    group_divisible: int = field(default=1, metadata={"help": "What stays of an axis is a multiple of this."})
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.target_group_sparsity < 1:
-            raise ValueError(f"target_group_sparsity is {self.target_group_sparsity}: it must be in [0, 1)")
+        the_target({name: vars(self)[name] for name in TARGETS})
 
 
+TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
 DEFAULTS = {
     f.name: f.default if f.name != "protect" else ()
     for f in fields(OTOTrainingArguments)
-    if f.name in ("target_group_sparsity", "pruning_mode", "pruning_window", "min_keep", "protect")
+    if f.name not in {f.name for f in fields(TrainingArguments)}
 }
 
 
@@ -126,10 +147,10 @@ class OTOMixin:
                 f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
             )
         if self.partition is None:
-            self.partition = partition_zigs(model, self._first_batch(2), protect=self._setting("protect"))
+            self.partition = partition_zigs(model, self._first_batch(), protect=self._setting("protect"))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
-        if not self.partition.axes and self._setting("target_group_sparsity"):
+        if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
         decay = set(self.get_decay_parameter_names(model))
         groups = [
@@ -139,14 +160,15 @@ class OTOMixin:
         ]  # fmt: skip
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         mode = self._setting("pruning_mode")
-        scheduled = {"window": tuple(self._setting("pruning_window")), "min_keep": self._setting("min_keep")}
+        scheduled = {name: self._setting(name) for name in ("min_keep", "group_divisible")}
+        scheduled["window"] = tuple(self._setting("pruning_window"))
         self.optimizer = DHSPG(
             model,
             self.partition,
             base=cls,
             params=[group for group in groups if group["params"]],
-            target_group_sparsity=self._setting("target_group_sparsity"),
             total_steps=steps,
+            **{name: self._setting(name) for name in TARGETS},
             mode=mode,
             **(scheduled if mode == "scheduled" else {}),
             **kwargs,
@@ -180,11 +202,11 @@ class OTOMixin:
                 buffer.copy_(broadcast(buffer))
         if not optimizer.target_reached:
             logger.warning(
-                "training ended at group sparsity %.3f, before its target of %.3f: only what is zero is cut out",
-                optimizer.group_sparsity, self._setting("target_group_sparsity"),
-            )  # fmt: skip
+                "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
+                optimizer.group_sparsity,
+            )
         self.plan = PruningPlan.from_zeros(model, self.partition)
-        batch = self._first_batch(min(8, self.args.per_device_train_batch_size))
+        batch = self._first_batch()
         before = measure(model, batch)
         moved = check_zero_invariance(model, self.partition, batch, self.plan)
         difference = max(moved, cut_difference(model, self.partition, self.plan, batch))
@@ -233,8 +255,9 @@ class OTOMixin:
             return self.report["group_sparsity"]
         return None if self._dhspg() is None else self._dhspg().group_sparsity
 
-    def _first_batch(self, size: int) -> dict[str, Any]:
+    def _first_batch(self) -> dict[str, Any]:
         """The first examples of the training set, collated, on the model's device; random states stay as they are."""
+        size = min(8, max(2, self.args.per_device_train_batch_size))
         with _same_random_state():
             loader = self.get_train_dataloader()
             if isinstance(loader.dataset, torch.utils.data.IterableDataset):

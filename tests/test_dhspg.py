@@ -7,10 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from dhspg_reference import Group, Reference
 from torch import nn
 
-from hf_oto import DHSPG, PruningPlan, ZIGPartition
+from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
+from hf_oto.report import macs
 from hf_oto.zigs import Member, PrunableAxis
 
 ADAMW = (torch.optim.AdamW, dict(weight_decay=0.1))
@@ -367,6 +369,65 @@ def test_closures_work():
     assert zeros(model).sum() == 15
 
 
+# budgets ----------------------------------------------------------------------------------
+
+
+def encoder():
+    """A small BERT, its partition and its batch: one unit is 0.1 % of it, one head 0.9 %."""
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=16,
+        max_position_embeddings=16, num_labels=3, attention_probs_dropout_prob=0, hidden_dropout_prob=0,
+    )  # fmt: skip
+    model = tf.BertForSequenceClassification(config)
+    inputs = {"input_ids": torch.arange(32).view(4, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    return model, partition_zigs(model, inputs), inputs
+
+
+def pruned(steps=40, **settings):
+    """(partition, kept per axis, fractions of the parameters and MACs that are left) after a run."""
+    model, partition, inputs = encoder()
+    before = sum(p.numel() for p in model.parameters()), macs(model, inputs)
+    optimizer = make(model, steps=steps, lr=1e-3, partition=partition, num_events=5, **settings)
+    for _ in range(steps):
+        assert not (optimizer.target_reached and optimizer.group_sparsity == 0)
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.target_reached
+    plan = PruningPlan.from_zeros(model, partition)
+    compact(model, partition, plan)
+    kept = {axis.name: len(plan.kept.get(axis.name, range(axis.size))) for axis in partition.axes}
+    return partition, kept, (sum(p.numel() for p in model.parameters()) / before[0], macs(model, inputs) / before[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "divisible"),
+    [("target_params", 0.7, 1), ("target_params", 0.7, 8), ("target_macs", 0.4, 1), ("target_macs", 0.75, 8)],
+)
+def test_a_budget_is_met_within_a_percent(kind, target, divisible):
+    partition, kept, left = pruned(target_group_sparsity=None, group_divisible=divisible, **{kind: target})
+    assert 0 <= target - left[kind == "target_macs"] <= 0.01
+    if divisible > 1:
+        assert all(kept[axis.name] % 8 == 0 for axis in partition.axes if axis.kind == "units")
+
+
+def test_budgets_and_multiples_do_not_hold_by_themselves():
+    """Negative control of the test above."""
+    partition, kept, left = pruned(target_group_sparsity=0.3)
+    assert sum(kept.values()) == partition.num_zigs - round(0.3 * partition.num_zigs)
+    assert abs(0.7 - left[0]) > 0.01 and abs(0.4 - left[1]) > 0.01
+    assert any(kept[axis.name] % 8 for axis in partition.axes if axis.kind == "units")
+
+
+def test_every_axis_may_have_its_own_target():
+    asked = {r"layer\.0\.attention": 0.5, r"layer\.\d+\.attention": 0.25, r"layer\.2\.intermediate": 0.9}
+    partition, kept, _ = pruned(target_group_sparsity=None, target_per_axis=asked, group_divisible=8)
+    heads = [kept[axis.name] for axis in partition.axes if axis.kind == "heads"]
+    units = [kept[axis.name] for axis in partition.axes if axis.kind == "units"]
+    assert heads == [8, 12, 12] and units == [160, 160, 16, 64]  # a head is 4 channels wide
+
+
 # bad input --------------------------------------------------------------------------------
 
 
@@ -378,6 +439,12 @@ def test_closures_work():
         (dict(target_group_sparsity=0.95), r"not feasible.*at most 0\.9"),
         (dict(steps=10), r"fewer training steps than the pruning window.*\d+ steps or more"),
         (dict(mode="fast"), "'scheduled' or 'paper'"),
+        (dict(target_params=0.5), "target_group_sparsity and target_params are both given"),
+        (dict(target_group_sparsity=None, target_params=0.0), r"target_params is 0.0: it must be in \(0, 1\]"),
+        (dict(target_group_sparsity=None, target_params=0.01), r"target_params=0.01 is not feasible.*at least 0\.\d+"),
+        (dict(target_group_sparsity=None, target_macs=0.5), "doesn't know its MACs"),
+        (dict(target_group_sparsity=None, target_per_axis={"a": 0.95}), "not feasible for a: .* at most 0.9"),
+        (dict(target_group_sparsity=None, target_params=0.5, mode="paper"), "use mode='scheduled'"),
         (dict(window=(0.6, 0.1)), "0 <= start < end <= 1"),
         (dict(partition=ZIGPartition((), {})), "no prunable ZIG"),
     ],
@@ -389,3 +456,6 @@ def test_bad_arguments(settings, message):
 
 def test_the_largest_feasible_target_is_feasible():
     make(net(), target_group_sparsity=0.9)
+    with pytest.raises(ValueError, match="at least") as error:
+        make(net(), target_group_sparsity=None, target_params=0.01)
+    make(net(), target_group_sparsity=None, target_params=float(str(error.value).split()[-1]))

@@ -247,6 +247,8 @@ def test_protected_parameters_are_pinned():
     partition = partition_zigs(model, inputs, protect=[r"layers\.0\.", "v_proj"])
     assert [axis.name for axis in partition.axes] == ["vit.layers.1.mlp.fc1.weight[0]"]
     assert partition.pinned["vit.layers.0.mlp.fc1.bias[0]"] == "protected by the caller"
+    of_module = partition_zigs(model, inputs, protect=[r"layers\.0$", r"attention$"])  # of no parameter the whole name
+    assert [axis.name for axis in of_module.axes] == ["vit.layers.1.mlp.fc1.weight[0]"]
     assert partition_zigs(model, inputs, protect="").axes == ()  # the pattern that matches all
 
 

@@ -257,6 +257,39 @@ def test_a_second_train_is_refused(trained):
         trained.train()
 
 
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        (dict(target_params=0.8), 0.8),
+        (dict(target_macs=0.6), 0.6),
+        (dict(target_per_axis='{"intermediate": 0.5}'), None),
+    ],
+)
+def test_other_targets(tmp_path, settings, target):
+    trainer = train(tmp_path, target_group_sparsity=None, min_keep=0.0, **settings)
+    before, after = trainer.report["before"], trainer.report["after"]
+    for what in ("params", "macs"):
+        if f"target_{what}" in settings:
+            smallest = max(vars(axis)[what] for axis in trainer.partition.axes if axis.kind == "units") / before[what]
+            assert 0 <= target - after[what] / before[what] <= max(0.01, smallest)
+    if target is None:
+        kept = {axis.name: len(trainer.plan.kept.get(axis.name, range(axis.size))) for axis in trainer.partition.axes}
+        assert [n for name, n in kept.items() if "intermediate" in name] == [24, 24]
+        assert all(kept[axis.name] == axis.size for axis in trainer.partition.axes if "intermediate" not in axis.name)
+
+
+def test_one_target_at_a_time(tmp_path):
+    with pytest.raises(ValueError, match="target_group_sparsity and target_macs are both given"):
+        arguments(tmp_path, target_group_sparsity=0.5, target_macs=0.5)
+    assert arguments(tmp_path, target_group_sparsity=None, target_macs=0.5).target_macs == 0.5
+
+
+def test_arguments_from_a_command_line(tmp_path):
+    line = ["--output_dir", str(tmp_path), "--target_per_axis", '{"mlp": 0.5}', "--group_divisible", "8"]
+    (args,) = tf.HfArgumentParser(OTOTrainingArguments).parse_args_into_dataclasses(line)
+    assert (args.target_per_axis, args.group_divisible, args.target_group_sparsity) == ({"mlp": 0.5}, 8, None)
+
+
 @pytest.mark.parametrize("target", [-0.1, 1.0, 7])
 def test_target_outside_its_range(tmp_path, target):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
@@ -307,7 +340,7 @@ def test_a_batch_the_model_cannot_take(tmp_path):
         train(tmp_path, data=data)
     wrong = [{"pixel_values": torch.zeros(3, 4, 4)}] * 16
     trainer = OTOTrainer(bert(), arguments(tmp_path, remove_unused_columns=False), train_dataset=wrong)
-    with pytest.raises(OTOError, match=r"can't take the batch \{'pixel_values': \(2, 3, 4, 4\)\}"):
+    with pytest.raises(OTOError, match=r"can't take the batch \{'pixel_values': \(8, 3, 4, 4\)\}"):
         trainer.train()
 
 
