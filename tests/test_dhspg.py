@@ -110,6 +110,39 @@ def test_it_is_an_instance_of_its_base(base):
     assert type(optimizer).__name__ == "DHSPG"
 
 
+EVERY_BASE = {
+    "plain_sgd": (torch.optim.SGD, {}),
+    "foreach_adamw": (torch.optim.AdamW, dict(foreach=True, amsgrad=True, weight_decay=0.1)),
+    "adam": (torch.optim.Adam, dict(weight_decay=0.1)),
+    "rmsprop": (torch.optim.RMSprop, dict(momentum=0.9, centered=True)),
+    "adafactor": (torch.optim.Adafactor, dict(weight_decay=0.1)),
+    "transformers_adafactor": (tf.Adafactor, dict(scale_parameter=False, relative_step=False, beta1=0.9)),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "adadelta": (torch.optim.Adadelta, dict(weight_decay=0.1)),
+    "adamax": (torch.optim.Adamax, dict(weight_decay=0.1)),
+    "nadam": (torch.optim.NAdam, dict(weight_decay=0.1)),
+    "radam": (torch.optim.RAdam, dict(weight_decay=0.1)),
+    "rprop": (torch.optim.Rprop, {}),
+    "asgd": (torch.optim.ASGD, dict(weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("base", EVERY_BASE.values(), ids=EVERY_BASE)
+def test_any_optimizer_may_be_the_base(base):
+    plain, ours, pruned = net(), net(), net()
+    run(plain, base[0](plain.parameters(), lr=1e-3, **base[1]), 50)
+    run(ours, make(ours, base, lr=1e-3, target_group_sparsity=0.0), 50)
+    optimizer = make(pruned, base, lr=1e-3, steps=50)
+    run(pruned, optimizer, 30)
+    assert zeros(pruned).sum() == 15
+    gone, before = optimizer.zero.numpy().copy(), pruned.a.weight.detach().clone()
+    run(pruned, optimizer, 50, start=30)
+    assert (zeros(pruned) == gone).all()
+    assert not torch.equal(pruned.a.weight, before)  # the rest trains on
+    assert same(plain, ours)
+    assert not same(plain, pruned)
+
+
 # the paper's update -----------------------------------------------------------------------
 
 
