@@ -66,12 +66,17 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
         for dim, keep in dims.items():
             cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
         new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
+    put_(model, new)
+    resize_(model, attributes)
+
+
+def put_(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
+    """Puts new tensors in the place of old ones, wherever these (by their id) are parameters or buffers."""
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if id(tensor) in new:
                     store[name] = new[id(tensor)]
-    resize_(model, attributes)
 
 
 def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .zigs import Member, PrunableAxis, Work, ZIGPartition
+from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,11 @@ class DHSPG(torch.optim.Optimizer):
     exactly zero from then on, and nothing needs a mask.
 
     An instance is also an instance of `base`, so that schedulers, scalers and accelerate treat it as such.
+
+    Across processes, all of which take every step, parameters may be plain tensors (DDP) or the DTensors of FSDP2 and
+    HSDP, also mixed; sharding may come before or after the optimizer is made. Each rank sums over the rows it holds,
+    one all-reduce adds that up, and rank 0's result counts: every decision is the same on all ranks, ties included. No
+    parameter is ever gathered.
 
     Args:
         model: the model that `partition` was made for.
@@ -270,6 +277,13 @@ class DHSPG(torch.optim.Optimizer):
         """The parameters as they are now: FSDP replaces them in the groups."""
         return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
 
+    def _here(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Tensor]]:
+        """Slices and their parameters, both cut to what this rank holds of them."""
+        params = self._by_name()
+        for s in slices:
+            p = params[s.param]
+            yield s._replace(owner=_owned(s, p)), _local(p)
+
     # a step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -300,9 +314,11 @@ class DHSPG(torch.optim.Optimizer):
         end = min((e for e in plan.events if e >= now), default=0)
         correcting = pruning and (now == end or (now - begin) % CORRECT_EVERY == 0)
         redundant = own["redundant"].cpu() > 0
-        before = list(self._rows(redundant)) if correcting and now < end else []
+        # not whether this rank holds a part of them: all ranks must sum, or none
+        shrinking = correcting and now < end and bool(redundant.any())
+        before = list(self._rows(redundant)) if shrinking else []
         super().step()
-        if before:
+        if shrinking:
             after = self._rows(redundant)
             dot = self._sum((s, i, x * half) for (s, i, x), (_, _, half) in zip(before, after, strict=True))
             crossed = redundant & (dot < 0)  # the half-space of epsilon = 0
@@ -327,23 +343,26 @@ class DHSPG(torch.optim.Optimizer):
         start = plan.events[0]
         redundant = torch.ones(plan.size, dtype=torch.bool) if now == start else own["redundant"].cpu() > 0
         redundant &= ~self.zero
-        before = list(self._rows(redundant)) if now >= start else []
+        projecting = now >= start and bool(redundant.any())
+        before = list(self._rows(redundant)) if projecting else []
         super().step()
-        params, d = self._by_name(), []
+        params, d = {n: _local(p) for n, p in self._by_name().items()}, []
         lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
         for s, i, x in before:  # a d = x - x_half, whatever the base optimizer
             step = x - params[s.param].index_select(s.dim, i)
             d.append(step / lr[s.param] if lr[s.param] else step)
-        if before:
-            xd = self._sum((s, i, x * y) for (s, i, x), y in zip(before, d, strict=True))
-            xx = self._sum((s, i, x * x) for s, i, x in before)
-            dd = self._sum((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True))
-        if before and now == start:
+        if projecting:
+            xd, xx, dd = self._sums(
+                ((s, i, x * y) for (s, i, x), y in zip(before, d, strict=True)),
+                ((s, i, x * x) for s, i, x in before),
+                ((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True)),
+            )
+        if projecting and now == start:
             score = paper_salience(xd, xx, dd, plan.elements)
             chosen = torch.zeros_like(redundant)
             chosen[torch.argsort(score, descending=True, stable=True)[: round(plan.size - plan.target)]] = True
             own["redundant"] = chosen.to(torch.uint8)
-        elif before:
+        elif projecting:
             lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
             pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)
             dot = []
@@ -359,12 +378,12 @@ class DHSPG(torch.optim.Optimizer):
 
     def _sample(self, now: int) -> None:
         """EMA of <x, gradient>^2, one number per ZIG."""
-        params = self._by_name()
-        parts = []
-        for s in self.schedule.group:
-            p = params[s.param]
-            if p.grad is not None:
-                parts.append((s, None, p * p.grad))
+        grads = {n: p.grad for n, p in self._by_name().items()}
+        parts = [
+            (s, None, p * _local(grads[s.param]))
+            for s, p in self._here(self.schedule.group)
+            if grads[s.param] is not None
+        ]
         new = torch.nan_to_num(self._sum(parts).double() ** 2, nan=math.inf)
         own = self._own
         first = now == min(_sample_steps(self.schedule.events))
@@ -409,34 +428,44 @@ class DHSPG(torch.optim.Optimizer):
     # on the parameters ------------------------------------------------------------------------
 
     def _rows(self, mask: Tensor) -> Iterator[tuple[Slice, Tensor, Tensor]]:
-        """(slice, positions, a copy of the parameter there) for the ZIGs of a mask."""
-        params = self._by_name()
-        for s, index in _positions(mask, self.schedule.group):
-            p = params[s.param]
-            index = index.to(p.device)
+        """(slice, positions, a copy of the parameter there) for the ZIGs of a mask, of what this rank holds."""
+        for s, p, index in _positions(mask, self._here(self.schedule.group)):
             yield s, index, p.index_select(s.dim, index)
 
     def _sum(self, parts: Iterable[tuple[Slice, Tensor | None, Tensor]]) -> Tensor:
-        """Sums tensors over everything but their ZIGs: (num_zigs,), on the CPU, in at least float32."""
-        sums: dict[torch.device, Tensor] = {}
-        for s, index, values in parts:
-            dtype = torch.promote_types(values.dtype, torch.float32)
-            rows = values.movedim(s.dim, 0).reshape(values.shape[s.dim], -1).sum(1, dtype=dtype)  # (n,)
-            owner = s.owner.to(rows.device)
-            total = sums.get(rows.device)
-            if total is None:
-                total = sums[rows.device] = torch.zeros(self.schedule.size + 1, dtype=dtype, device=rows.device)
-            total.index_add_(0, owner if index is None else owner[index], rows.to(total.dtype))
-        found = [total.cpu()[:-1] for total in sums.values()]
-        return sum(found[1:], found[0]) if found else torch.zeros(self.schedule.size)
+        return self._sums(parts)[0]
+
+    def _sums(self, *many: Iterable[tuple[Slice, Tensor | None, Tensor]]) -> Tensor:
+        """Sums tensors over everything but their ZIGs: (len(many), num_zigs), on the CPU, in at least float32.
+
+        Parts are what this rank holds; the result is that of all ranks together, bit by bit the same on each of them.
+        """
+        by_name = self._by_name()
+        params = {s.param: by_name[s.param] for s in self.schedule.group}
+        dtype = functools.reduce(torch.promote_types, [p.dtype for p in params.values()], torch.float32)
+        layouts = {name: _layout(p) for name, p in params.items()}
+        shape = (len(many), self.schedule.size + 1)
+        # the same layouts in the same order on all ranks, whatever these hold
+        sums = {layout: torch.zeros(shape, dtype=dtype, device=layout.device) for layout in layouts.values()}
+        for k, parts in enumerate(many):
+            for s, index, values in parts:
+                rows = values.unsqueeze(-1).movedim(s.dim, 0).flatten(1).sum(1, dtype=dtype)  # (n,)
+                owner = s.owner.to(rows.device)
+                sums[layouts[s.param]][k].index_add_(0, owner if index is None else owner[index], rows)
+        total = torch.zeros(shape, dtype=dtype)
+        for layout, part in sums.items():
+            for group in layout.groups:  # none for replicated parameters: they are counted once
+                dist.all_reduce(part, group=group)
+            total = part + total.to(part.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(total, 0)  # replicas may round otherwise
+        return total[:, :-1].cpu()
 
     def _scale(self, mask: Tensor, factor: float) -> None:
         """Multiplies the ZIGs of a mask: a whole multiply per parameter is faster than one by index."""
         table = torch.ones(self.schedule.size + 1)
         table[:-1][mask] = factor
-        params = self._by_name()
-        for s, _ in _positions(mask, self.schedule.group):
-            p = params[s.param]
+        for s, p, _ in _positions(mask, self._here(self.schedule.group)):
             shape = [-1 if d == s.dim else 1 for d in range(p.dim())]
             p.mul_(table[s.owner].to(p.device, p.dtype).view(shape))
 
@@ -445,20 +474,52 @@ class DHSPG(torch.optim.Optimizer):
         if not mask.any():
             return
         params = self._by_name()
-        for s, index in _positions(mask, (*self.schedule.group, *self.schedule.readers)):
-            p = params[s.param]
-            index = index.to(p.device)
-            for t in (p, *self.state[p].values()):
-                if isinstance(t, Tensor) and t.shape == p.shape:
-                    t.index_fill_(s.dim, index.to(t.device), 0)
+        for s, p, index in _positions(mask, self._here((*self.schedule.group, *self.schedule.readers))):
+            for t in (p, *self.state[params[s.param]].values()):
+                if isinstance(t, Tensor) and _local(t).shape == p.shape:
+                    _local(t).index_fill_(s.dim, index.to(_local(t).device), 0)
         self._own["zero"] = (self.zero | mask).to(torch.uint8)
 
     def _guard(self) -> None:
         """Zeroes again what gets gradients though zero: groups whose reader is frozen or sees more than zeros."""
-        params = self._by_name()
-        for s, index in _positions(self.zero, self.schedule.guarded):
-            p = params[s.param]
-            p.index_fill_(s.dim, index.to(p.device), 0)
+        for s, p, index in _positions(self.zero, self._here(self.schedule.guarded)):
+            p.index_fill_(s.dim, index, 0)
+
+
+class Layout(NamedTuple):
+    """Where the parts of a sum lie and which process groups add them up; none for what every rank holds whole."""
+
+    device: torch.device
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+
+def _layout(p: Tensor) -> Layout:
+    if not isinstance(p, DTensor):
+        return Layout(p.device)
+    if other := [x for x in p.placements if type(x) not in (Shard, Replicate)]:
+        raise OTOError(
+            f"a parameter of shape {tuple(p.shape)} is placed as {other[0]}: tensor parallel is not supported, "
+            "use FSDP2 or HSDP (fully_shard) alone, or DDP"
+        )
+    sharded = [i for i, x in enumerate(p.placements) if isinstance(x, Shard)]
+    return Layout(p.to_local().device, tuple(p.device_mesh.get_group(i) for i in sharded))
+
+
+def _local(t: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _owned(s: Slice, p: Tensor) -> Tensor:
+    """The owners of the positions that this rank holds of a parameter: DTensors are cut as by `torch.chunk`."""
+    owner = s.owner
+    if isinstance(p, DTensor):
+        for i, placement in enumerate(p.placements):
+            if isinstance(placement, Shard) and placement.dim == s.dim:
+                chunks = owner.chunk(p.device_mesh.size(i))
+                rank = p.device_mesh.get_local_rank(i)
+                owner = chunks[rank] if rank < len(chunks) else owner[:0]
+    return owner
 
 
 def paper_salience(xd: Tensor, xx: Tensor, dd: Tensor, elements: Tensor) -> Tensor:
@@ -517,13 +578,13 @@ def _per_axis(zigs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.array([part.sum() for part in np.split(zigs, np.cumsum(sizes)[:-1])], float)
 
 
-def _positions(mask: Tensor, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Tensor]]:
-    """(slice, its positions whose ZIG is in the mask), where there are some."""
+def _positions(mask: Tensor, here: Iterable[tuple[Slice, Tensor]]) -> Iterator[tuple[Slice, Tensor, Tensor]]:
+    """(slice, parameter, its positions whose ZIG is in the mask), where there are some."""
     padded = torch.cat([mask, torch.zeros(1, dtype=torch.bool)])
-    for s in slices:
+    for s, p in here:
         index = padded[s.owner].nonzero().squeeze(1)
         if len(index):
-            yield s, index
+            yield s, p, index.to(p.device)
 
 
 def _slices(

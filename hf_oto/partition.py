@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,6 +54,11 @@ def partition_zigs(
         OTOError: the model can't run on the inputs.
         ValueError: a pattern of `protect` that matches nothing.
     """
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise OTOError(
+            f"{type(model).__name__} is sharded already: make the partition before fully_shard or "
+            "accelerator.prepare; of a model too large for that, on the meta device"
+        )
     protected = _protected(model, protect)
     inputs, traced = _first_traced(model, make_inputs(model) if inputs is None else [inputs])
     found = apply_rules(traced)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
-from .compact import compact
+from .compact import compact, put_
 from .dhspg import DHSPG, the_target
 from .partition import check_zero_invariance, cut_difference, partition_zigs, tolerance
 from .report import measure, table
+from .trace import persistent_buffers
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -102,8 +107,10 @@ class OTOMixin:
         self.report: dict[str, Any] | None = None
         _refuse_sharding(args)
         super().__init__(model, args, *rest, **kwargs)
+        self._plain: torch.nn.Module | None = None  # under FSDP2: the model as it was, without weights
         if self.get_tp_size() > 1:
-            raise OTOError("tensor parallel splits the groups that OTO prunes: train with DDP (torchrun) instead")
+            raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
+        self._refuse_launcher()
         if self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             raise OTOError(
                 f"OTOTrainer builds DHSPG around {type(self.optimizer).__name__} itself: not optimizers=(...), pass "
@@ -129,6 +136,7 @@ class OTOMixin:
         self.plan = self.report = None
         if self.model_init is not None:
             self.partition = None
+            self.is_fsdp_enabled = self.accelerator.is_fsdp2
         output = super().train(*args, **kwargs)
         self._compact()
         return output
@@ -147,11 +155,15 @@ class OTOMixin:
                 f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
             )
         if self.partition is None:
-            self.partition = partition_zigs(model, self._first_batch(), protect=self._setting("protect"))
+            batch = self._first_batch()
+            self.partition = _of_rank_zero(lambda: partition_zigs(model, batch, protect=self._setting("protect")))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
+        if self.is_fsdp_enabled:
+            meta = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+            self._plain = copy.deepcopy(model, meta)
         decay = set(self.get_decay_parameter_names(model))
         groups = [
             {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == decayed],
@@ -196,20 +208,27 @@ class OTOMixin:
 
     def _compact(self) -> None:
         optimizer = self._dhspg()
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        sparsity = optimizer.group_sparsity
+        if not optimizer.target_reached:
+            logger.warning(
+                "training ended at group sparsity %.3f, before its target: only what is zero is cut out", sparsity
+            )
+        if self.is_fsdp_enabled:
+            # whole and plain from here on: it is saved, evaluated and cut like any other
+            model = _gathered(self.model, self._plain)
+            self.is_fsdp_enabled, self._plain = False, None
+            self.optimizer = optimizer = None
+            self.model = self.model_wrapped = None
+            self.accelerator.free_memory()
+            self.model = self.model_wrapped = model.to(self.accelerator.device)
+        else:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
-        if not optimizer.target_reached:
-            logger.warning(
-                "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
-                optimizer.group_sparsity,
-            )
-        self.plan = PruningPlan.from_zeros(model, self.partition)
         batch = self._first_batch()
         before = measure(model, batch)
-        moved = check_zero_invariance(model, self.partition, batch, self.plan)
-        difference = max(moved, cut_difference(model, self.partition, self.plan, batch))
+        self.plan, difference = _of_rank_zero(lambda: self._certified(model, batch))
         if not difference <= tolerance(model):
             path = os.path.join(self.args.output_dir, "dense")
             self.save_model(path)
@@ -217,7 +236,6 @@ class OTOMixin:
                 f"the certificate failed: zeroed full and compact model differ by {difference:.1e} on a real batch "
                 f"(allowed: {tolerance(model):.0e}). The model was not cut; the full one is saved in {path}"
             )
-        sparsity = optimizer.group_sparsity
         model = compact(model, self.partition, self.plan)
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
@@ -239,7 +257,25 @@ class OTOMixin:
             print(table(before, after))
             print(f"max output difference, zeroed full against compact: {difference:.1e}")
 
+    def _certified(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[PruningPlan, float]:
+        """The plan that the zeros make, and how far the cut model is from the zeroed one."""
+        plan = PruningPlan.from_zeros(model, self.partition)
+        moved = check_zero_invariance(model, self.partition, batch, plan)
+        return plan, max(moved, cut_difference(model, self.partition, plan, batch))
+
     # what it reads ---------------------------------------------------------------------------------
+
+    def _refuse_launcher(self) -> None:
+        """What `accelerate launch` or the model itself, not the arguments, ask for."""
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise OTOError(DEEPSPEED)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise OTOError(FSDP1)
+        if self.is_distributed_loading_by_transformers:
+            raise OTOError(
+                "from_pretrained has sharded this model already, and ZIGs are found on whole ones: load it without a "
+                "distributed_config and let the Trainer shard it (fsdp=True), or train with DDP"
+            )
 
     def _setting(self, name: str) -> Any:
         return vars(self.args).get(name, DEFAULTS[name])
@@ -277,13 +313,51 @@ class OTOSeq2SeqTrainer(OTOMixin, Seq2SeqTrainer):
 
 
 def _refuse_sharding(args: TrainingArguments | None) -> None:
-    """DeepSpeed and FSDP flatten or shard the parameters that ZIGs are made of."""
+    """DeepSpeed and FSDP1 flatten the parameters that ZIGs are made of."""
     if args is None:
         return
     if args.deepspeed:
-        raise OTOError("DeepSpeed is not supported, it flattens the parameters: train with DDP (torchrun) instead")
-    if args.fsdp:
-        raise OTOError("FSDP is not supported yet, it shards the parameters: train with DDP (torchrun) instead")
+        raise OTOError(DEEPSPEED)
+    if args.fsdp and (int(args.fsdp_config.get("version", 2)) != 2 or args.fsdp_config.get("xla")):
+        raise OTOError(FSDP1)
+
+
+DEEPSPEED = "DeepSpeed is not supported, it flattens the parameters: train with FSDP2 (fsdp=True) or DDP instead"
+FSDP1 = (
+    "FSDP1 is not supported, it flattens the parameters: train with FSDP2 instead (fsdp_config={'version': 2}, or "
+    "fsdp_version: 2 in the accelerate config), or with DDP"
+)
+
+
+def _of_rank_zero(compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, or the exception it raises, on every rank: they never part, and never wait for ever."""
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = compute()
+        except Exception as error:
+            if PartialState().num_processes == 1:
+                raise
+            found[1] = error
+    value, error = broadcast_object_list(found)
+    if error is not None:
+        raise error
+    return value
+
+
+def _gathered(sharded: torch.nn.Module, plain: torch.nn.Module) -> torch.nn.Module:
+    """`plain`, the structure of a model without weights, with those of the model that FSDP2 shards, on the CPU.
+
+    They are gathered one by one: no device ever holds more than one of them whole. Every rank ends up with all.
+    """
+    weights = get_model_state_dict(sharded)
+    new = {}
+    for name, t in [*plain.named_parameters(), *persistent_buffers(plain).items()]:
+        whole = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
+        whole = whole.detach().to("cpu", copy=True)
+        new[id(t)] = torch.nn.Parameter(whole, t.requires_grad) if isinstance(t, torch.nn.Parameter) else whole
+    put_(plain, new)
+    return plain.train(sharded.training)
 
 
 @contextlib.contextmanager

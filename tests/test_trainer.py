@@ -2,10 +2,12 @@
 
 import copy
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -350,11 +352,25 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OTOError, match=r"DeepSpeed is not supported.*DDP"):
         OTOTrainer(bert(), args)
     args = arguments(tmp_path)
-    args.fsdp = "full_shard"
-    with pytest.raises(OTOError, match=r"FSDP is not supported yet.*DDP"):
+    args.fsdp, args.fsdp_config = True, {"version": 1}
+    with pytest.raises(OTOError, match=r"FSDP1 is not supported.*FSDP2.*DDP"):
         OTOTrainer(bert(), args)
+    with monkeypatch.context() as patch:  # what `accelerate launch` asked for, the arguments don't know of
+        args = arguments(tmp_path)
+        patch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+        with pytest.raises(OTOError, match=r"DeepSpeed is not supported.*FSDP2"):
+            OTOTrainer(bert(), args)
+        patch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.FSDP)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+        patch.setattr(accelerate.state.AcceleratorState, "fsdp_plugin", plugin, raising=False)
+        with pytest.raises(OTOError, match=r"FSDP1 is not supported.*FSDP2.*DDP"):
+            OTOTrainer(bert(), args)
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.PreTrainedModel, "is_distributed_loading_by_transformers", True)
+        with pytest.raises(OTOError, match=r"has sharded this model already.*fsdp=True"):
+            OTOTrainer(bert(), arguments(tmp_path))
     monkeypatch.setattr(tf.Trainer, "get_tp_size", lambda self: 2)
-    with pytest.raises(OTOError, match=r"tensor parallel.*DDP"):
+    with pytest.raises(OTOError, match=r"tensor parallel.*FSDP2 or DDP"):
         OTOTrainer(bert(), arguments(tmp_path))
 
 

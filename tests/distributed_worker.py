@@ -1,0 +1,334 @@
+"""What test_distributed.py launches on several processes: `distributed_worker.py FOLDER SCENARIO ...`.
+
+Every rank writes what it ended with to FOLDER/SCENARIO.RANK.pt; the test compares ranks, and with one process.
+"""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers as tf
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition
+from hf_oto.zigs import Member, PrunableAxis
+
+torch.set_num_threads(1)
+STEPS = 24
+
+# the optimizer alone ----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """7 heads of 3 units, then 9 units, then two readers, one of a single row: no size is a multiple of the ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 21), nn.Linear(21, 9)
+        self.c, self.d = nn.Linear(9, 3), nn.Linear(9, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.b(torch.tanh(self.a(x))))
+        return self.c(h) + nn.functional.pad(self.d(h), (0, 2))
+
+
+def _axis(name, size, inner, *readers):
+    layout = {"inner": inner}
+    made = [Member(f"{name}.{leaf}", 0, "producer", **layout) for leaf in ("weight", "bias")]
+    return PrunableAxis(name, "units", size, (*made, *(Member(r, 1, "consumer", **layout) for r in readers)))
+
+
+PARTITION = ZIGPartition((_axis("a", 7, 3, "b.weight"), _axis("b", 9, 1, "c.weight", "d.weight")), {})
+
+
+def net(tied=False):
+    """Tied: all ZIGs of b are alike, and stay so until some of them are chosen."""
+    torch.manual_seed(0)
+    model = Net()
+    if tied:
+        with torch.no_grad():
+            model.b.weight[:] = model.b.weight[:1].clone()
+            model.b.bias[:] = 0.1
+            model.c.weight[:] = model.c.weight[:, :1].clone()
+            model.d.weight[:] = model.d.weight[:, :1].clone()
+    return model
+
+
+def optimizer_for(model, cls=DHSPG, mode="scheduled", **more):
+    base = {"base": torch.optim.AdamW, "lr": 1e-2, "num_events": 2}
+    if mode == "paper":
+        base = {"base": torch.optim.SGD, "lr": 0.3, "lam": 0.5}
+    more = {"target_group_sparsity": 0.5, "total_steps": STEPS, "mode": mode} | more
+    return cls(model, PARTITION, weight_decay=0.1, **base, **more)
+
+
+def batch(step, rank=0, world=1, size=16):
+    """The share of a rank in the batch of a step."""
+    g = torch.Generator().manual_seed(step)
+    x, y = torch.randn(size, 6, generator=g), torch.randint(0, 3, (size,), generator=g)
+    return x.chunk(world)[rank], y.chunk(world)[rank]
+
+
+def train(model, optimizer, rank=0, world=1, accumulate=1, start=0, stop=STEPS, average=()):
+    for step in range(start, stop):
+        for x, y in zip(*(t.chunk(accumulate) for t in batch(step, rank, world)), strict=True):
+            (nn.functional.cross_entropy(model(x), y) / accumulate).backward()
+        for p in average:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(t):
+    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach().clone()
+
+
+def result(model, optimizer):
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"weights": {n: whole(p) for n, p in module.named_parameters()}, "zero": optimizer.zero}
+
+
+class Rough(DHSPG):
+    """Its sums are rounded differently on every rank, as on unlike devices."""
+
+    def _sums(self, *many):
+        noise = torch.Generator().manual_seed(dist.get_rank())
+        rough = [
+            [(s, i, v * (1 + 1e-6 * torch.randn(v.shape, generator=noise))) for s, i, v in parts] for parts in many
+        ]
+        return super()._sums(*rough)
+
+
+@contextlib.contextmanager
+def silent(name):
+    """Breaks the rule: this collective does nothing."""
+    original = getattr(dist, name)
+    setattr(dist, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(dist, name, original)
+
+
+def optimizers(rank, world, folder):
+    """One result per way to distribute the same training."""
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+
+    def sharded(tied=False, after=True, mesh=mesh, parts=("a", ""), **more):
+        model = net(tied)
+        optimizer = None if after else optimizer_for(model, **more)
+        before = dict(model.named_parameters())
+        for name in parts:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        now = dict(model.named_parameters())
+        assert any(isinstance(p, DTensor) for p in now.values())
+        assert not parts[-1] == "" or all(isinstance(p, DTensor) for p in now.values())
+        if optimizer is None:
+            optimizer = optimizer_for(model, **more)
+        else:  # as accelerate does it
+            names = {id(p): n for n, p in before.items()}
+            for group in optimizer.param_groups:
+                group["params"] = [now[names[id(p)]] for p in group["params"]]
+        return model, optimizer, [p for p in now.values() if not isinstance(p, DTensor)]
+
+    def ran(model, optimizer, average=(), **more):
+        train(model, optimizer, rank, world, average=average, **more)
+        return result(model, optimizer)
+
+    def ddp(tied=False, **more):
+        model = net(tied)
+        optimizer = optimizer_for(model, **more)
+        # the gradients of all parameters meet in one all-reduce
+        return DistributedDataParallel(model), optimizer
+
+    found["ddp"] = ran(*ddp())
+    found["ddp accumulated"] = ran(*ddp(), accumulate=2)
+    found["ddp paper"] = ran(*ddp(mode="paper"))
+    found["ddp tied"] = ran(*ddp(tied=True))
+    found["ddp rough"] = ran(*ddp(tied=True, cls=Rough))
+    with silent("broadcast"):
+        model = net(tied=True)
+        found["ddp rough, broken"] = ran(model, optimizer_for(model, cls=Rough), list(model.parameters()))
+    found["fsdp2"] = ran(*sharded())
+    found["fsdp2 made before"] = ran(*sharded(after=False))
+    found["fsdp2 accumulated"] = ran(*sharded(), accumulate=2)
+    found["fsdp2 paper"] = ran(*sharded(mode="paper"))
+    found["fsdp2 tied"] = ran(*sharded(tied=True))
+    found["mixed"] = ran(*sharded(parts=("b", "d")))
+    found["mixed paper"] = ran(*sharded(parts=("b", "d"), mode="paper"))
+    with silent("all_reduce"):  # of fsdp2 itself: reduce-scatter
+        found["fsdp2, broken"] = ran(*sharded())
+    for shape in ((2, world // 2), (1, world), (world, 1)):
+        if shape[0] * shape[1] == world:
+            found[f"hsdp {shape}"] = ran(*sharded(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s"))))
+    return found
+
+
+def hsdp(rank, world, folder):
+    """Two replicas of two shards each."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    model = net()
+    for module in (model.a, model):
+        fully_shard(module, mesh=mesh)
+    optimizer = optimizer_for(model)
+    train(model, optimizer, rank, world)
+    return {"hsdp": result(model, optimizer)}
+
+
+# the Trainer ------------------------------------------------------------------------------
+
+
+def bert():
+    tf.set_seed(0)
+    config = tf.BertConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=33, vocab_size=60, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return tf.BertForSequenceClassification(config)
+
+
+def resnet():
+    tf.set_seed(0)
+    config = tf.ResNetConfig(
+        embedding_size=9, hidden_sizes=[9, 12], depths=[1, 1], layer_type="basic", num_labels=3
+    )  # fmt: skip
+    return tf.ResNetForImageClassification(config)
+
+
+def rows(kind):
+    g = torch.Generator().manual_seed(0)
+    inputs = {"input_ids": torch.randint(3, 60, (64, 8), generator=g)}
+    if kind == "resnet":
+        inputs = {"pixel_values": torch.randn(64, 3, 32, 32, generator=g)}
+    labels = torch.randint(0, 3, (64,), generator=g)
+    return [{name: t[i] for name, t in inputs.items()} | {"labels": labels[i]} for i in range(64)]
+
+
+class Watch(tf.TrainerCallback):
+    """What a run looked like from inside: are its parameters sharded, and its buffers when it ended."""
+
+    def __init__(self):
+        self.sharded, self.buffers = set(), {}
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        groups = optimizer.param_groups
+        found = [*model.parameters(), *(p for g in groups for p in g["params"])]
+        self.sharded |= {isinstance(p, DTensor) for p in found}
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        self.buffers = {
+            n.removeprefix("module."): b.clone() for n, b in model.named_buffers() if b.is_floating_point()
+        }
+
+
+class Forgets(tf.TrainerCallback):
+    """Breaks the rule: a resumed run without what DHSPG knew."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **_):
+        for name in ("zero", "redundant", "salience"):
+            optimizer.param_groups[0][name].zero_()
+
+
+def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(), **more):
+    """One run of 8 examples a step, however they are spread."""
+    settings = dict(
+        max_steps=24, per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
+        learning_rate=5e-3, adam_epsilon=1e-4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False, dataloader_pin_memory=False, target_group_sparsity=0.4, logging_strategy="no",
+    )  # fmt: skip
+    watch = Watch()
+    args = OTOTrainingArguments(str(folder), **(settings | more))
+    model = {"bert": bert, "resnet": resnet}[kind]()
+    trainer = OTOTrainer(model, args, train_dataset=rows(kind), eval_dataset=rows(kind), callbacks=[watch, *callbacks])
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "compact"))
+    return {
+        "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded,
+        "buffers": watch.buffers, "loss": trainer.evaluate()["eval_loss"],
+        "sparsity": trainer.report["group_sparsity"],
+        "difference": trainer.report["max_output_difference"], "files": sorted(os.listdir(folder / "compact")),
+    }  # fmt: skip
+
+
+def trainer_ddp(rank, world, folder):
+    return {
+        "ddp": trained(folder / "ddp", world=world),
+        "ddp accumulated": trained(folder / "accumulated", world=world, accumulate=2),
+        "ddp resnet": trained(folder / "resnet", "resnet", world=world),
+    }
+
+
+def force_fsdp2():
+    """accelerate shards on GPUs only, and on CPUs silently trains with DDP: here the real path runs on CPUs."""
+    init = AcceleratorState.__init__
+
+    def forced(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = forced
+
+
+def trainer_fsdp2(rank, world, folder):
+    force_fsdp2()
+    found = {}
+    for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "FULL")):
+        name = f"{kind} {state}"
+        more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": {"state_dict_type": f"{state}_STATE_DICT"}}
+        whole = folder / name
+        found[name] = trained(whole, save_strategy="steps", save_steps=11, **more)
+        again = {"resume": str(whole / "checkpoint-11"), **more}
+        found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
+        if name == "bert FULL":
+            found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+    return found
+
+
+SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2)}
+
+
+def run(scenario, folder):
+    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for the other one for ever
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = SCENARIOS[scenario](rank, dist.get_world_size(), folder)
+    torch.save(found, folder / f"{scenario}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def forked(rank, world, scenario, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
+    run(scenario, folder)
+
+
+def main():
+    """One rank of a launcher; without one, all ranks, forked after the imports, as SCENARIO:RANKS ..."""
+    folder, *scenarios = sys.argv[1:]
+    if "RANK" in os.environ:
+        return [run(scenario, Path(folder)) for scenario in scenarios]
+    for scenario in scenarios:
+        name, world = scenario.split(":")
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+        arguments = (int(world), name, Path(folder))
+        torch.multiprocessing.start_processes(forked, arguments, int(world), start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
