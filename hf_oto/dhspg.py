@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import logging
 import math
 import re
@@ -24,10 +25,10 @@ from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 8  # of the salience before each event
+SAMPLES = 5  # of the salience before each event
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
-CORRECT_EVERY = 4  # optimizer steps
+SHRINKS = 4  # from one event to the next
 
 
 class Slice(NamedTuple):
@@ -49,7 +50,7 @@ class Schedule(NamedTuple):
     work: Work  # what the budget counts: ZIGs, parameters or MACs
     target: float  # how much of that is left in the end
     cost: np.ndarray  # (axes,), how much of it a ZIG of every axis takes
-    elements: Tensor  # (size,), parameters of every ZIG
+    elements: np.ndarray  # (axes,), parameters of a ZIG of every axis
     group: tuple[Slice, ...]  # what is zero of a zero ZIG
     readers: tuple[Slice, ...]  # what reads it: zero too once it is, so that its gradients are
     guarded: tuple[Slice, ...]  # what may get gradients nevertheless
@@ -72,8 +73,8 @@ class DHSPG(torch.optim.Optimizer):
     - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one;
     - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
       floor;
-    - between events they are shrunk linearly to zero instead of by a penalty; the half-space projection, with
-      epsilon = 0, is the early exit.
+    - between events they are shrunk linearly to zero, in a few steps, instead of by a penalty; the half-space
+      projection, which would copy the weights at each of them, never comes before that and is left out.
 
     In both, once a group is zero, what reads it and the optimizer's state of both are zeroed too: its gradients are
     exactly zero from then on, and nothing needs a mask.
@@ -222,13 +223,14 @@ class DHSPG(torch.optim.Optimizer):
             axis for (axis, found) in readers
             if not axis.zero_path or not found or len(found) < sum(m.role == "consumer" for m in axis.members)
         ]  # fmt: skip
+        owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
         self.schedule = Schedule(
             mode, total, sizes, room, multiple, work, target,
             cost=work.alone,
-            elements=torch.from_numpy(np.repeat(np.array(elements, float), sizes)),
-            group=_slices(axes, {axis.name: axis.group for axis in axes}, trained),
-            readers=_slices(axes, {axis.name: members for axis, members in readers}, trained),
-            guarded=_slices(axes, {axis.name: axis.group for axis in unread}, trained),
+            elements=np.array(elements, float),
+            group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
+            readers=_slices(axes, {axis.name: members for axis, members in readers}, trained, owners),
+            guarded=_slices(axes, {axis.name: axis.group for axis in unread}, trained, owners),
             events=events,
             lam=lam or (1e-3 if sgd else 1e-2),
             lam_amplify=lam_amplify or (2.0 if sgd else 20.0),
@@ -306,35 +308,22 @@ class DHSPG(torch.optim.Optimizer):
 
     def _scheduled_step(self, now: int) -> None:
         own, plan = self._own, self.schedule
-        first, last = plan.events[0], plan.events[-1]
-        if now <= last and now in _sample_steps(plan.events):
+        if now in _sample_steps(plan.events):
             self._sample(now)
-        pruning = first < now <= last
-        begin = max((e for e in plan.events if e < now), default=0)
-        end = min((e for e in plan.events if e >= now), default=0)
-        correcting = pruning and (now == end or (now - begin) % CORRECT_EVERY == 0)
-        redundant = own["redundant"].cpu() > 0
-        # not whether this rank holds a part of them: all ranks must sum, or none
-        shrinking = correcting and now < end and bool(redundant.any())
-        before = list(self._rows(redundant)) if shrinking else []
         super().step()
-        if shrinking:
-            after = self._rows(redundant)
-            dot = self._sum((s, i, x * half) for (s, i, x), (_, _, half) in zip(before, after, strict=True))
-            crossed = redundant & (dot < 0)  # the half-space of epsilon = 0
-            if crossed.any():
-                self._freeze(crossed)
-                redundant &= ~crossed
-            previous = begin + (now - begin - 1) // CORRECT_EVERY * CORRECT_EVERY
-            self._scale(redundant, (end - now) / (end - previous))
-        elif correcting:  # the next event is here
-            self._freeze(redundant)
-            redundant = torch.zeros_like(redundant)
+        redundant = None
+        if now in (steps := _shrink_steps(plan.events)):
+            previous, end = steps[now]
+            redundant = own["redundant"].cpu() > 0
+            if now < end:
+                self._scale(redundant, (end - now) / (end - previous))
+            else:  # the next event is here
+                self._freeze(redundant)
+                redundant.fill_(False)
         if now in plan.events[:-1]:
             count = len(plan.events) - 1
-            share = 1 - (1 - (plan.events.index(now) + 1) / count) ** 3
-            redundant = self._choose(share)
-        if now in plan.events or correcting:
+            redundant = self._choose(1 - (1 - (plan.events.index(now) + 1) / count) ** 3)
+        if redundant is not None:
             own["redundant"] = redundant.to(torch.uint8)
         self._guard()
 
@@ -358,7 +347,7 @@ class DHSPG(torch.optim.Optimizer):
                 ((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True)),
             )
         if projecting and now == start:
-            score = paper_salience(xd, xx, dd, plan.elements)
+            score = paper_salience(xd, xx, dd, torch.from_numpy(np.repeat(plan.elements, plan.sizes)))
             chosen = torch.zeros_like(redundant)
             chosen[torch.argsort(score, descending=True, stable=True)[: round(plan.size - plan.target)]] = True
             own["redundant"] = chosen.to(torch.uint8)
@@ -379,11 +368,11 @@ class DHSPG(torch.optim.Optimizer):
     def _sample(self, now: int) -> None:
         """EMA of <x, gradient>^2, one number per ZIG."""
         grads = {n: p.grad for n, p in self._by_name().items()}
-        parts = [
+        parts = (
             (s, None, p * _local(grads[s.param]))
             for s, p in self._here(self.schedule.group)
             if grads[s.param] is not None
-        ]
+        )
         new = torch.nan_to_num(self._sum(parts).double() ** 2, nan=math.inf)
         own = self._own
         first = now == min(_sample_steps(self.schedule.events))
@@ -461,29 +450,28 @@ class DHSPG(torch.optim.Optimizer):
             dist.broadcast(total, 0)  # replicas may round otherwise
         return total[:, :-1].cpu()
 
-    def _scale(self, mask: Tensor, factor: float) -> None:
-        """Multiplies the ZIGs of a mask: a whole multiply per parameter is faster than one by index."""
+    def _scale(self, mask: Tensor, factor: float, freeze: bool = False) -> None:
+        """Multiplies the ZIGs of a mask, to freeze them also what reads them and the base optimizer's state of both:
+        a whole multiply per tensor is faster than one by index."""
         table = torch.ones(self.schedule.size + 1)
         table[:-1][mask] = factor
-        for s, p, _ in _positions(mask, self._here(self.schedule.group)):
-            shape = [-1 if d == s.dim else 1 for d in range(p.dim())]
-            p.mul_(table[s.owner].to(p.device, p.dtype).view(shape))
+        params = self._by_name()
+        for s, p, _ in _positions(mask, self._here(self.schedule.group + self.schedule.readers * freeze)):
+            factors = table[s.owner].view([-1 if d == s.dim else 1 for d in range(p.dim())])
+            for t in (p, *(self.state[params[s.param]].values() if freeze else ())):
+                if isinstance(t, Tensor) and t.is_floating_point() and _local(t).shape == p.shape:
+                    _local(t).mul_(factors.to(_local(t).device, t.dtype))
 
     def _freeze(self, mask: Tensor) -> None:
-        """Makes ZIGs zero for good: they, what reads them, and the base optimizer's state of both."""
-        if not mask.any():
-            return
-        params = self._by_name()
-        for s, p, index in _positions(mask, self._here((*self.schedule.group, *self.schedule.readers))):
-            for t in (p, *self.state[params[s.param]].values()):
-                if isinstance(t, Tensor) and _local(t).shape == p.shape:
-                    _local(t).index_fill_(s.dim, index.to(_local(t).device), 0)
+        """Makes ZIGs zero for good."""
+        self._scale(mask, 0.0, freeze=True)
         self._own["zero"] = (self.zero | mask).to(torch.uint8)
 
     def _guard(self) -> None:
         """Zeroes again what gets gradients though zero: groups whose reader is frozen or sees more than zeros."""
-        for s, p, index in _positions(self.zero, self._here(self.schedule.guarded)):
-            p.index_fill_(s.dim, index, 0)
+        if self.schedule.guarded:
+            for s, p, index in _positions(self.zero, self._here(self.schedule.guarded)):
+                p.index_fill_(s.dim, index, 0)
 
 
 class Layout(NamedTuple):
@@ -588,7 +576,10 @@ def _positions(mask: Tensor, here: Iterable[tuple[Slice, Tensor]]) -> Iterator[t
 
 
 def _slices(
-    axes: Sequence[PrunableAxis], members: Mapping[str, Sequence[Member]], params: Mapping[str, Tensor]
+    axes: Sequence[PrunableAxis],
+    members: Mapping[str, Sequence[Member]],
+    params: Mapping[str, Tensor],
+    known: dict[bytes, Tensor],
 ) -> tuple[Slice, ...]:
     """The members of all axes as one owner vector per parameter dimension."""
     total = sum(axis.size for axis in axes)
@@ -597,10 +588,13 @@ def _slices(
     for axis in axes:
         zigs = np.arange(start, start + axis.size)[:, None]
         for m in members.get(axis.name, ()):
-            owner = owners.setdefault((m.param, m.dim), np.full(params[m.param].shape[m.dim], total))
+            owner = owners.setdefault((m.param, m.dim), np.full(params[m.param].shape[m.dim], total, np.int32))
             owner[m.positions(axis.size)] = zigs
         start += axis.size
-    return tuple(Slice(name, dim, torch.from_numpy(owner)) for (name, dim), owner in owners.items())
+    return tuple(
+        Slice(name, dim, known.setdefault(owner.tobytes(), torch.from_numpy(owner)))
+        for (name, dim), owner in owners.items()
+    )
 
 
 def _events(total_steps: int, window: tuple[float, float], count: int) -> tuple[int, ...]:
@@ -625,6 +619,16 @@ def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
         count = min(SAMPLES, event - previous)
         steps |= {event - i * (event - previous) // count for i in range(count)}
     return frozenset(steps)
+
+
+@functools.cache
+def _shrink_steps(events: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+    """The steps that make redundant ZIGs smaller, SHRINKS of them up to each event -> (the one before, the event)."""
+    steps = {}
+    for previous, event in itertools.pairwise(events):
+        some = sorted({previous + math.ceil(i * (event - previous) / SHRINKS) for i in range(SHRINKS + 1)})
+        steps |= {now: (before, event) for before, now in itertools.pairwise(some)}
+    return steps
 
 
 @functools.cache

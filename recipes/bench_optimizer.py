@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_oto import DHSPG, partition_zigs
-from hf_oto.dhspg import CORRECT_EVERY, _sample_steps
+from hf_oto.dhspg import _sample_steps, _shrink_steps
 
 SMALL = ViTConfig(
     hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768, image_size=32, patch_size=4
@@ -52,8 +52,8 @@ def bytes_of(optimizer: DHSPG) -> int:
     """Memory of what DHSPG keeps beside its base: the table of groups, and the masks and salience."""
     plan, own = optimizer.schedule, optimizer.param_groups[0]
     slices = [*plan.group, *plan.readers, *plan.guarded]
-    arrays = [plan.sizes, plan.room, plan.multiple, plan.cost, *plan.work]
-    tensors = {id(t): t for t in [*(s.owner for s in slices), plan.elements, *own.values()] if torch.is_tensor(t)}
+    arrays = [plan.sizes, plan.room, plan.multiple, plan.cost, plan.elements, *plan.work]
+    tensors = {id(t): t for t in [*(s.owner for s in slices), *own.values()] if torch.is_tensor(t)}
     return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(a.nbytes for a in arrays)
 
 
@@ -79,13 +79,12 @@ def bench(model: PreTrainedModel, base: str, steps: int) -> None:
     rows: dict[str, list[tuple[float, float]]] = {}
     for now in range(1, steps + 1):
         pair = (timed(plain), timed(ours)) if now % 2 else (timed(ours), timed(plain))[::-1]
-        begin = max((e for e in events if e < now), default=0)
         if now in events:
             kind = "choice"
-        elif events[0] < now < events[-1] and (now - begin) % CORRECT_EVERY == 0:
-            kind = "shrinking"
-        elif now < events[-1] and now in _sample_steps(events):
+        elif now in _sample_steps(events):
             kind = "salience"
+        elif now in _shrink_steps(events):
+            kind = "shrinking"
         else:
             kind = "after the freeze" if now > events[-1] else "other"
         if now > 3:  # the first steps make the optimizers' states
