@@ -211,6 +211,56 @@ def test_model_init_trains_again_from_the_start(tmp_path):
 # what users bring along -------------------------------------------------------------------
 
 
+def test_a_search_over_targets(tmp_path):
+    """`hyperparameter_search` sets the arguments of one trainer and trains it again from `model_init`."""
+    trainer = OTOTrainer(args=arguments(tmp_path), model_init=lambda: bert(), train_dataset=sentences())
+    for target in (0.2, 0.6):
+        trainer.args.target_group_sparsity = target
+        trainer.train()
+        n = trainer.partition.num_zigs
+        assert trainer.report["group_sparsity"] == round(target * n) / n
+
+
+class Greedy(OTOTrainer):
+    """Runs out of memory at batches of more than four, after half of the pruning window."""
+
+    steps = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.steps += 1
+        if len(inputs["input_ids"]) > 4 and self.steps > 14:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_auto_find_batch_size(tmp_path):
+    trainer = train(tmp_path, cls=Greedy, auto_find_batch_size=True)
+    assert trainer.steps > 15 + 40 and trainer._train_batch_size <= 4
+    assert trainer.report["group_sparsity"] == 0.5 and trainer.report["max_output_difference"] < 1e-5
+    with pytest.raises(RuntimeError, match="out of memory"):  # control: without it there is no second try
+        train(tmp_path, cls=Greedy)
+
+
+@pytest.mark.parametrize("settings", [dict(torch_compile_backend="eager"), dict(activation_checkpointing=True)])
+def test_the_same_with_compiled_and_checkpointed_models(tmp_path, settings, trained):
+    """The same losses' gradients give the same zeros and the same weights."""
+    plain, other = train(tmp_path, bert()), train(tmp_path, bert(), **settings)
+    assert other.plan == plain.plan
+    assert type(other.model).__name__ == "BertForSequenceClassification"
+    for p, q in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    assert train(tmp_path, bert(), seed=1).plan != plain.plan  # control: other batches
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])
+def test_optim_keeps_its_meaning(tmp_path, optim):
+    trainer = train(tmp_path, optim=optim, max_steps=20)
+    assert trainer.report["group_sparsity"] == 0.5
+    stock, _ = tf.Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    again = OTOTrainer(bert(), trainer.args, train_dataset=sentences())
+    assert isinstance(again.create_optimizer(), stock)
+
+
 def test_own_optimizer_class_schedule_and_callbacks(tmp_path):
     steps = []
 
