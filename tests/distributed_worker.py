@@ -238,21 +238,29 @@ class Forgets(tf.TrainerCallback):
     """Breaks the rule: a resumed run without what DHSPG knew."""
 
     def on_train_begin(self, args, state, control, optimizer=None, **_):
-        for name in ("zero", "redundant", "salience"):
-            optimizer.param_groups[0][name].zero_()
+        optimizer.param_groups[0]["dhspg_step"] = 0
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    """The mean over all ranks and micro-batches: Trainer expects it so, the loss of these models is that of one."""
+    loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / (num_items_in_batch or len(labels))
 
 
 def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(), **more):
     """One run of 8 examples a step, however they are spread."""
     settings = dict(
-        max_steps=24, per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
+        max_steps=48, pruning_window=(0.05, 0.95), per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
         learning_rate=5e-3, adam_epsilon=1e-4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         remove_unused_columns=False, dataloader_pin_memory=False, target_group_sparsity=0.4, logging_strategy="no",
     )  # fmt: skip
     watch = Watch()
     args = OTOTrainingArguments(str(folder), **(settings | more))
     model = {"bert": bert, "resnet": resnet}[kind]()
-    trainer = OTOTrainer(model, args, train_dataset=rows(kind), eval_dataset=rows(kind), callbacks=[watch, *callbacks])
+    trainer = OTOTrainer(
+        model, args, train_dataset=rows(kind), eval_dataset=rows(kind), callbacks=[watch, *callbacks],
+        compute_loss_func=mean_loss,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "compact"))
     return {
@@ -271,6 +279,9 @@ def trainer_ddp(rank, world, folder):
     }
 
 
+LAYERS = {"bert": "BertLayer", "resnet": "ResNetStage"}
+
+
 def force_fsdp2():
     """accelerate shards on GPUs only, and on CPUs silently trains with DDP: here the real path runs on CPUs."""
     init = AcceleratorState.__init__
@@ -282,6 +293,8 @@ def force_fsdp2():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = forced
+    # accelerate asks every model for its embeddings, and this one raises
+    tf.ResNetForImageClassification.get_input_embeddings = lambda self: None
 
 
 def trainer_fsdp2(rank, world, folder):
@@ -289,10 +302,12 @@ def trainer_fsdp2(rank, world, folder):
     found = {}
     for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "FULL")):
         name = f"{kind} {state}"
-        more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": {"state_dict_type": f"{state}_STATE_DICT"}}
+        # accelerate's default for BERT shards the embeddings twice, and fails
+        config = {"state_dict_type": f"{state}_STATE_DICT", "transformer_layer_cls_to_wrap": [LAYERS[kind]]}
+        more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": config}
         whole = folder / name
-        found[name] = trained(whole, save_strategy="steps", save_steps=11, **more)
-        again = {"resume": str(whole / "checkpoint-11"), **more}
+        found[name] = trained(whole, save_strategy="steps", save_steps=21, **more)
+        again = {"resume": str(whole / "checkpoint-21"), **more}
         found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
         if name == "bert FULL":
             found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
