@@ -6,6 +6,7 @@ Every rank writes what it ended with to FOLDER/SCENARIO.RANK.pt; the test compar
 import contextlib
 import faulthandler
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers as tf
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -250,9 +252,10 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
 def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(), **more):
     """One run of 8 examples a step, however they are spread."""
     settings = dict(
-        max_steps=48, pruning_window=(0.05, 0.95), per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
-        learning_rate=5e-3, adam_epsilon=1e-4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, target_group_sparsity=0.4, logging_strategy="no",
+        max_steps=48, pruning_window=(0.05, 0.95), save_strategy="no", logging_strategy="no", target_group_sparsity=0.4,
+        per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
+        learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     watch = Watch()
     args = OTOTrainingArguments(str(folder), **(settings | more))
@@ -272,6 +275,7 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
 
 
 def trainer_ddp(rank, world, folder):
+    recipe(folder / "loop resumed", "--resume", str(folder / "loop" / "step-13"))
     return {
         "ddp": trained(folder / "ddp", world=world),
         "ddp accumulated": trained(folder / "accumulated", world=world, accumulate=2),
@@ -311,7 +315,30 @@ def trainer_fsdp2(rank, world, folder):
         found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
         if name == "bert FULL":
             found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+    launcher = {  # what `accelerate launch` makes of its config file
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViTLayer",
+    }  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= launcher
+    recipe(folder / "loop sharded", "--save-at", "13")
+    recipe(folder / "loop sharded resumed", "--resume", str(folder / "loop sharded" / "step-13"))
     return found
+
+
+def recipe(folder, *more):
+    """recipes/accelerate_loop.py, in this process."""
+    path = Path(__file__).parents[1] / "recipes" / "accelerate_loop.py"
+    argv, sys.argv = sys.argv, [str(path), "--cpu", "--smoke", "--out", str(folder), *more]
+    sys.path.insert(0, str(path.parent))
+    end = Accelerator.end_training
+    Accelerator.end_training = lambda self: None  # the process group is needed yet
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv, Accelerator.end_training = argv, end
+        sys.path.remove(str(path.parent))
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2)}
