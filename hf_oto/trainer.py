@@ -206,7 +206,7 @@ class OTOMixin:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
         batch = self._first_batch(min(8, self.args.per_device_train_batch_size))
-        before = measure(model, batch)
+        before = _of_rank_zero(lambda: measure(model, batch))
         self.plan, difference = _of_rank_zero(lambda: self._certified(model, batch))
         if not difference <= tolerance(model):
             path = os.path.join(self.args.output_dir, "dense")
@@ -225,7 +225,7 @@ class OTOMixin:
             None,
         )
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
-        after = measure(model, batch)
+        after = _of_rank_zero(lambda: measure(model, batch))
         self.report = {
             "before": before,
             "after": after,

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition
-from hf_oto.zigs import Member, PrunableAxis
+from hf_oto import trainer as trainer_module
+from hf_oto.zigs import Member, OTOError, PrunableAxis
 
 torch.set_num_threads(1)
 STEPS = 24
@@ -54,16 +55,17 @@ def _axis(name, size, inner, *readers):
 PARTITION = ZIGPartition((_axis("a", 7, 3, "b.weight"), _axis("b", 9, 1, "c.weight", "d.weight")), {})
 
 
-def net(tied=False):
-    """Tied: all ZIGs of b are alike, and stay so until some of them are chosen."""
+def net(kind=""):
+    """ "alike": the ZIGs of b differ by rounding only; "tied": no ZIG ever gets a gradient, each salience is exactly 0."""
     torch.manual_seed(0)
     model = Net()
-    if tied:
-        with torch.no_grad():
-            model.b.weight[:] = model.b.weight[:1].clone()
+    with torch.no_grad():
+        if kind == "alike":
+            for p, dim in ((model.b.weight, 0), (model.c.weight, 1), (model.d.weight, 1)):
+                p[:] = p.narrow(dim, 0, 1).clone()
             model.b.bias[:] = 0.1
-            model.c.weight[:] = model.c.weight[:, :1].clone()
-            model.d.weight[:] = model.d.weight[:, :1].clone()
+        elif kind == "tied":
+            model.b.bias[:] = -100.0
     return model
 
 
@@ -114,6 +116,29 @@ class Rough(DHSPG):
 
 
 @contextlib.contextmanager
+def watched(found):
+    """Counts decisions and what they send; to gather a parameter is an error."""
+    reduce, sums, gather = dist.all_reduce, DHSPG._sums, DTensor.redistribute
+
+    def all_reduce(t, *args, **more):
+        found.setdefault("sent", []).append(t.numel())
+        return reduce(t, *args, **more)
+
+    def counted(self, *many):
+        found["decisions"] = found.get("decisions", 0) + 1
+        return sums(self, *many)
+
+    def refuse(*_, **__):
+        raise AssertionError("a parameter was gathered")
+
+    dist.all_reduce, DHSPG._sums, DTensor.redistribute = all_reduce, counted, refuse
+    try:
+        yield
+    finally:
+        dist.all_reduce, DHSPG._sums, DTensor.redistribute = reduce, sums, gather
+
+
+@contextlib.contextmanager
 def silent(name):
     """Breaks the rule: this collective does nothing."""
     original = getattr(dist, name)
@@ -129,8 +154,8 @@ def optimizers(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {}
 
-    def sharded(tied=False, after=True, mesh=mesh, parts=("a", ""), **more):
-        model = net(tied)
+    def sharded(kind="", after=True, mesh=mesh, parts=("a", ""), **more):
+        model = net(kind)
         optimizer = None if after else optimizer_for(model, **more)
         before = dict(model.named_parameters())
         for name in parts:
@@ -150,25 +175,28 @@ def optimizers(rank, world, folder):
         train(model, optimizer, rank, world, average=average, **more)
         return result(model, optimizer)
 
-    def ddp(tied=False, **more):
-        model = net(tied)
+    def ddp(kind="", **more):
+        model = net(kind)
         optimizer = optimizer_for(model, **more)
-        # the gradients of all parameters meet in one all-reduce
         return DistributedDataParallel(model), optimizer
 
     found["ddp"] = ran(*ddp())
     found["ddp accumulated"] = ran(*ddp(), accumulate=2)
     found["ddp paper"] = ran(*ddp(mode="paper"))
-    found["ddp tied"] = ran(*ddp(tied=True))
-    found["ddp rough"] = ran(*ddp(tied=True, cls=Rough))
+    found["ddp tied"] = ran(*ddp("tied"))
+    found["ddp rough"] = ran(*ddp("alike", cls=Rough))
     with silent("broadcast"):
-        model = net(tied=True)
+        model = net("alike")
         found["ddp rough, broken"] = ran(model, optimizer_for(model, cls=Rough), list(model.parameters()))
-    found["fsdp2"] = ran(*sharded())
+    found["traffic"] = {}
+    model, optimizer, _ = sharded()
+    with watched(found["traffic"]):
+        train(model, optimizer, rank, world)
+    found["fsdp2"] = result(model, optimizer)
     found["fsdp2 made before"] = ran(*sharded(after=False))
     found["fsdp2 accumulated"] = ran(*sharded(), accumulate=2)
     found["fsdp2 paper"] = ran(*sharded(mode="paper"))
-    found["fsdp2 tied"] = ran(*sharded(tied=True))
+    found["fsdp2 tied"] = ran(*sharded("tied"))
     found["mixed"] = ran(*sharded(parts=("b", "d")))
     found["mixed paper"] = ran(*sharded(parts=("b", "d"), mode="paper"))
     with silent("all_reduce"):  # of fsdp2 itself: reduce-scatter
@@ -252,9 +280,9 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
 def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(), **more):
     """One run of 8 examples a step, however they are spread."""
     settings = dict(
-        max_steps=48, pruning_window=(0.05, 0.95), save_strategy="no", logging_strategy="no", target_group_sparsity=0.4,
+        max_steps=48, pruning_window=(0.05, 0.95), target_group_sparsity=0.4, save_strategy="no",
         per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
-        learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True, use_cpu=True,
+        logging_strategy="no", learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True, use_cpu=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     watch = Watch()
@@ -275,7 +303,6 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
 
 
 def trainer_ddp(rank, world, folder):
-    recipe(folder / "loop resumed", "--resume", str(folder / "loop" / "step-13"))
     return {
         "ddp": trained(folder / "ddp", world=world),
         "ddp accumulated": trained(folder / "accumulated", world=world, accumulate=2),
@@ -304,17 +331,22 @@ def force_fsdp2():
 def trainer_fsdp2(rank, world, folder):
     force_fsdp2()
     found = {}
-    for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "FULL")):
+    for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "SHARDED")):
         name = f"{kind} {state}"
         # accelerate's default for BERT shards the embeddings twice, and fails
         config = {"state_dict_type": f"{state}_STATE_DICT", "transformer_layer_cls_to_wrap": [LAYERS[kind]]}
         more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": config}
-        whole = folder / name
-        found[name] = trained(whole, save_strategy="steps", save_steps=21, **more)
-        again = {"resume": str(whole / "checkpoint-21"), **more}
-        found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
-        if name == "bert FULL":
-            found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+        found[name] = trained(folder / name, save_strategy="steps", save_steps=21, **more)
+        if kind == "bert":
+            again = {"resume": str(folder / name / "checkpoint-21"), **more}
+            found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
+    found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+    trainer_module.cut_difference, original = (lambda *_: 0.5), trainer_module.cut_difference
+    try:
+        trained(folder / "failed", **again)
+    except OTOError as error:
+        found["failed"] = str(error)
+    trainer_module.cut_difference = original
     launcher = {  # what `accelerate launch` makes of its config file
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViTLayer",
@@ -322,8 +354,13 @@ def trainer_fsdp2(rank, world, folder):
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= launcher
     recipe(folder / "loop sharded", "--save-at", "13")
-    recipe(folder / "loop sharded resumed", "--resume", str(folder / "loop sharded" / "step-13"))
     return found
+
+
+def loop_ddp(rank, world, folder):
+    """Takes up what `accelerate launch recipes/accelerate_loop.py --save-at 13` left."""
+    recipe(folder / "loop resumed", "--resume", str(folder / "loop" / "step-13"))
+    return {}
 
 
 def recipe(folder, *more):
@@ -341,16 +378,17 @@ def recipe(folder, *more):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2)}
+SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2, loop_ddp)}
 
 
 def run(scenario, folder):
-    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for the other one for ever
-    dist.init_process_group("gloo")
+    faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for the other one for ever
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank = dist.get_rank()
     found = SCENARIOS[scenario](rank, dist.get_world_size(), folder)
     torch.save(found, folder / f"{scenario}.{rank}.pt")
-    dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def forked(rank, world, scenario, folder):
