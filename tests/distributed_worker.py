@@ -5,6 +5,7 @@ Every rank writes what it ended with to FOLDER/SCENARIO.RANK.pt; the test compar
 
 import contextlib
 import faulthandler
+import gc
 import os
 import runpy
 import socket
@@ -20,10 +21,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, partition_zigs
 from hf_oto import trainer as trainer_module
 from hf_oto.zigs import Member, OTOError, PrunableAxis
 
@@ -56,7 +57,7 @@ PARTITION = ZIGPartition((_axis("a", 7, 3, "b.weight"), _axis("b", 9, 1, "c.weig
 
 
 def net(kind=""):
-    """ "alike": the ZIGs of b differ by rounding only; "tied": no ZIG ever gets a gradient, each salience is exactly 0."""
+    """With "alike" the ZIGs of b differ by rounding only, with "tied" every salience is exactly 0."""
     torch.manual_seed(0)
     model = Net()
     with torch.no_grad():
@@ -201,9 +202,17 @@ def optimizers(rank, world, folder):
     found["mixed paper"] = ran(*sharded(parts=("b", "d"), mode="paper"))
     with silent("all_reduce"):  # of fsdp2 itself: reduce-scatter
         found["fsdp2, broken"] = ran(*sharded())
-    for shape in ((2, world // 2), (1, world), (world, 1)):
-        if shape[0] * shape[1] == world:
-            found[f"hsdp {shape}"] = ran(*sharded(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s"))))
+    for shape in ((1, world), (world, 1)):
+        found[f"hsdp {shape}"] = ran(*sharded(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s"))))
+
+    found["refused"] = []
+    parallel = net()
+    parallel.a.weight = nn.Parameter(DTensor.from_local(parallel.a.weight.data, mesh, [Partial()]))
+    for attempt in (lambda: partition_zigs(sharded()[0], {"x": batch(0)[0]}), optimizer_for(parallel).step):
+        try:
+            attempt()
+        except OTOError as error:
+            found["refused"].append(str(error))
     return found
 
 
@@ -282,8 +291,8 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
     settings = dict(
         max_steps=48, pruning_window=(0.05, 0.95), target_group_sparsity=0.4, save_strategy="no",
         per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
-        logging_strategy="no", learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_pin_memory=False,
+        logging_strategy="no", learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True,
+        use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     watch = Watch()
     args = OTOTrainingArguments(str(folder), **(settings | more))
@@ -366,7 +375,7 @@ def loop_ddp(rank, world, folder):
 def recipe(folder, *more):
     """recipes/accelerate_loop.py, in this process."""
     path = Path(__file__).parents[1] / "recipes" / "accelerate_loop.py"
-    argv, sys.argv = sys.argv, [str(path), "--cpu", "--smoke", "--out", str(folder), *more]
+    argv, sys.argv = sys.argv, [str(path), "--cpu", "--smoke", "--batch-size", "8", "--out", str(folder), *more]
     sys.path.insert(0, str(path.parent))
     end = Accelerator.end_training
     Accelerator.end_training = lambda self: None  # the process group is needed yet
@@ -382,6 +391,7 @@ SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp
 
 
 def run(scenario, folder):
+    gc.freeze()  # accelerate collects often; what the imports brought needs no second look
     faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for the other one for ever
     if not dist.is_initialized():
         dist.init_process_group("gloo")

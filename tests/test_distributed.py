@@ -78,6 +78,9 @@ def test_optimizer_across_processes(tmp_path):
     def expected(name):
         return one[next((key for key in ("paper", "tied") if key in name), "")]
 
+    already, parallel = ranks[0].pop("refused")
+    assert "sharded already" in already and "before fully_shard" in already
+    assert "tensor parallel is not supported" in parallel and "FSDP2" in parallel
     runs = [name for name in ranks[0] if name != "traffic"]
     broken = [name for name in runs if "broken" in name]
     for name in runs:
@@ -150,13 +153,22 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
 
 
 def weights_differ(a, b):
+    """Without key biases: no output depends on them, their gradients are rounding, which Adam makes large."""
     assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
-    return max(float((t - b[n]).abs().max()) for n, t in a.items())
+    return max(float((t - b[n]).abs().max()) for n, t in a.items() if not n.endswith("key.bias"))
 
 
 @pytest.mark.slow
 def test_accelerate_loop(tmp_path):
-    recipe = [str(ROOT / "recipes" / "accelerate_loop.py"), "--cpu", "--smoke", "--out", str(tmp_path / "loop")]
+    recipe = [
+        str(ROOT / "recipes" / "accelerate_loop.py"),
+        "--cpu",
+        "--smoke",
+        "--batch-size",
+        "8",
+        "--out",
+        str(tmp_path / "loop"),
+    ]
     printed = launch(*LAUNCH, *recipe, "--save-at", "13")
     assert "group sparsity 0.50" in printed and printed.count("accuracy of the compact model") == 1
     launch(*FORKED, str(tmp_path), "loop_ddp:2")
