@@ -160,16 +160,8 @@ def weights_differ(a, b):
 
 @pytest.mark.slow
 def test_accelerate_loop(tmp_path):
-    recipe = [
-        str(ROOT / "recipes" / "accelerate_loop.py"),
-        "--cpu",
-        "--smoke",
-        "--batch-size",
-        "8",
-        "--out",
-        str(tmp_path / "loop"),
-    ]
-    printed = launch(*LAUNCH, *recipe, "--save-at", "13")
+    recipe, out = str(ROOT / "recipes" / "accelerate_loop.py"), str(tmp_path / "loop")
+    printed = launch(*LAUNCH, recipe, "--cpu", "--smoke", "--batch-size", "8", "--out", out, "--save-at", "13")
     assert "group sparsity 0.50" in printed and printed.count("accuracy of the compact model") == 1
     launch(*FORKED, str(tmp_path), "loop_ddp:2")
     worker.recipe(tmp_path / "one")
