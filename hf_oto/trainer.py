@@ -93,6 +93,8 @@ class OTOMixin:
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
+    Under FSDP2 that is a plain, unsharded one, another object than the model passed in, and every rank must have room
+    for the full model once.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
@@ -227,7 +229,7 @@ class OTOMixin:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
         batch = self._first_batch()
-        before = measure(model, batch)
+        before = _of_rank_zero(lambda: measure(model, batch))
         self.plan, difference = _of_rank_zero(lambda: self._certified(model, batch))
         if not difference <= tolerance(model):
             path = os.path.join(self.args.output_dir, "dense")
@@ -246,7 +248,7 @@ class OTOMixin:
             None,
         )
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
-        after = measure(model, batch)
+        after = _of_rank_zero(lambda: measure(model, batch))
         self.report = {
             "before": before,
             "after": after,
@@ -271,7 +273,7 @@ class OTOMixin:
             raise OTOError(DEEPSPEED)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise OTOError(FSDP1)
-        if self.is_distributed_loading_by_transformers:
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
             raise OTOError(
                 "from_pretrained has sharded this model already, and ZIGs are found on whole ones: load it without a "
                 "distributed_config and let the Trainer shard it (fsdp=True), or train with DDP"

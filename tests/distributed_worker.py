@@ -5,7 +5,9 @@ Every rank writes what it ended with to FOLDER/SCENARIO.RANK.pt; the test compar
 
 import contextlib
 import faulthandler
+import gc
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -13,16 +15,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers as tf
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition
-from hf_oto.zigs import Member, PrunableAxis
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, partition_zigs
+from hf_oto import trainer as trainer_module
+from hf_oto.zigs import Member, OTOError, PrunableAxis
 
 torch.set_num_threads(1)
 STEPS = 24
@@ -52,16 +56,17 @@ def _axis(name, size, inner, *readers):
 PARTITION = ZIGPartition((_axis("a", 7, 3, "b.weight"), _axis("b", 9, 1, "c.weight", "d.weight")), {})
 
 
-def net(tied=False):
-    """Tied: all ZIGs of b are alike, and stay so until some of them are chosen."""
+def net(kind=""):
+    """With "alike" the ZIGs of b differ by rounding only, with "tied" every salience is exactly 0."""
     torch.manual_seed(0)
     model = Net()
-    if tied:
-        with torch.no_grad():
-            model.b.weight[:] = model.b.weight[:1].clone()
+    with torch.no_grad():
+        if kind == "alike":
+            for p, dim in ((model.b.weight, 0), (model.c.weight, 1), (model.d.weight, 1)):
+                p[:] = p.narrow(dim, 0, 1).clone()
             model.b.bias[:] = 0.1
-            model.c.weight[:] = model.c.weight[:, :1].clone()
-            model.d.weight[:] = model.d.weight[:, :1].clone()
+        elif kind == "tied":
+            model.b.bias[:] = -100.0
     return model
 
 
@@ -112,6 +117,29 @@ class Rough(DHSPG):
 
 
 @contextlib.contextmanager
+def watched(found):
+    """Counts decisions and what they send; to gather a parameter is an error."""
+    reduce, sums, gather = dist.all_reduce, DHSPG._sums, DTensor.redistribute
+
+    def all_reduce(t, *args, **more):
+        found.setdefault("sent", []).append(t.numel())
+        return reduce(t, *args, **more)
+
+    def counted(self, *many):
+        found["decisions"] = found.get("decisions", 0) + 1
+        return sums(self, *many)
+
+    def refuse(*_, **__):
+        raise AssertionError("a parameter was gathered")
+
+    dist.all_reduce, DHSPG._sums, DTensor.redistribute = all_reduce, counted, refuse
+    try:
+        yield
+    finally:
+        dist.all_reduce, DHSPG._sums, DTensor.redistribute = reduce, sums, gather
+
+
+@contextlib.contextmanager
 def silent(name):
     """Breaks the rule: this collective does nothing."""
     original = getattr(dist, name)
@@ -127,8 +155,8 @@ def optimizers(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {}
 
-    def sharded(tied=False, after=True, mesh=mesh, parts=("a", ""), **more):
-        model = net(tied)
+    def sharded(kind="", after=True, mesh=mesh, parts=("a", ""), **more):
+        model = net(kind)
         optimizer = None if after else optimizer_for(model, **more)
         before = dict(model.named_parameters())
         for name in parts:
@@ -148,32 +176,43 @@ def optimizers(rank, world, folder):
         train(model, optimizer, rank, world, average=average, **more)
         return result(model, optimizer)
 
-    def ddp(tied=False, **more):
-        model = net(tied)
+    def ddp(kind="", **more):
+        model = net(kind)
         optimizer = optimizer_for(model, **more)
-        # the gradients of all parameters meet in one all-reduce
         return DistributedDataParallel(model), optimizer
 
     found["ddp"] = ran(*ddp())
     found["ddp accumulated"] = ran(*ddp(), accumulate=2)
     found["ddp paper"] = ran(*ddp(mode="paper"))
-    found["ddp tied"] = ran(*ddp(tied=True))
-    found["ddp rough"] = ran(*ddp(tied=True, cls=Rough))
+    found["ddp tied"] = ran(*ddp("tied"))
+    found["ddp rough"] = ran(*ddp("alike", cls=Rough))
     with silent("broadcast"):
-        model = net(tied=True)
+        model = net("alike")
         found["ddp rough, broken"] = ran(model, optimizer_for(model, cls=Rough), list(model.parameters()))
-    found["fsdp2"] = ran(*sharded())
+    found["traffic"] = {}
+    model, optimizer, _ = sharded()
+    with watched(found["traffic"]):
+        train(model, optimizer, rank, world)
+    found["fsdp2"] = result(model, optimizer)
     found["fsdp2 made before"] = ran(*sharded(after=False))
     found["fsdp2 accumulated"] = ran(*sharded(), accumulate=2)
     found["fsdp2 paper"] = ran(*sharded(mode="paper"))
-    found["fsdp2 tied"] = ran(*sharded(tied=True))
+    found["fsdp2 tied"] = ran(*sharded("tied"))
     found["mixed"] = ran(*sharded(parts=("b", "d")))
     found["mixed paper"] = ran(*sharded(parts=("b", "d"), mode="paper"))
     with silent("all_reduce"):  # of fsdp2 itself: reduce-scatter
         found["fsdp2, broken"] = ran(*sharded())
-    for shape in ((2, world // 2), (1, world), (world, 1)):
-        if shape[0] * shape[1] == world:
-            found[f"hsdp {shape}"] = ran(*sharded(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s"))))
+    for shape in ((1, world), (world, 1)):
+        found[f"hsdp {shape}"] = ran(*sharded(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s"))))
+
+    found["refused"] = []
+    parallel = net()
+    parallel.a.weight = nn.Parameter(DTensor.from_local(parallel.a.weight.data, mesh, [Partial()]))
+    for attempt in (lambda: partition_zigs(sharded()[0], {"x": batch(0)[0]}), optimizer_for(parallel).step):
+        try:
+            attempt()
+        except OTOError as error:
+            found["refused"].append(str(error))
     return found
 
 
@@ -238,21 +277,30 @@ class Forgets(tf.TrainerCallback):
     """Breaks the rule: a resumed run without what DHSPG knew."""
 
     def on_train_begin(self, args, state, control, optimizer=None, **_):
-        for name in ("zero", "redundant", "salience"):
-            optimizer.param_groups[0][name].zero_()
+        optimizer.param_groups[0]["dhspg_step"] = 0
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    """The mean over all ranks and micro-batches: Trainer expects it so, the loss of these models is that of one."""
+    loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / (num_items_in_batch or len(labels))
 
 
 def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(), **more):
     """One run of 8 examples a step, however they are spread."""
     settings = dict(
-        max_steps=24, per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
-        learning_rate=5e-3, adam_epsilon=1e-4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, target_group_sparsity=0.4, logging_strategy="no",
+        max_steps=48, pruning_window=(0.05, 0.95), target_group_sparsity=0.4, save_strategy="no",
+        per_device_train_batch_size=8 // world // accumulate, gradient_accumulation_steps=accumulate,
+        logging_strategy="no", learning_rate=5e-3, adam_epsilon=1e-4, report_to="none", disable_tqdm=True,
+        use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     watch = Watch()
     args = OTOTrainingArguments(str(folder), **(settings | more))
     model = {"bert": bert, "resnet": resnet}[kind]()
-    trainer = OTOTrainer(model, args, train_dataset=rows(kind), eval_dataset=rows(kind), callbacks=[watch, *callbacks])
+    trainer = OTOTrainer(
+        model, args, train_dataset=rows(kind), eval_dataset=rows(kind), callbacks=[watch, *callbacks],
+        compute_loss_func=mean_loss,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "compact"))
     return {
@@ -271,6 +319,9 @@ def trainer_ddp(rank, world, folder):
     }
 
 
+LAYERS = {"bert": "BertLayer", "resnet": "ResNetStage"}
+
+
 def force_fsdp2():
     """accelerate shards on GPUs only, and on CPUs silently trains with DDP: here the real path runs on CPUs."""
     init = AcceleratorState.__init__
@@ -282,33 +333,74 @@ def force_fsdp2():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = forced
+    # accelerate asks every model for its embeddings, and this one raises
+    tf.ResNetForImageClassification.get_input_embeddings = lambda self: None
 
 
 def trainer_fsdp2(rank, world, folder):
     force_fsdp2()
     found = {}
-    for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "FULL")):
+    for kind, state in (("bert", "FULL"), ("bert", "SHARDED"), ("resnet", "SHARDED")):
         name = f"{kind} {state}"
-        more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": {"state_dict_type": f"{state}_STATE_DICT"}}
-        whole = folder / name
-        found[name] = trained(whole, save_strategy="steps", save_steps=11, **more)
-        again = {"resume": str(whole / "checkpoint-11"), **more}
-        found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
-        if name == "bert FULL":
-            found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+        # accelerate's default for BERT shards the embeddings twice, and fails
+        config = {"state_dict_type": f"{state}_STATE_DICT", "transformer_layer_cls_to_wrap": [LAYERS[kind]]}
+        more = {"kind": kind, "world": world, "fsdp": True, "fsdp_config": config}
+        found[name] = trained(folder / name, save_strategy="steps", save_steps=21, **more)
+        if kind == "bert":
+            again = {"resume": str(folder / name / "checkpoint-21"), **more}
+            found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
+    found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+    original = trainer_module.cut_difference
+    if rank == 0:  # the others hear of it
+        trainer_module.cut_difference = lambda *_: 0.5
+    try:
+        trained(folder / "failed", **again)
+    except OTOError as error:
+        found["failed"] = str(error)
+    trainer_module.cut_difference = original
+    launcher = {  # what `accelerate launch` makes of its config file
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViTLayer",
+    }  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= launcher
+    recipe(folder / "loop sharded", "--save-at", "13")
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2)}
+def loop_ddp(rank, world, folder):
+    """Takes up what `accelerate launch recipes/accelerate_loop.py --save-at 13` left."""
+    recipe(folder / "loop resumed", "--resume", str(folder / "loop" / "step-13"))
+    return {}
+
+
+def recipe(folder, *more):
+    """recipes/accelerate_loop.py, in this process."""
+    path = Path(__file__).parents[1] / "recipes" / "accelerate_loop.py"
+    argv, sys.argv = sys.argv, [str(path), "--cpu", "--smoke", "--batch-size", "8", "--out", str(folder), *more]
+    sys.path.insert(0, str(path.parent))
+    end = Accelerator.end_training
+    Accelerator.end_training = lambda self: None  # the process group is needed yet
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv, Accelerator.end_training = argv, end
+        sys.path.remove(str(path.parent))
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+SCENARIOS = {f.__name__: f for f in (optimizers, hsdp, trainer_ddp, trainer_fsdp2, loop_ddp)}
 
 
 def run(scenario, folder):
-    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for the other one for ever
-    dist.init_process_group("gloo")
+    gc.freeze()  # accelerate collects often; what the imports brought needs no second look
+    faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for the other one for ever
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank = dist.get_rank()
     found = SCENARIOS[scenario](rank, dist.get_world_size(), folder)
     torch.save(found, folder / f"{scenario}.{rank}.pt")
-    dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def forked(rank, world, scenario, folder):

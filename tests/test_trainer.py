@@ -416,7 +416,7 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
         with pytest.raises(OTOError, match=r"FSDP1 is not supported.*FSDP2.*DDP"):
             OTOTrainer(bert(), args)
     with monkeypatch.context() as patch:
-        patch.setattr(tf.PreTrainedModel, "is_distributed_loading_by_transformers", True)
+        patch.setattr(trainer_module, "DTensor", nn.Parameter)  # as if from_pretrained had sharded the model
         with pytest.raises(OTOError, match=r"has sharded this model already.*fsdp=True"):
             OTOTrainer(bert(), arguments(tmp_path))
     monkeypatch.setattr(tf.Trainer, "get_tp_size", lambda self: 2)
