@@ -53,9 +53,25 @@ def kept_positions(partition: ZIGPartition, removed: np.ndarray, shapes: Mapping
     return {key: np.flatnonzero(mask) for key, mask in alive.items()}
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> None:
-    """Slices the tensors that `cuts` names and sets the attributes, in place; tied tensors stay tied."""
-    by_param: dict[str, dict[int, np.ndarray]] = {}
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, float]:
+    """What to multiply parameters by, for the averages taken over what is cut; `removed` is bool (num_zigs,)."""
+    factors: dict[str, float] = {}
+    for axis, gone in partition.split(removed):
+        for name, power in axis.scales if gone.any() else ():
+            factors[name] = factors.get(name, 1.0) * (axis.size / int((~gone).sum())) ** float(power)
+    return factors
+
+
+def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The product, rounded once."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return (tensor.to(wide) * factor).to(tensor.dtype)
+
+
+def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], factors: Mapping[str, float]) -> None:
+    """Slices the tensors that `cuts` names, multiplies those that `factors` names and sets the attributes, in place;
+    tied tensors stay tied."""
+    by_param: dict[str, dict[int, np.ndarray]] = {name: {} for name in factors}
     for (name, dim), keep in cuts.items():
         by_param.setdefault(name, {})[dim] = keep
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -65,6 +81,8 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
         cut = old.detach()
         for dim, keep in dims.items():
             cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
+        if name in factors:
+            cut = _times(cut, factors[name])
         new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -133,7 +151,7 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     before = {path: sizes_of(module) for path, module in model.named_modules()}
     shapes = {name: t.shape for name, t in tensors.items()}
     cuts = kept_positions(partition, removed, shapes)
-    cut_(model, cuts, attributes)
+    cut_(model, cuts, attributes, scale_factors(partition, removed))
     if isinstance(model, PreTrainedModel) and cuts:
         become_compact_(model, _record(model, partition, removed, cuts, before))
     return model
@@ -169,7 +187,8 @@ def _record(
                 for m in axis.members
             ]
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
-            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members})
+            scales = [[name, *power.as_integer_ratio()] for name, power in axis.scales]
+            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
     return {"version": 1, "modules": modules, "cuts": found}
 
 
@@ -202,9 +221,10 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The tensors before these cuts: zeros where something was cut, ones where zeros would not do."""
+    """The tensors before these cuts: scaled back, zeros where something was cut, ones where zeros would not do."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     fill: dict[tuple[str, int], int] = {}
+    factors: dict[str, float] = {}
     for cut in cuts:
         bits = int(cut["kept"], 16)
         packed = np.frombuffer(bits.to_bytes(-(-cut["size"] // 8), "little"), np.uint8)
@@ -218,7 +238,12 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
             gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
             fill[name, dim] = value
+        for name, *power in cut["scales"]:
+            ratio = cut["size"] / bits.bit_count()
+            factors[name] = factors.get(name, 1.0) * ratio ** (power[0] / power[1])
     filled = dict(tensors)
+    for name, factor in factors.items():
+        filled[name] = _times(filled[name], 1 / factor)
     for (name, dim), found in gone.items():
         old = filled[name]
         removed = np.concatenate(found)

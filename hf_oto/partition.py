@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import cut_, kept_positions, resize_, resolve
+from .compact import cut_, kept_positions, resize_, resolve, scale_factors
 from .modeling_oto import sizes_of
 from .rules import Axes, apply_rules, multiplications
+from .scales import solve_scales
 from .sizes import Sizes, spans_of
 from .trace import Equation, Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
 from .zigs import OTOError, PruningPlan, Solution, Source, ZIGPartition, fold, solve
@@ -230,9 +231,15 @@ def _work(traced: Trace, found: Axes, solution: Solution) -> tuple[int, np.ndarr
 
 
 def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> ZIGPartition:
-    """Solves, and pins what contradicts itself for random cuts, until nothing does."""
+    """Solves, and pins what no scaling suits or what contradicts itself for random cuts, until nothing does."""
     while True:
         partition, zig_of = _solved(model, traced, found, sources)
+        scales, unfit = solve_scales(traced, found, partition, zig_of)
+        if unfit:
+            _pin_axes(partition, zig_of, found, unfit, "an average is taken over it")
+            continue
+        axes = (dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes))
+        partition = dataclasses.replace(partition, axes=tuple(axes))
         for seed in range(3):
             removed = _draw(partition, seed)
             _, conflicts = partition.sizes.solve(removed)
@@ -242,13 +249,10 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str,
             return partition
         zigs = partition.sizes.involved(conflicts, removed)
         layer = next((c.layer for c in conflicts if c.layer), "")
-        _pin_axes(
-            partition,
-            zig_of,
-            found,
-            np.unique(_axis_of(partition)[zigs]),
-            f"a size used in {layer or 'forward'} can't follow it",
-        )
+        axes = np.unique(_axis_of(partition)[zigs])
+        streams = [a for a in axes if partition.axes[a].scales]  # rather these than heads
+        why = f"a size used in {layer or 'forward'} can't follow it"
+        _pin_axes(partition, zig_of, found, streams or axes, why)
 
 
 def _draw(partition: ZIGPartition, seed: int) -> np.ndarray:
@@ -286,7 +290,8 @@ def _rehearsed(
         tries.append(_Numeric(model, inputs))
     for attempt in tries:
         while partition.axes and (problem := attempt(partition, None)):
-            families = sorted({fold(axis.name) for axis in partition.axes})
+            streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
+            families = sorted(streams, key=lambda f: (streams[f], f))  # of two that quarrel the later one goes
             bad = {f: p for f in families if (p := attempt(partition, {f}))}
             if not bad:  # each alone is fine: drop the last one that breaks the growing set
                 good: set[str] = set()
@@ -446,5 +451,6 @@ def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan,
     tensors = [*model.parameters(), *model.buffers()]
     small = _copy_structure(model, {id(t): t for t in tensors})
     by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])
-    cut_(small, kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()}), attributes)
+    cuts = kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()})
+    cut_(small, cuts, attributes, scale_factors(partition, removed))
     return _difference(_outputs(model, inputs, zeroed), _outputs(small, inputs))

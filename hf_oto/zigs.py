@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ LIFTS = {  # part of a reason -> what would lift the pin; of anything else the w
     "in rehearsal": "please report it: hf_oto can't rebuild the cut layer",
     "protected": "leaving it out of protect",
     "inside a group": "nothing: it goes with its group",
+    "an average": "nothing in this model: it changes with the width, and no scaling of weights undoes that",
     "mean and variance": "nothing in this model: they change with the width; batch norm would not mind",
     "no parameter": "nothing: there is no weight to save",
 }
@@ -87,6 +89,8 @@ class PrunableAxis:
         multiple: a cut leaves a multiple of so many, some as zeros: kernels for stacked experts want aligned rows.
         zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
             part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
+        scales: (parameter, power): cutting scales the parameter by (size / kept) ** power, because an average is
+            taken over the axis (scales.py).
     """
 
     name: str
@@ -97,6 +101,7 @@ class PrunableAxis:
     macs: int = 0
     multiple: int = 1
     zero_path: bool = True
+    scales: tuple[tuple[str, Fraction], ...] = ()
 
     @property
     def group(self) -> tuple[Member, ...]:
@@ -115,6 +120,7 @@ class PrunableAxis:
             "macs": self.macs,
             "multiple": self.multiple,
             "zero_path": self.zero_path,
+            "scales": [[name, *power.as_integer_ratio()] for name, power in self.scales],
         }
         return data | {"members": members}
 
