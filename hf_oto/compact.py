@@ -23,6 +23,7 @@ from .zigs import Member, PruningPlan, ZIGPartition
 logger = logging.getLogger(__name__)
 
 Cuts = dict[tuple[str, int], np.ndarray]  # (parameter, dim) -> the positions that stay
+Factors = dict[str, tuple[float, int]]  # parameter p -> (factor, offset): it becomes (p + offset) * factor - offset
 
 
 def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[Attribute, int]]:
@@ -53,23 +54,24 @@ def kept_positions(partition: ZIGPartition, removed: np.ndarray, shapes: Mapping
     return {key: np.flatnonzero(mask) for key, mask in alive.items()}
 
 
-def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, float]:
-    """What to multiply parameters by, for the averages taken over what is cut; `removed` is bool (num_zigs,)."""
-    factors: dict[str, float] = {}
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> Factors:
+    """How parameters change for the averages taken over what is cut; `removed` is bool (num_zigs,)."""
+    factors: Factors = {}
     for axis, gone in partition.split(removed):
-        for name, power in axis.scales if gone.any() else ():
-            factors[name] = factors.get(name, 1.0) * (axis.size / int((~gone).sum())) ** float(power)
+        for name, power, offset in axis.scales if gone.any() else ():
+            factor = factors.get(name, (1.0, 0))[0] * (axis.size / int((~gone).sum())) ** float(power)
+            factors[name] = factor, offset
     return factors
 
 
-def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """The product, rounded once."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return (tensor.to(wide) * factor).to(tensor.dtype)
+def _scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
+    """(tensor + offset) * factor - offset, rounded once."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], factors: Mapping[str, float]) -> None:
-    """Slices the tensors that `cuts` names, multiplies those that `factors` names and sets the attributes, in place;
+def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], factors: Factors) -> None:
+    """Slices the tensors that `cuts` names, scales those that `factors` names and sets the attributes, in place;
     tied tensors stay tied."""
     by_param: dict[str, dict[int, np.ndarray]] = {name: {} for name in factors}
     for (name, dim), keep in cuts.items():
@@ -82,7 +84,7 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], fact
         for dim, keep in dims.items():
             cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
         if name in factors:
-            cut = _times(cut, factors[name])
+            cut = _scaled(cut, *factors[name])
         new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -187,7 +189,7 @@ def _record(
                 for m in axis.members
             ]
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
-            scales = [[name, *power.as_integer_ratio()] for name, power in axis.scales]
+            scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
             found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
     return {"version": 1, "modules": modules, "cuts": found}
 
@@ -224,7 +226,7 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
     """The tensors before these cuts: scaled back, zeros where something was cut, ones where zeros would not do."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     fill: dict[tuple[str, int], int] = {}
-    factors: dict[str, float] = {}
+    factors: Factors = {}
     for cut in cuts:
         bits = int(cut["kept"], 16)
         packed = np.frombuffer(bits.to_bytes(-(-cut["size"] // 8), "little"), np.uint8)
@@ -238,12 +240,12 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
             gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
             fill[name, dim] = value
-        for name, *power in cut["scales"]:
-            ratio = cut["size"] / bits.bit_count()
-            factors[name] = factors.get(name, 1.0) * ratio ** (power[0] / power[1])
+        for name, over, under, offset in cut["scales"]:
+            factor = factors.get(name, (1.0, 0))[0] * (cut["size"] / bits.bit_count()) ** (over / under)
+            factors[name] = factor, offset
     filled = dict(tensors)
-    for name, factor in factors.items():
-        filled[name] = _times(filled[name], 1 / factor)
+    for name, (factor, offset) in factors.items():
+        filled[name] = _scaled(filled[name], 1 / factor, offset)
     for (name, dim), found in gone.items():
         old = filled[name]
         removed = np.concatenate(found)

@@ -13,7 +13,8 @@ The record is `config.oto`, plain JSON:
      "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
                "members": [["bert...query.weight", 0, 0,                   # a hexadecimal number, are what was kept;
                             0, 1, 64], ...],                               # the third entry fills the cut places
-               "scales": [["bert...norm.weight", 1, 2], ...]}]}             # times (size / number kept) ** (1 / 2)
+               "scales": [["bert...norm.weight", 1, 2, 0], ...]}]}          # times (size / number kept) ** (1 / 2),
+                                                                            # after adding 0, which is then taken off
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def _is_member(member: Any) -> bool:
 
 
 def _is_scale(scale: Any) -> bool:
-    """[name, numerator, denominator] of a power."""
-    ok = isinstance(scale, list) and len(scale) == 3 and isinstance(scale[0], str)
+    """[name, numerator and denominator of a power, offset]."""
+    ok = isinstance(scale, list) and len(scale) == 4 and isinstance(scale[0], str)
     return ok and all(map(_is_size, scale[1:])) and scale[2] > 0
 
 

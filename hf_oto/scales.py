@@ -8,7 +8,7 @@ want equal ones, an average adds 1, and what isn't linear wants 0: solved for th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from .rules import Axes, base_name, is_ref, reduced_dims
 from .trace import Call, Ref, Trace
-from .zigs import ZIGPartition
+from .zigs import Scale, ZIGPartition
 
 Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tensor) or ~axis -> coefficient, never 0
 
@@ -37,6 +37,7 @@ class Exponents:
         zig_of, axis_of: the ZIG and the axis of every index id, -1 for none.
         of: tensor number -> its exponent; 0 for those without an entry.
         cost: unknown -> the number of its elements; of several the smallest is solved for.
+        sums: number of p + n -> the parameter p that is read in no other way: it can be scaled as this sum.
         conflicts: axes that no exponents suit.
     """
 
@@ -45,6 +46,7 @@ class Exponents:
         self.axis_of = np.append(np.repeat(np.arange(len(sizes)), sizes), -1)[zig_of]
         self.of: dict[int, Exponent] = {unknown: {unknown: Fraction(1)} for unknown in cost}
         self.solved: dict[int, Exponent] = {}
+        self.sums: dict[int, int] = {}
         self.conflicts: set[int] = set()
 
     def read(self, ref: Ref) -> Exponent:
@@ -57,7 +59,7 @@ class Exponents:
         """The same with solved unknowns replaced."""
         while known := exponent.keys() & self.solved.keys():
             for key in known:
-                exponent = plus(exponent, plus(self.solved[key], {key: Fraction(-1)}), exponent[key])
+                exponent = plus(exponent, plus(self.solved[key], {key: Fraction(-1)}), exponent.get(key, 0))
         return exponent
 
     def equate(self, a: Exponent, b: Exponent) -> None:
@@ -90,6 +92,9 @@ class Exponents:
         rule = RULES.get(base_name(call.op), none)
         refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
         if rule not in (mean, rms_norm, filled) and not any(map(self.read, refs)):
+            return
+        if call.outs and call.outs[0].value in self.sums:
+            self.of[call.outs[0].value] = self.of[self.sums[call.outs[0].value]]
             return
         try:
             result = rule(self, call)
@@ -215,7 +220,7 @@ RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 def solve_scales(
     traced: Trace, found: Axes, partition: ZIGPartition, zig_of: np.ndarray
-) -> tuple[dict[int, tuple[tuple[str, Fraction], ...]], set[int]]:
+) -> tuple[dict[int, tuple[Scale, ...]], set[int]]:
     """The scales of every axis that is averaged over, by its number, as in `PrunableAxis.scales`, and the axes that no
     scales suit. Only parameters that may be cut are ever scaled."""
     cut = {m.param for axis in partition.axes for m in axis.members if m.role != "statistic"}
@@ -226,16 +231,37 @@ def solve_scales(
     leaves = (leaf for call in averages for d in averaged(call) for leaf in found.of(call.args[0])[d])
     if not any((x.axis_of[leaf.ids] >= 0).any() for leaf in leaves):
         return {}, set()
+    x.sums, offset = _sums(found.calls, cost)
     for call in found.calls:
         x.follow(call)
     for ref in traced.outputs:
         x.equate(x.read(ref), {})
-    scales: dict[int, list[tuple[str, Fraction]]] = {}
+    scales: dict[int, list[Scale]] = {}
     for name, value in number.items():
         for key, power in x.known(x.of[value]).items():
             if key < 0:  # an unknown that is left is free: 0
-                scales.setdefault(~key, []).append((name, power))
+                scales.setdefault(~key, []).append(Scale(name, power, offset.get(value, 0)))
     return {axis: tuple(some) for axis, some in scales.items()}, x.conflicts
+
+
+def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """number of p + n -> p, and p -> n, for parameters that are read as this sum alone; n is a whole number."""
+    copies: dict[int, int] = {}  # of a parameter -> it
+    sums: dict[int, dict[int, int]] = {}  # parameter -> what it is read as -> what was added
+    for call in calls:
+        name = base_name(call.op)
+        for ref in (a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)):
+            p = copies.get(ref.value, ref.value)
+            if p not in parameters:
+                continue
+            n = call.args[-1] if name == "add" and not (call.kwargs or call.op._schema.is_mutable) else 0
+            if name in ("_to_copy", "detach", "alias"):
+                copies[call.outs[0].value] = p
+            elif call.outs:
+                whole = isinstance(n, (int, float)) and n == int(n)
+                sums.setdefault(p, {})[call.outs[0].value] = int(n) if whole else 0
+    offset = {p: min(read.values()) for p, read in sums.items() if len(set(read.values())) == 1}
+    return {out: p for p, read in sums.items() if offset.get(p) for out in read}, offset
 
 
 def _written(call: Call) -> list[Any]:

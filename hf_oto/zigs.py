@@ -75,6 +75,14 @@ class Member:
         return data | {"start": self.start, "outer": self.outer, "inner": self.inner}
 
 
+class Scale(NamedTuple):
+    """Cutting an axis makes a parameter p into (p + offset) * (size / kept) ** power - offset (scales.py)."""
+
+    param: str
+    power: Fraction
+    offset: int = 0
+
+
 @dataclass(frozen=True)
 class PrunableAxis:
     """One prunable axis; position j along it is one zero-invariant group (ZIG).
@@ -89,8 +97,7 @@ class PrunableAxis:
         multiple: a cut leaves a multiple of so many, some as zeros: kernels for stacked experts want aligned rows.
         zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
             part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
-        scales: (parameter, power): cutting scales the parameter by (size / kept) ** power, because an average is
-            taken over the axis (scales.py).
+        scales: parameters that cutting scales, because an average is taken over the axis.
     """
 
     name: str
@@ -101,7 +108,7 @@ class PrunableAxis:
     macs: int = 0
     multiple: int = 1
     zero_path: bool = True
-    scales: tuple[tuple[str, Fraction], ...] = ()
+    scales: tuple[Scale, ...] = ()
 
     @property
     def group(self) -> tuple[Member, ...]:
@@ -120,7 +127,7 @@ class PrunableAxis:
             "macs": self.macs,
             "multiple": self.multiple,
             "zero_path": self.zero_path,
-            "scales": [[name, *power.as_integer_ratio()] for name, power in self.scales],
+            "scales": [[s.param, *s.power.as_integer_ratio(), s.offset] for s in self.scales],
         }
         return data | {"members": members}
 
