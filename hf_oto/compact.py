@@ -213,10 +213,14 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     record = vars(config).pop("oto", {"cuts": []})
     vars(config).pop("auto_map", None)
     dense = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
-    tensors = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}  # what is tied has several names, and the record knows the first
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    tensors = {name: state[name].detach() for name in first.values()}
     for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
         tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
-    dense.load_state_dict(tensors)
+    dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
     if model.can_generate():
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)

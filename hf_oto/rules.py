@@ -661,20 +661,6 @@ def weight_norm(s: Axes, call: Call) -> list[list[Dim]]:
     return [dims, *[[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]]
 
 
-def rms_norm(s: Axes, call: Call) -> list[list[Dim]]:
-    """divided by the root mean square over the last dimensions: as good as a mean"""
-    x, shape, weight = call.args[:3]
-    dims = list(s.of(x))
-    at = len(dims) - len(shape)
-    for leaf in (leaf for dim in dims[at:] for leaf in dim if not leaf.zero):
-        s.pin((leaf,), "an average is taken over it")
-    stats = [*[with_zero(dim, False) for dim in dims[:at]], *[()] * len(shape)]
-    if is_ref(weight):
-        s.produce(weight, *s.of(weight))
-        dims[at:] = [s.unify(a, b, either) for a, b in zip(dims[at:], s.of(weight), strict=True)]
-    return [dims, stats]
-
-
 def reduced_dims(call: Call, at: int = 1) -> set[int]:
     """The dimensions that a reduction runs over; `at`: the place of that argument."""
     n = len(call.args[0].shape)
@@ -831,7 +817,6 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     batch_norm: """native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm
         miopen_batch_norm _batch_norm_no_update""",
     group_norm: "native_group_norm",
-    rms_norm: "_fused_rms_norm",
     sum_: "sum",
     vector_norm: "linalg_vector_norm",
     mean: "mean var std var_mean std_mean amax amin max min prod all any argmax argmin logsumexp",

@@ -76,7 +76,7 @@ class Exponents:
     def counted(self, call: Call) -> Exponent:
         """What an average adds: 1 for each axis that it runs over."""
         total: Exponent = {}
-        for leaf in (leaf for d in averaged(call) for leaf in self.found.of(call.args[0])[d]):
+        for leaf in (leaf for d in reduced_dims(call) for leaf in self.found.of(call.args[0])[d]):
             axes = set(self.axis_of[leaf.ids].tolist())
             if axes == {-1}:
                 continue
@@ -91,7 +91,7 @@ class Exponents:
         """Finds the exponents of what a call makes."""
         rule = RULES.get(base_name(call.op), none)
         refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
-        if rule not in (mean, rms_norm, filled) and not any(map(self.read, refs)):
+        if rule not in (mean, filled) and not any(map(self.read, refs)):
             return
         if call.outs and call.outs[0].value in self.sums:
             self.of[call.outs[0].value] = self.of[self.sums[call.outs[0].value]]
@@ -102,7 +102,7 @@ class Exponents:
             result = none(self, call)
         for a in _written(call):  # in place: the tensors that it is a view of hold it too
             self.equate(result, self.read(a))
-        outs = call.outs[:1] if rule in (rms_norm, attention) else call.outs  # the others are statistics
+        outs = call.outs[:1] if rule is attention else call.outs  # the others are statistics
         self.of |= dict.fromkeys((ref.value for ref in outs), result)
 
 
@@ -157,21 +157,6 @@ def mean(x: Exponents, call: Call) -> Exponent:
     return plus(x.read(call.args[0]), x.counted(call))
 
 
-def averaged(call: Call) -> set[int]:
-    """The dimensions that an average, or the fused RMS norm, runs over."""
-    if base_name(call.op) == "mean":
-        return reduced_dims(call)
-    n = len(call.args[0].shape)
-    return set(range(n - len(call.args[1]), n))
-
-
-def rms_norm(x: Exponents, call: Call) -> Exponent:
-    """x / sqrt(mean(x**2) + eps) * weight"""
-    ref, _, weight = call.args[:3]
-    x.equate(plus(x.counted(call), x.read(ref), 2), {})
-    return plus(x.read(ref), x.read(weight) if is_ref(weight) else {})
-
-
 def attention(x: Exponents, call: Call) -> Exponent:
     """softmax(q k) v"""
     q, k, v = call.args[:3]
@@ -208,7 +193,6 @@ _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
     product: "mul div mm bmm mv dot addmm baddbmm convolution",
     power: "pow square sqrt rsqrt reciprocal",
     mean: "mean",
-    rms_norm: "_fused_rms_norm",
     attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
@@ -227,8 +211,8 @@ def solve_scales(
     number = {name: ref.value for name, ref in traced.sources.items() if name in cut}
     cost = {value: math.prod(traced.sources[name].shape) for name, value in number.items()}
     x = Exponents(found, zig_of, [axis.size for axis in partition.axes], cost)
-    averages = [call for call in found.calls if base_name(call.op) in ("mean", "_fused_rms_norm")]
-    leaves = (leaf for call in averages for d in averaged(call) for leaf in found.of(call.args[0])[d])
+    averages = [call for call in found.calls if base_name(call.op) == "mean"]
+    leaves = (leaf for call in averages for d in reduced_dims(call) for leaf in found.of(call.args[0])[d])
     if not any((x.axis_of[leaf.ids] >= 0).any() for leaf in leaves):
         return {}, set()
     x.sums, offset = _sums(found.calls, cost)

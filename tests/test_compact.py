@@ -383,13 +383,13 @@ def test_a_stock_model_is_dense_already(outputs, difference):
 def test_other_dtypes(dtype, draw_plan, outputs, difference):
     model, inputs = make("llama").to(dtype), TABLE["llama"].inputs(2)
     partition = partition_zigs(model, inputs)
-    assert len(partition.axes) == 4
+    assert len(partition.axes) == 5
     plan = draw_plan(partition)
     partition.zero_(model, plan)
     zeroed = outputs(model, inputs)
     compact(model, partition, plan)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    limit = 3 * torch.finfo(dtype).eps
+    limit = 3 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms are computed in float32
     assert difference(zeroed, outputs(model, inputs)) <= 4 * limit
     assert difference(zeroed, outputs(to_dense(model), inputs)) <= 4 * limit
 
@@ -406,7 +406,7 @@ def test_experts_keep_a_multiple_of_eight(outputs, difference):
     """The kernels of stacked experts want aligned rows: of 24 units 5 are asked for, 8 stay, three of them zero."""
     model, inputs = make("mixtral"), TABLE["mixtral"].inputs(2)
     partition = partition_zigs(model, inputs)
-    (axis,) = [axis for axis in partition.axes if axis.multiple == 8]
+    (axis,) = [axis for axis in partition.axes if axis.multiple == 8 and axis.size == 24]
     plan = PruningPlan({axis.name: range(5)})
     partition.zero_(model, plan)
     zeroed = outputs(model, inputs)
