@@ -249,10 +249,13 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str,
             return partition
         zigs = partition.sizes.involved(conflicts, removed)
         layer = next((c.layer for c in conflicts if c.layer), "")
-        axes = np.unique(_axis_of(partition)[zigs])
-        streams = [a for a in axes if partition.axes[a].scales]  # rather these than heads
-        why = f"a size used in {layer or 'forward'} can't follow it"
-        _pin_axes(partition, zig_of, found, streams or axes, why)
+        _pin_axes(
+            partition,
+            zig_of,
+            found,
+            np.unique(_axis_of(partition)[zigs]),
+            f"a size used in {layer or 'forward'} can't follow it",
+        )
 
 
 def _draw(partition: ZIGPartition, seed: int) -> np.ndarray:

@@ -242,7 +242,7 @@ def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, 
             if name in ("_to_copy", "detach", "alias"):
                 copies[call.outs[0].value] = p
             elif call.outs:
-                whole = isinstance(n, (int, float)) and n == int(n)
+                whole = isinstance(n, (int, float)) and float(n).is_integer()
                 sums.setdefault(p, {})[call.outs[0].value] = int(n) if whole else 0
     offset = {p: min(read.values()) for p, read in sums.items() if len(set(read.values())) == 1}
     return {out: p for p, read in sums.items() if offset.get(p) for out in read}, offset
