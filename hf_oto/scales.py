@@ -111,7 +111,7 @@ class Exponents:
 VALUES = {  # the arguments of an op that the result is made of, where these are not its first alone
     **dict.fromkeys("add sub rsub copy".split(), (0, 1)),
     **dict.fromkeys("masked_fill constant_pad_nd index_put".split(), (0, 2)),
-    **dict.fromkeys("index_add index_copy scatter scatter_add".split(), (0, 3)),
+    **dict.fromkeys("index_add index_copy scatter_add".split(), (0, 3)),
     "where": (1, 2),
 }
 
@@ -188,7 +188,7 @@ def none(x: Exponents, call: Call) -> Exponent:
 _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
     same: """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand repeat slice select
         unbind split split_with_sizes unsafe_split chunk cat stack roll flip constant_pad_nd embedding index gather
-        index_select scatter scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy
+        index_select scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy
         lift lift_fresh add sub where masked_fill neg abs sum cumsum tril triu view_as_real view_as_complex""",
     product: "mul div mm bmm mv dot addmm baddbmm convolution",
     power: "pow square sqrt rsqrt reciprocal",

@@ -15,6 +15,14 @@ from hf_oto.compact import cut_, kept_positions, resolve
 TOLERANCE = 1e-5
 EPS = 0.1  # so large that a wrong one shows
 
+
+def shifted(x):
+    """Every token's predecessor, written into zeros."""
+    out = torch.zeros_like(x)
+    out[:, 1:] = x[:, :-1]
+    return out
+
+
 NORMS = {  # weight, x -> x of mean square 1, more or less
     "weight": lambda w, x: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
     "product": lambda w, x: x / ((x * x).mean(-1, keepdim=True) + EPS).sqrt() * w,
@@ -22,6 +30,7 @@ NORMS = {  # weight, x -> x of mean square 1, more or less
     "torch": lambda w, x: F.rms_norm(x, w.shape, w, EPS),
     "none": lambda w, x: F.rms_norm(x, x.shape[-1:], None, EPS),
     "both": lambda w, x: torch.tanh(w) * (x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * (1 + w)),
+    "shifted": lambda w, x: F.rms_norm(x + shifted(x), w.shape, w, EPS) + w * shifted(x),
     "pooled": lambda w, x: w * x * x.mean(-1, keepdim=True).sigmoid(),
     "in_place": lambda w, x: w * (x * x.float().pow(2).mean(-1, keepdim=True).add_(EPS).rsqrt_()),
 }
