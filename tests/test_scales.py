@@ -200,6 +200,19 @@ def test_only_what_is_cut_is_scaled():
     assert any(n in s.param for n in names for axis in partition_zigs(model, text(2)).axes for s in axis.scales)
 
 
+def test_a_body_alone_is_dense_again(tmp_path, outputs, difference):
+    """Its scales are taken back too, those of the head that it came with are not missed."""
+    model = make("llama").eval()
+    partition = partition_zigs(model, text(2))
+    plan = half(partition)
+    partition.zero_(model, plan)
+    expected = outputs(model.model, text(2))
+    compact(model, partition, plan).save_pretrained(tmp_path)
+    body = tf.AutoModel.from_pretrained(tmp_path).eval()
+    assert outputs(body, text(2))[0].shape[-1] == 16
+    assert difference(expected, outputs(to_dense(body), text(2))) <= TOLERANCE
+
+
 def test_zero_zigs_of_a_stream_get_no_gradient():
     """What training has made zero stays zero by itself: its norm's gradient is proportional to it."""
     model = stream("weight", True)
