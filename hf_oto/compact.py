@@ -64,7 +64,7 @@ def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> Factors:
     return factors
 
 
-def _scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
+def scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
     """(tensor + offset) * factor - offset, rounded once."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
@@ -84,7 +84,7 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], fact
         for dim, keep in dims.items():
             cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
         if name in factors:
-            cut = _scaled(cut, *factors[name])
+            cut = scaled(cut, *factors[name])
         new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -249,7 +249,7 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
             factors[name] = factor, offset
     filled = dict(tensors)
     for name, (factor, offset) in factors.items():
-        filled[name] = _scaled(filled[name], 1 / factor, offset)
+        filled[name] = scaled(filled[name], 1 / factor, offset)
     for (name, dim), found in gone.items():
         old = filled[name]
         removed = np.concatenate(found)

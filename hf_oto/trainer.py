@@ -19,7 +19,7 @@ from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArgu
 
 from .compact import compact
 from .dhspg import DHSPG
-from .partition import check_zero_invariance, cut_difference, partition_zigs, tolerance
+from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
 from .report import measure, table
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
@@ -188,7 +188,7 @@ class OTOMixin:
         before = measure(model, batch)
         moved = check_zero_invariance(model, self.partition, batch, self.plan)
         difference = max(moved, cut_difference(model, self.partition, self.plan, batch))
-        if not difference <= tolerance(model):
+        if not is_rounding(difference, model, self.partition, self.plan, batch):
             path = os.path.join(self.args.output_dir, "dense")
             self.save_model(path)
             raise OTOError(

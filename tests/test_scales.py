@@ -9,6 +9,7 @@ from models import GatedConfig, hidden, make, randomise_, text, waves
 from torch import nn
 from torch.nn import functional as F
 
+import hf_oto
 from hf_oto import PruningPlan, check_zero_invariance, compact, partition_zigs, to_dense
 from hf_oto.compact import cut_, kept_positions, resolve
 
@@ -198,6 +199,21 @@ def test_only_what_is_cut_is_scaled():
         partition = partition_zigs(model, text(2), protect=[name])
         assert not any(name in s.param for axis in partition.axes for s in axis.scales)
     assert any(n in s.param for n in names for axis in partition_zigs(model, text(2)).axes for s in axis.scales)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_rehearsal_knows_rounding_from_a_wrong_scale(wrong, monkeypatch):
+    """Weights that are scaled are rounded anew, which an unstable model shows; a wrong power is no rounding."""
+    model = stream("weight", True)
+    monkeypatch.setattr(hf_oto.partition, "TOLERANCE", 1e-8)
+
+    def factors(partition, removed, right=hf_oto.partition.scale_factors):
+        return {name: (f ** (0.99 if wrong else 1), offset) for name, (f, offset) in right(partition, removed).items()}
+
+    monkeypatch.setattr(hf_oto.partition, "scale_factors", factors)
+    partition = partition_zigs(model, text(2))
+    assert bool(streams_of(partition)) is not wrong
+    assert ("in rehearsal" in partition.pinned.get("embed.weight[1]", "")) is wrong
 
 
 def test_a_body_alone_is_dense_again(tmp_path, outputs, difference):
