@@ -23,6 +23,7 @@ from .zigs import Member, PruningPlan, ZIGPartition
 logger = logging.getLogger(__name__)
 
 Cuts = dict[tuple[str, int], np.ndarray]  # (parameter, dim) -> the positions that stay
+Factors = dict[str, tuple[float, int]]  # parameter p -> (factor, offset): it becomes (p + offset) * factor - offset
 
 
 def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[Attribute, int]]:
@@ -53,9 +54,26 @@ def kept_positions(partition: ZIGPartition, removed: np.ndarray, shapes: Mapping
     return {key: np.flatnonzero(mask) for key, mask in alive.items()}
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> None:
-    """Slices the tensors that `cuts` names and sets the attributes, in place; tied tensors stay tied."""
-    by_param: dict[str, dict[int, np.ndarray]] = {}
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> Factors:
+    """How parameters change for the averages taken over what is cut; `removed` is bool (num_zigs,)."""
+    factors: Factors = {}
+    for axis, gone in partition.split(removed):
+        for name, power, offset in axis.scales if gone.any() else ():
+            factor = factors.get(name, (1.0, 0))[0] * (axis.size / int((~gone).sum())) ** float(power)
+            factors[name] = factor, offset
+    return factors
+
+
+def scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
+    """(tensor + offset) * factor - offset, rounded once."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
+
+
+def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], factors: Factors) -> None:
+    """Slices the tensors that `cuts` names, scales those that `factors` names and sets the attributes, in place;
+    tied tensors stay tied."""
+    by_param: dict[str, dict[int, np.ndarray]] = {name: {} for name in factors}
     for (name, dim), keep in cuts.items():
         by_param.setdefault(name, {})[dim] = keep
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -65,6 +83,8 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int]) -> N
         cut = old.detach()
         for dim, keep in dims.items():
             cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
+        if name in factors:
+            cut = scaled(cut, *factors[name])
         new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
     put_(model, new)
     resize_(model, attributes)
@@ -138,7 +158,7 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     before = {path: sizes_of(module) for path, module in model.named_modules()}
     shapes = {name: t.shape for name, t in tensors.items()}
     cuts = kept_positions(partition, removed, shapes)
-    cut_(model, cuts, attributes)
+    cut_(model, cuts, attributes, scale_factors(partition, removed))
     if isinstance(model, PreTrainedModel) and cuts:
         become_compact_(model, _record(model, partition, removed, cuts, before))
     return model
@@ -174,7 +194,8 @@ def _record(
                 for m in axis.members
             ]
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
-            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members})
+            scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
+            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
     return {"version": 1, "modules": modules, "cuts": found}
 
 
@@ -197,19 +218,24 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     record = vars(config).pop("oto", {"cuts": []})
     vars(config).pop("auto_map", None)
     dense = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
-    tensors = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}  # what is tied has several names, and the record knows the first
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    tensors = {name: state[name].detach() for name in first.values()}
     for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
         tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
-    dense.load_state_dict(tensors)
+    dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
     if model.can_generate():
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
 
 
 def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The tensors before these cuts: zeros where something was cut, ones where zeros would not do."""
+    """The tensors before these cuts: scaled back, zeros where something was cut, ones where zeros would not do."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     fill: dict[tuple[str, int], int] = {}
+    factors: Factors = {}
     for cut in cuts:
         bits = int(cut["kept"], 16)
         packed = np.frombuffer(bits.to_bytes(-(-cut["size"] // 8), "little"), np.uint8)
@@ -223,7 +249,12 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
             positions = Member(name, dim, "producer", **layout).positions(cut["size"])
             gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
             fill[name, dim] = value
+        for name, over, under, offset in cut["scales"]:
+            factor = factors.get(name, (1.0, 0))[0] * (cut["size"] / bits.bit_count()) ** (over / under)
+            factors[name] = factor, offset
     filled = dict(tensors)
+    for name, (factor, offset) in factors.items():
+        filled[name] = scaled(filled[name], 1 / factor, offset)
     for (name, dim), found in gone.items():
         old = filled[name]
         removed = np.concatenate(found)

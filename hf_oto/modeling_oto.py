@@ -12,7 +12,9 @@ The record is `config.oto`, plain JSON:
                       "shapes": {"weight": [128, null], "bias": [128]}}}, # new sizes, null: as the stock model has it
      "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
                "members": [["bert...query.weight", 0, 0,                   # a hexadecimal number, are what was kept;
-                            0, 1, 64], ...]}]}                             # the third entry fills the cut places
+                            0, 1, 64], ...],                               # the third entry fills the cut places
+               "scales": [["bert...norm.weight", 1, 2, 0], ...]}]}          # times (size / number kept) ** (1 / 2),
+                                                                            # after adding 0, which is then taken off
 """
 
 from __future__ import annotations
@@ -79,7 +81,11 @@ def validate(record: Any) -> None:
         ok = ok and isinstance(cut.get("kept"), str) and re.fullmatch("[0-9a-f]+", cut["kept"]) is not None
         ok = ok and int(cut["kept"], 16).bit_length() <= cut["size"]
         ok = ok and isinstance(cut.get("members"), list) and all(map(_is_member, cut["members"]))
-        _require(ok, f"cuts[{i}] is not {{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...]}}")
+        ok = ok and isinstance(cut.get("scales"), list) and all(map(_is_scale, cut["scales"]))
+        form = (
+            "{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...], 'scales': [[name, ...], ...]}"
+        )
+        _require(ok, f"cuts[{i}] is not {form}")
 
 
 def _require(ok: bool, fact: str) -> None:
@@ -98,6 +104,12 @@ def _is_member(member: Any) -> bool:
     rows = [member[3:]] if len(member) == 6 else member[3]
     rows = rows if isinstance(rows, list) else [None]
     return all(isinstance(row, list) and all(map(_is_size, row)) for row in [member[1:3], *rows])
+
+
+def _is_scale(scale: Any) -> bool:
+    """[name, numerator and denominator of a power, offset]."""
+    ok = isinstance(scale, list) and len(scale) == 4 and isinstance(scale[0], str)
+    return ok and all(map(_is_size, scale[1:])) and scale[2] > 0
 
 
 def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
@@ -219,7 +231,8 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
     """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {name for name, _ in [*model.named_modules(remove_duplicate=False), *tensors]}
-    names = {*record["modules"], *(member[0] for cut in record["cuts"] for member in cut["members"])}
+    parts = ("members", "scales")
+    names = {*record["modules"], *(entry[0] for cut in record["cuts"] for part in parts for entry in cut[part])}
     if not partly and names <= known:
         return record
     body = f"{model.base_model_prefix}." if model.base_model_prefix else "no body."
@@ -241,8 +254,8 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
         logger.info("%s uses %d of the %d compact modules", type(model).__name__, len(modules), len(record["modules"]))
     cuts = []
     for cut in record["cuts"]:
-        members = [[translate(member[0]), *member[1:]] for member in cut["members"]]
-        cuts.append(cut | {"members": [member for member in members if member[0] is not None]})
+        named = {part: [[translate(name), *rest] for name, *rest in cut[part]] for part in parts}
+        cuts.append(cut | {part: [entry for entry in named[part] if entry[0] is not None] for part in parts})
     return record | {"modules": modules, "cuts": [cut for cut in cuts if cut["members"]]}
 
 

@@ -51,6 +51,7 @@ class Axes:
     Attributes:
         algebra: the union-find the dimensions live in.
         dims: value number -> its dimensions.
+        calls: the calls that the outputs depend on.
         const: numbers of the values that depend on parameters and buffers only.
         chosen: numbers of the values that are parts of such, chosen by the data (an expert's weights, say).
     """
@@ -58,6 +59,7 @@ class Axes:
     def __init__(self) -> None:
         self.algebra = Algebra()
         self.dims: dict[int, list[Dim]] = {}
+        self.calls: list[Call] = []
         self.const: set[int] = set()
         self.chosen: set[int] = set()
         self.layer = ""
@@ -659,13 +661,18 @@ def weight_norm(s: Axes, call: Call) -> list[list[Dim]]:
     return [dims, *[[s.algebra.fixed(n) for n in out.shape] for out in call.outs[1:]]]
 
 
-def _reduced(s: Axes, call: Call, harmless: Callable[[Leaf], bool], why: str, at: int = 1) -> list[list[Dim]]:
-    ref = call.args[0]
-    n = len(ref.shape)
+def reduced_dims(call: Call, at: int = 1) -> set[int]:
+    """The dimensions that a reduction runs over; `at`: the place of that argument."""
+    n = len(call.args[0].shape)
     given = call.args[at] if len(call.args) > at else call.kwargs.get("dim")
     if isinstance(given, bool):
         given = None
-    which = set(range(n)) if given is None or given == [] else {d % n for d in as_list(given) if n}
+    return set(range(n)) if given is None or given == [] else {d % n for d in as_list(given) if n}
+
+
+def _reduced(s: Axes, call: Call, harmless: Callable[[Leaf], bool], why: str, at: int = 1) -> list[list[Dim]]:
+    ref = call.args[0]
+    n, which = len(ref.shape), reduced_dims(call, at)
     dims = s.of(ref)
     for d in which:
         for leaf in dims[d]:
@@ -689,8 +696,9 @@ def vector_norm(s: Axes, call: Call) -> list[list[Dim]]:
 
 
 def mean(s: Axes, call: Call) -> list[list[Dim]]:
-    """averaged over some dimensions: the number of positions counts"""
-    result = _reduced(s, call, lambda leaf: False, "an average is taken over it")
+    """averaged over some dimensions: zeros change only the number of positions, and scales.py sees to that"""
+    zeros = base_name(call.op) == "mean" and not s.weight(call.args[0])
+    result = _reduced(s, call, lambda leaf: zeros and leaf.zero, "an average is taken over it")
     return result if "mean" in base_name(call.op) else [[with_zero(d, False) for d in dims] for dims in result]
 
 
@@ -842,7 +850,8 @@ def apply_rules(trace: Trace) -> Axes:
         s.source(ref, name in trace.parameters)
     s.algebra.reason(OUTPUT)  # the first: what a person should read, if there are others too
     missing: set[str] = set()
-    for call in _live(trace):
+    s.calls = _live(trace)
+    for call in s.calls:
         s.layer = call.layer
         name = base_name(call.op)
         rule = RULES.get(name, elementwise if torch.Tag.pointwise in call.op.tags else unknown)

@@ -23,7 +23,7 @@ from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArgu
 
 from .compact import compact, put_
 from .dhspg import DHSPG, the_target
-from .partition import check_zero_invariance, cut_difference, partition_zigs, tolerance
+from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
 from .report import measure, table
 from .trace import persistent_buffers
 from .zigs import OTOError, PruningPlan, ZIGPartition
@@ -230,8 +230,8 @@ class OTOMixin:
                 buffer.copy_(broadcast(buffer))
         batch = self._first_batch()
         before = _of_rank_zero(lambda: measure(model, batch))
-        self.plan, difference = _of_rank_zero(lambda: self._certified(model, batch))
-        if not difference <= tolerance(model):
+        self.plan, difference, exact = _of_rank_zero(lambda: self._certified(model, batch))
+        if not exact:
             path = os.path.join(self.args.output_dir, "dense")
             self.save_model(path)
             raise OTOError(
@@ -259,11 +259,12 @@ class OTOMixin:
             print(table(before, after))
             print(f"max output difference, zeroed full against compact: {difference:.1e}")
 
-    def _certified(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[PruningPlan, float]:
-        """The plan that the zeros make, and how far the cut model is from the zeroed one."""
+    def _certified(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[PruningPlan, float, bool]:
+        """The plan that the zeros make, how far the cut model is from the zeroed one, and whether that is rounding."""
         plan = PruningPlan.from_zeros(model, self.partition)
         moved = check_zero_invariance(model, self.partition, batch, plan)
-        return plan, max(moved, cut_difference(model, self.partition, plan, batch))
+        difference = max(moved, cut_difference(model, self.partition, plan, batch))
+        return plan, difference, is_rounding(difference, model, self.partition, plan, batch)
 
     # what it reads ---------------------------------------------------------------------------------
 

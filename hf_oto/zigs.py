@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ LIFTS = {  # part of a reason -> what would lift the pin; of anything else the w
     "in rehearsal": "please report it: hf_oto can't rebuild the cut layer",
     "protected": "leaving it out of protect",
     "inside a group": "nothing: it goes with its group",
+    "an average": "nothing in this model: it changes with the width, and no scaling of weights undoes that",
     "mean and variance": "nothing in this model: they change with the width; batch norm would not mind",
     "no parameter": "nothing: there is no weight to save",
 }
@@ -74,6 +76,14 @@ class Member:
         return data | {"start": self.start, "outer": self.outer, "inner": self.inner}
 
 
+class Scale(NamedTuple):
+    """Cutting an axis makes a parameter p into (p + offset) * (size / kept) ** power - offset (scales.py)."""
+
+    param: str
+    power: Fraction
+    offset: int = 0
+
+
 @dataclass(frozen=True)
 class PrunableAxis:
     """One prunable axis; position j along it is one zero-invariant group (ZIG).
@@ -88,6 +98,7 @@ class PrunableAxis:
         multiple: a cut leaves a multiple of so many, some as zeros: kernels for stacked experts want aligned rows.
         zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
             part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
+        scales: parameters that cutting scales, because an average is taken over the axis.
     """
 
     name: str
@@ -98,6 +109,7 @@ class PrunableAxis:
     macs: int = 0
     multiple: int = 1
     zero_path: bool = True
+    scales: tuple[Scale, ...] = ()
 
     @property
     def group(self) -> tuple[Member, ...]:
@@ -116,6 +128,7 @@ class PrunableAxis:
             "macs": self.macs,
             "multiple": self.multiple,
             "zero_path": self.zero_path,
+            "scales": [[s.param, *s.power.as_integer_ratio(), s.offset] for s in self.scales],
         }
         return data | {"members": members}
 

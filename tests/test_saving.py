@@ -50,6 +50,7 @@ def cut_(model, tensors, attributes=()):
         modules.setdefault(path, {}).setdefault("attributes", {})[name] = value
     first = next(iter(tensors))
     cuts = [{"step": 0, "size": 8, "kept": "5a", "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [[0], [1]]]]}]
+    cuts[0]["scales"] = [[first, 1, 2, 0]]
     return {"version": 1, "modules": modules, "cuts": cuts}
 
 
@@ -541,6 +542,7 @@ WRONG = {
     r"cuts\[0\] is not .*": lambda r: r["cuts"][0].update(members=[["name", "0", 0, [[1]]]]),
     r".*cuts\[0\] is not": lambda r: r["cuts"][0].update(kept="5a5"),  # more bits than ZIGs
     r"cuts\[1\] is not": lambda r: r["cuts"].append({"step": 0, "size": 4, "kept": 2, "members": []}),
+    r"cuts\[0\] is not .*scales": lambda r: r["cuts"][0].update(scales=[["name", 1, 0, 0]]),
     "module 'bert.encoder.layer.9', which BertForSeq": lambda r: r["modules"].update({"bert.encoder.layer.9": {}}),
     "unknown keys": lambda r: module(r).update(shape={}),
     r"dense.out_features is '15', not an int": lambda r: module(r)["attributes"].update(out_features="15"),

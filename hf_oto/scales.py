@@ -1,0 +1,256 @@
+"""Scales: how a cut stays exact where an average is taken over its axis, as every RMS norm does.
+
+Zeros leave a sum of squares alone, but the average is over fewer. So let every tensor of the compact model be that of
+the dense one times (size / kept) ** exponent, for each axis. As with units of measure, products add exponents, sums
+want equal ones, an average adds 1, and what isn't linear wants 0: solved for the parameters, they say how to scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torch.utils._pytree import tree_iter
+
+from .rules import Axes, base_name, is_ref, reduced_dims
+from .trace import Call, Ref, Trace
+from .zigs import Scale, ZIGPartition
+
+Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tensor) or ~axis -> coefficient, never 0
+
+
+def plus(a: Exponent, b: Exponent, times: int | Fraction = 1) -> Exponent:
+    """a + times * b"""
+    total = dict(a)
+    for key, value in b.items():
+        total[key] = total.get(key, Fraction(0)) + times * value
+    return {key: value for key, value in total.items() if value}
+
+
+class Exponents:
+    """The exponent of every tensor, and the equations between the unknown ones, solved as they come.
+
+    Attributes:
+        zig_of, axis_of: the ZIG and the axis of every index id, -1 for none.
+        of: tensor number -> its exponent; 0 for those without an entry.
+        cost: unknown -> the number of its elements; of several the smallest is solved for.
+        sums: number of p + n -> the parameter p that is read in no other way: it can be scaled as this sum.
+        conflicts: axes that no exponents suit.
+    """
+
+    def __init__(self, found: Axes, zig_of: np.ndarray, sizes: Sequence[int], cost: dict[int, int]) -> None:
+        self.found, self.zig_of, self.sizes, self.cost = found, zig_of, sizes, cost
+        self.axis_of = np.append(np.repeat(np.arange(len(sizes)), sizes), -1)[zig_of]
+        self.of: dict[int, Exponent] = {unknown: {unknown: Fraction(1)} for unknown in cost}
+        self.solved: dict[int, Exponent] = {}
+        self.sums: dict[int, int] = {}
+        self.conflicts: set[int] = set()
+
+    def read(self, ref: Ref) -> Exponent:
+        """The exponent of a tensor in terms of what is still unknown."""
+        if exponent := self.of.get(ref.value):
+            self.of[ref.value] = exponent = self.known(exponent)
+        return exponent or {}
+
+    def known(self, exponent: Exponent) -> Exponent:
+        """The same with solved unknowns replaced."""
+        while known := exponent.keys() & self.solved.keys():
+            for key in known:
+                exponent = plus(exponent, plus(self.solved[key], {key: Fraction(-1)}), exponent.get(key, 0))
+        return exponent
+
+    def equate(self, a: Exponent, b: Exponent) -> None:
+        """Makes two exponents equal: solves for an unknown of theirs, or notes a conflict."""
+        rest = self.known(plus(a, b, -1))
+        unknown = [key for key in rest if key >= 0]
+        if unknown:
+            pivot = min(unknown, key=lambda key: (self.cost[key], key))
+            factor = rest.pop(pivot)
+            self.solved[pivot] = {key: -value / factor for key, value in rest.items()}
+        else:
+            self.conflicts |= {~key for key in rest}
+
+    def counted(self, call: Call) -> Exponent:
+        """What an average adds: 1 for each axis that it runs over."""
+        total: Exponent = {}
+        for leaf in (leaf for d in reduced_dims(call) for leaf in self.found.of(call.args[0])[d]):
+            axes = set(self.axis_of[leaf.ids].tolist())
+            if axes == {-1}:
+                continue
+            zigs, counts = np.unique(self.zig_of[leaf.ids], return_counts=True)
+            if len(axes) > 1 or len(zigs) < self.sizes[min(axes)] or (counts != counts[0]).any():
+                self.conflicts |= axes - {-1}  # positions side by side that are not one axis, whole and evenly
+            else:
+                total = plus(total, {~axes.pop(): Fraction(1)})
+        return total
+
+    def follow(self, call: Call) -> None:
+        """Finds the exponents of what a call makes."""
+        rule = RULES.get(base_name(call.op), none)
+        refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
+        if rule not in (mean, filled) and not any(map(self.read, refs)):
+            return
+        if call.outs and call.outs[0].value in self.sums:
+            self.of[call.outs[0].value] = self.of[self.sums[call.outs[0].value]]
+            return
+        try:
+            result = rule(self, call)
+        except Exception:  # a way of calling it that the rule doesn't know
+            result = none(self, call)
+        for a in _written(call):  # in place: the tensors that it is a view of hold it too
+            self.equate(result, self.read(a))
+        outs = call.outs[:1] if rule is attention else call.outs  # the others are statistics
+        self.of |= dict.fromkeys((ref.value for ref in outs), result)
+
+
+# one short function per kind of op: the exponent of the result ---------------------------------------
+
+VALUES = {  # the arguments of an op that the result is made of, where these are not its first alone
+    **dict.fromkeys("add sub rsub copy".split(), (0, 1)),
+    **dict.fromkeys("masked_fill constant_pad_nd index_put".split(), (0, 2)),
+    **dict.fromkeys("index_add index_copy scatter_add".split(), (0, 3)),
+    "where": (1, 2),
+}
+
+
+def same(x: Exponents, call: Call) -> Exponent:
+    """Sums and rearrangements: equal exponents; 0 and infinity have any, other numbers 0."""
+    dtype = call.kwargs.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        return none(x, call)
+    which = VALUES.get(base_name(call.op), (0,))
+    operands = [a for i in which for a in tree_iter(call.args[i : i + 1], is_leaf=is_ref)]
+    exponents = [x.read(a) for a in operands if is_ref(a) and 0 not in a.shape]
+    exponents += [{} for a in operands if not is_ref(a) and a not in (None, 0, math.inf, -math.inf)]
+    for other in exponents[1:]:
+        x.equate(exponents[0], other)
+    return exponents[0] if exponents else {}
+
+
+def product(x: Exponents, call: Call) -> Exponent:
+    """Products add exponents; a bias has those of the result."""
+    name = base_name(call.op)
+    a, b = call.args[1:3] if name in ("addmm", "baddbmm") else call.args[:2]
+    bias = call.args[0] if name in ("addmm", "baddbmm") else call.args[2] if name == "convolution" else None
+    if call.kwargs.get("rounding_mode") is not None:
+        return none(x, call)
+    left, right = (x.read(operand) if is_ref(operand) else {} for operand in (a, b))
+    total = plus(left, right, -1 if name == "div" else 1)
+    if is_ref(bias):
+        x.equate(total, x.read(bias))
+    return total
+
+
+def power(x: Exponents, call: Call) -> Exponent:
+    """Powers by a number multiply exponents."""
+    n = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.get(base_name(call.op)) or call.args[1]
+    if not (is_ref(call.args[0]) and isinstance(n, (int, float))):
+        return none(x, call)
+    return plus({}, x.read(call.args[0]), Fraction(n))
+
+
+def mean(x: Exponents, call: Call) -> Exponent:
+    """An average adds 1 for each axis that it runs over."""
+    return plus(x.read(call.args[0]), x.counted(call))
+
+
+def attention(x: Exponents, call: Call) -> Exponent:
+    """softmax(q k) v"""
+    q, k, v = call.args[:3]
+    x.equate(plus(x.read(q), x.read(k)), {})
+    for a in tree_iter((call.args[3:], call.kwargs), is_leaf=is_ref):
+        if is_ref(a):
+            x.equate(x.read(a), {})
+    return x.read(v)
+
+
+def filled(x: Exponents, call: Call) -> Exponent:
+    """A new tensor: zeros have any exponent, until something is added to them or written into them; numbers have 0."""
+    zero = "zeros" in base_name(call.op) or "empty" in base_name(call.op) or call.args[-1] in (0, False)
+    dtype = call.kwargs.get("dtype")
+    if not zero or (dtype is not None and not dtype.is_floating_point):
+        return {}
+    x.cost[call.outs[0].value] = 0
+    return {call.outs[0].value: Fraction(1)}
+
+
+def none(x: Exponents, call: Call) -> Exponent:
+    """Not linear, or not known: all that takes part has exponent 0."""
+    for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref):
+        if is_ref(a):
+            x.equate(x.read(a), {})
+    return {}
+
+
+_NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
+    same: """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand repeat slice select
+        unbind split split_with_sizes unsafe_split chunk cat stack roll flip constant_pad_nd embedding index gather
+        index_select scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy
+        lift lift_fresh add sub where masked_fill neg abs sum cumsum tril triu view_as_real view_as_complex""",
+    product: "mul div mm bmm mv dot addmm baddbmm convolution",
+    power: "pow square sqrt rsqrt reciprocal",
+    mean: "mean",
+    attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
+    filled: """zeros new_zeros zeros_like empty new_empty empty_like ones new_ones ones_like full new_full full_like
+        scalar_tensor""",
+}
+RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def solve_scales(
+    traced: Trace, found: Axes, partition: ZIGPartition, zig_of: np.ndarray
+) -> tuple[dict[int, tuple[Scale, ...]], set[int]]:
+    """The scales of every axis that is averaged over, by its number, as in `PrunableAxis.scales`, and the axes that no
+    scales suit. Only parameters that may be cut are ever scaled."""
+    cut = {m.param for axis in partition.axes for m in axis.members if m.role != "statistic"}
+    number = {name: ref.value for name, ref in traced.sources.items() if name in cut}
+    cost = {value: math.prod(traced.sources[name].shape) for name, value in number.items()}
+    x = Exponents(found, zig_of, [axis.size for axis in partition.axes], cost)
+    averages = [call for call in found.calls if base_name(call.op) == "mean"]
+    leaves = (leaf for call in averages for d in reduced_dims(call) for leaf in found.of(call.args[0])[d])
+    if not any((x.axis_of[leaf.ids] >= 0).any() for leaf in leaves):
+        return {}, set()
+    x.sums, offset = _sums(found.calls, cost)
+    for call in found.calls:
+        x.follow(call)
+    for ref in traced.outputs:
+        x.equate(x.read(ref), {})
+    scales: dict[int, list[Scale]] = {}
+    for name, value in number.items():
+        for key, power in x.known(x.of[value]).items():
+            if key < 0:  # an unknown that is left is free: 0
+                scales.setdefault(~key, []).append(Scale(name, power, offset.get(value, 0)))
+    return {axis: tuple(some) for axis, some in scales.items()}, x.conflicts
+
+
+def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """number of p + n -> p, and p -> n, for parameters that are read as this sum alone; n is a whole number."""
+    copies: dict[int, int] = {}  # of a parameter -> it
+    sums: dict[int, dict[int, int]] = {}  # parameter -> what it is read as -> what was added
+    for call in calls:
+        name = base_name(call.op)
+        for ref in (a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)):
+            p = copies.get(ref.value, ref.value)
+            if p not in parameters:
+                continue
+            n = call.args[-1] if name == "add" and not (call.kwargs or call.op._schema.is_mutable) else 0
+            if name in ("_to_copy", "detach", "alias"):
+                copies[call.outs[0].value] = p
+            elif call.outs:
+                whole = isinstance(n, (int, float)) and float(n).is_integer()
+                sums.setdefault(p, {})[call.outs[0].value] = int(n) if whole else 0
+    offset = {p: min(read.values()) for p, read in sums.items() if len(set(read.values())) == 1}
+    return {out: p for p, read in sums.items() if offset.get(p) for out in read}, offset
+
+
+def _written(call: Call) -> list[Any]:
+    """The tensors that a call changes."""
+    arguments = call.op._schema.arguments
+    given = dict(zip((a.name for a in arguments), call.args, strict=False)) | call.kwargs
+    changed = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [a for a in changed if is_ref(a)]
