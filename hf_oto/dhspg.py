@@ -170,7 +170,8 @@ class DHSPG(torch.optim.Optimizer):
             )  # fmt: skip
         sizes = np.array([axis.size for axis in axes], int)
         total = int(sizes.sum())
-        prune = wanted not in (0, {}) if kind in ("target_group_sparsity", "target_per_axis") else wanted < 1
+        sparsity = kind in ("target_group_sparsity", "target_per_axis")
+        prune = wanted not in (0, {}) if sparsity else wanted < 1
         if prune and not axes:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
         most = [axis.size - max(1, math.ceil((min_keep if mode == "scheduled" else 0) * axis.size)) for axis in axes]
@@ -197,13 +198,10 @@ class DHSPG(torch.optim.Optimizer):
             "target_per_axis": lambda: least,
         }.get(kind, lambda: wanted * dense)()
         if target < least:
-            bound = 1 - least / dense if kind == "target_group_sparsity" else least / dense
-            bound = (
-                math.floor(1000 * bound) / 1000 if kind == "target_group_sparsity" else math.ceil(1000 * bound) / 1000
-            )
+            bound = math.floor(1000 * (1 - least / dense)) if sparsity else math.ceil(1000 * least / dense)
             raise ValueError(
                 f"{kind}={wanted} is not feasible: with min_keep={min_keep} it can be "
-                f"at {'most' if kind == 'target_group_sparsity' else 'least'} {bound}"
+                f"at {'most' if sparsity else 'least'} {bound / 1000}"
             )
         events: tuple[int, ...] = ()
         if target < dense and mode == "paper":
@@ -211,7 +209,7 @@ class DHSPG(torch.optim.Optimizer):
             if events[0] >= total_steps:
                 raise ValueError(f"total_steps is {total_steps}, fewer training steps than the warm-up ({events[0]})")
         elif target < dense:
-            events = _events(total_steps, window, num_events or (16 if target < 0.2 * dense else 8))
+            events = _events(total_steps, window, num_events or (16 if round(target / dense, 2) <= 0.2 else 8))
         sgd = issubclass(base, torch.optim.SGD)
         elements = []  # parameters of one ZIG of each axis
         for axis in axes:
@@ -226,7 +224,7 @@ class DHSPG(torch.optim.Optimizer):
         owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
         self.schedule = Schedule(
             mode, total, sizes, room, multiple, work, target,
-            cost=work.alone,
+            cost=np.maximum(work.alone, 1e-9 * dense),  # what costs next to nothing goes last
             elements=np.array(elements, float),
             group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
             readers=_slices(axes, {axis.name: members for axis, members in readers}, trained, owners),
