@@ -175,7 +175,9 @@ class DHSPG(torch.optim.Optimizer):
         if prune and not axes:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
         most = [axis.size - max(1, math.ceil((min_keep if mode == "scheduled" else 0) * axis.size)) for axis in axes]
-        multiple = np.array([_multiple(axis, group_divisible) for axis in axes], int)
+        # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
+        counted = kind == "target_group_sparsity" and group_divisible == 1
+        multiple = np.array([1 if counted else _multiple(axis, group_divisible) for axis in axes], int)
         if kind == "target_per_axis":
             asked = [_asked(axis, wanted) for axis in axes]
             for axis, n, limit in zip(axes, asked, most, strict=True):
