@@ -298,7 +298,7 @@ class DHSPG(torch.optim.Optimizer):
         own, plan = self._own, self.schedule
         now = own["dhspg_step"] + 1
         if not plan.events:
-            super().step()
+            self._base_step()
         elif plan.mode == "paper":
             self._paper_step(now)
         else:
@@ -306,11 +306,16 @@ class DHSPG(torch.optim.Optimizer):
         own["dhspg_step"] = now
         return loss
 
+    def _base_step(self) -> None:
+        """The base optimizer's own step, without the hooks of torch that run around ours already."""
+        step = super().step.__func__
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
     def _scheduled_step(self, now: int) -> None:
         own, plan = self._own, self.schedule
         if now in _sample_steps(plan.events):
             self._sample(now)
-        super().step()
+        self._base_step()
         redundant = None
         if now in (steps := _shrink_steps(plan.events)):
             previous, end = steps[now]
@@ -334,7 +339,7 @@ class DHSPG(torch.optim.Optimizer):
         redundant &= ~self.zero
         projecting = now >= start and bool(redundant.any())
         before = list(self._rows(redundant)) if projecting else []
-        super().step()
+        self._base_step()
         params, d = {n: _local(p) for n, p in self._by_name().items()}, []
         lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
         for s, i, x in before:  # a d = x - x_half, whatever the base optimizer

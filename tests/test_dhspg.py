@@ -106,6 +106,17 @@ def test_with_nothing_to_prune_it_is_bitwise_the_base(base):
 
 
 @BASES
+def test_step_hooks_run_once(base):
+    base[0](net().parameters(), lr=1e-2, **base[1])  # torch hooks a class when the first optimizer of it is made
+    model, calls = net(), []
+    optimizer = make(model, base)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    run(model, optimizer, 2)
+    assert calls == ["before", "after"] * 2
+
+
+@BASES
 def test_it_is_an_instance_of_its_base(base):
     optimizer = make(net(), base)
     assert isinstance(optimizer, DHSPG) and isinstance(optimizer, base[0])
