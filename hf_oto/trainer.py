@@ -263,8 +263,10 @@ class OTOMixin:
         """The plan that the zeros make, how far the cut model is from the zeroed one, and whether that is rounding."""
         plan = PruningPlan.from_zeros(model, self.partition)
         moved = check_zero_invariance(model, self.partition, batch, plan)
-        difference = max(moved, cut_difference(model, self.partition, plan, batch))
-        return plan, difference, is_rounding(difference, model, self.partition, plan, batch)
+        difference = cut_difference(model, self.partition, plan, batch)
+        # only the cut scales weights, and may be excused by what their rounding does
+        exact = moved <= tolerance(model) and is_rounding(difference, model, self.partition, plan, batch)
+        return plan, max(moved, difference), exact
 
     # what it reads ---------------------------------------------------------------------------------
 

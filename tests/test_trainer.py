@@ -424,8 +424,9 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
         OTOTrainer(bert(), arguments(tmp_path))
 
 
-def test_a_failed_certificate_saves_the_full_model_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "cut_difference", lambda *_: 0.5)
+@pytest.mark.parametrize("half", ["cut_difference", "check_zero_invariance"])
+def test_a_failed_certificate_saves_the_full_model_first(tmp_path, monkeypatch, half):
+    monkeypatch.setattr(trainer_module, half, lambda *_: 0.5)
     trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
     with pytest.raises(OTOError, match=r"certificate failed.*5.0e-01.*saved in .*dense"):
         trainer.train()
