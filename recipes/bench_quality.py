@@ -124,7 +124,8 @@ def read(data: Dataset, model: str | None) -> Data:
     text = data[next(name for name in ("text", "sentence") if name in data.column_names)][:]
     tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=64)
     tokens = tokenizer(text, truncation=True, padding=True, return_tensors="pt")
-    return tokens["input_ids"] * tokens["attention_mask"], labels
+    by_length = tokens["attention_mask"].sum(1).argsort(stable=True)
+    return (tokens["input_ids"] * tokens["attention_mask"])[by_length], labels[by_length]
 
 
 def load(options: argparse.Namespace) -> Task:
@@ -177,7 +178,13 @@ def run(task: Task, partition: ZIGPartition, setting: dict[str, Any]) -> dict[st
     optimizer, generator = optimizer_of(model, partition, setting), torch.Generator().manual_seed(setting["seed"])
     rate = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     order = torch.cat([torch.randperm(len(y), generator=generator) for _ in range(steps * size // len(y) + 1)])
-    for batch in order[: steps * size].split(size):
+    if x.dim() == 2:  # texts of about the same length go together, in random order
+        length = (x != 0).sum(1)
+        some = [part[length[part].argsort()].split(size) for part in order[: steps * size].split(32 * size)]
+        batches = [part[i] for part in some for i in torch.randperm(len(part), generator=generator)]
+    else:
+        batches = order[: steps * size].split(size)
+    for batch in batches:
         optimizer.zero_grad()
         model(**inputs_of(x[batch], generator), labels=y[batch]).loss.backward()
         optimizer.step()
@@ -185,8 +192,8 @@ def run(task: Task, partition: ZIGPartition, setting: dict[str, Any]) -> dict[st
     plan = PruningPlan.from_zeros(model, partition)
     compact(model, partition, plan).eval()
     with torch.no_grad():
-        batches = zip(*(t.split(250) for t in test), strict=True)
-        hits = sum(int((model(**inputs_of(x)).logits.argmax(1) == y).sum()) for x, y in batches)
+        tests = zip(*(t.split(250) for t in test), strict=True)
+        hits = sum(int((model(**inputs_of(x)).logits.argmax(1) == y).sum()) for x, y in tests)
     return {"accuracy": hits / len(test[1]), "zero": plan.removed(partition).mean(), "cpu": process_time() - start,
             "params": model.num_parameters() / dense[0], "macs": macs(model, probe) / dense[1]}  # fmt: skip
 
