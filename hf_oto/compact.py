@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .modeling_oto import OTOError, become_compact_, set_sizes_, sizes_of
@@ -217,7 +217,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     record = vars(config).pop("oto", {"cuts": []})
     vars(config).pop("auto_map", None)
-    dense = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}  # what is tied has several names, and the record knows the first
     for name, tensor in state.items():
@@ -225,10 +224,18 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {name: state[name].detach() for name in first.values()}
     for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
         tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
-    dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
+    return stock_model(model, config, {name: tensors[first[id(tensor)]] for name, tensor in state.items()})
+
+
+def stock_model(
+    model: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A new model of the stock class of `model`, with this config and these weights."""
+    stock = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
+    stock.load_state_dict(state)
     if model.can_generate():
-        dense.generation_config = copy.deepcopy(model.generation_config)
-    return dense.train(model.training)
+        stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock.train(model.training)
 
 
 def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

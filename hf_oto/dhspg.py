@@ -47,6 +47,7 @@ class Schedule(NamedTuple):
     sizes: np.ndarray  # (axes,), ZIGs of every axis
     room: np.ndarray  # (axes,), how many of them may go
     multiple: np.ndarray  # (axes,), of which what stays is a multiple, unless all stays
+    tie: np.ndarray  # (axes,), a number that axes share which keep equal fractions
     work: Work  # what the budget counts: ZIGs, parameters or MACs
     target: float  # how much of that is left in the end
     cost: np.ndarray  # (axes,), how much of it a ZIG of every axis takes
@@ -105,6 +106,8 @@ class DHSPG(torch.optim.Optimizer):
         min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
         group_divisible: scheduled: the width that is left of every axis, in channels or units, is a multiple of this;
             an axis that can't lose so many stays whole.
+        tied: scheduled: names of axes that keep equal fractions, as a stock config has it; all others stay whole. A
+            number of ZIGs is then reached, but not exactly.
         start: paper: fraction of the run that is warm-up.
         lam, lam_amplify, lam_max: paper: lambda, its amplification where a step would grow the norm, and the bound of
             that in multiples of lambda; None: the release's 1e-2, 20, 1e3 (1e-3, 2, 10 for SGD).
@@ -141,6 +144,7 @@ class DHSPG(torch.optim.Optimizer):
         num_events: int | None = None,
         min_keep: float = 0.1,
         group_divisible: int = 1,
+        tied: Sequence[Sequence[str]] | None = None,
         start: float = 0.1,
         lam: float | None = None,
         lam_amplify: float | None = None,
@@ -155,7 +159,7 @@ class DHSPG(torch.optim.Optimizer):
         kind, wanted = the_target(targets)
         if mode not in ("scheduled", "paper"):
             raise ValueError(f"mode is {mode!r}: it must be 'scheduled' or 'paper'")
-        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible != 1):
+        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible != 1 or tied is not None):
             raise ValueError("mode='paper' knows target_group_sparsity only: use mode='scheduled'")
         groups = list(params or [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}])
         super().__init__(groups, lr=lr, **base_kwargs)
@@ -175,9 +179,6 @@ class DHSPG(torch.optim.Optimizer):
         if prune and not axes:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
         most = [axis.size - max(1, math.ceil((min_keep if mode == "scheduled" else 0) * axis.size)) for axis in axes]
-        # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
-        counted = kind == "target_group_sparsity" and group_divisible == 1
-        multiple = np.array([1 if counted else _multiple(axis, group_divisible) for axis in axes], int)
         if kind == "target_per_axis":
             asked = [_asked(axis, wanted) for axis in axes]
             for axis, n, limit in zip(axes, asked, most, strict=True):
@@ -187,7 +188,10 @@ class DHSPG(torch.optim.Optimizer):
                         f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
                     )
             most = asked
-        room = np.array([_allowed(n, size, m) for n, size, m in zip(most, sizes, multiple, strict=True)], int)
+        # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
+        counted = kind == "target_group_sparsity" and group_divisible == 1 and tied is None
+        multiple = [1 if counted else _multiple(axis, group_divisible) for axis in axes]
+        tie, multiple, room = _room(axes, most, multiple, tied)
         work = Work.of([[(n, ((a, 1),))] for a, n in enumerate(sizes)], len(axes))  # ZIGs
         if kind in ("target_params", "target_macs"):
             whole = partition.params(model) if kind == "target_params" else partition.work
@@ -225,7 +229,7 @@ class DHSPG(torch.optim.Optimizer):
         ]  # fmt: skip
         owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
         self.schedule = Schedule(
-            mode, total, sizes, room, multiple, work, target,
+            mode, total, sizes, room, multiple, tie, work, target,
             cost=np.maximum(work.alone, 1e-9 * dense),  # what costs next to nothing goes last
             elements=np.array(elements, float),
             group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
@@ -388,24 +392,25 @@ class DHSPG(torch.optim.Optimizer):
         the zero ones. They go in blocks, so that what stays of an axis is a multiple and above its floor."""
         plan, zero = self.schedule, self.zero.numpy()
         axis = np.repeat(np.arange(len(plan.sizes)), plan.sizes)
-        score = np.where(zero, -np.inf, self._own["salience"].cpu().numpy() / plan.cost[axis])
-        order = np.lexsort((score, axis))  # axis after axis, each from the least salient on
+        salience = np.where(zero, -np.inf, self._own["salience"].cpu().numpy())
+        order = np.lexsort((salience, axis))  # axis after axis, each from the least salient on
         rank = np.arange(plan.size) - (np.cumsum(plan.sizes) - plan.sizes)[axis]
-        multiple = plan.multiple[axis]
-        first = (plan.sizes[axis] - 1) % multiple + 1  # what has to go before multiples stay
-        block = np.where(rank < first, 0, 1 + (rank - first) // multiple)
-        fits = first + block * multiple <= plan.room[axis]
-        order, axis, block = order[fits], axis[fits], block[fits]
-        starts = np.flatnonzero(np.diff(axis, prepend=-1) | np.diff(block, prepend=-1))
-        length, axis = np.diff(starts, append=len(order)), axis[starts]
-        blocks = candidates = (
-            np.argsort(np.add.reduceat(score[order], starts) / length, kind="stable") if len(order) else starts
-        )
+        first = (plan.sizes - 1) % plan.multiple + 1  # what has to go before multiples stay
+        block = np.where(rank < first[axis], 0, 1 + (rank - first[axis]) // plan.multiple[axis])
+        tie = plan.tie[axis]
+        together = np.lexsort((rank, axis, block, tie))  # tied axes lose a block each at a time
+        together = together[(first[axis] + block * plan.multiple[axis] <= plan.room[axis])[together]]
+        order, axis, tie, block = order[together], axis[together], tie[together], block[together]
+        starts = np.flatnonzero(np.diff(tie, prepend=-1) | np.diff(block, prepend=-1))
+        score = np.add.reduceat(salience[order], starts) / np.add.reduceat(plan.cost[axis], starts)
+        blocks = candidates = np.argsort(score, kind="stable")
+        tie = tie[starts]
         dense = plan.work.left(0 * plan.sizes)
         goal = dense - round((dense - plan.target) * share)
 
         def left(chosen: np.ndarray) -> float:
-            return plan.work.left(np.bincount(axis[chosen], length[chosen], len(plan.sizes)))
+            n = np.bincount(tie[chosen], minlength=len(plan.sizes))[plan.tie]
+            return plan.work.left(np.where(n, first + (n - 1) * plan.multiple, 0))
 
         best = blocks
         while left(blocks) <= goal:  # the fewest that do; rather others than a big one that does too much
@@ -414,9 +419,10 @@ class DHSPG(torch.optim.Optimizer):
             if not len(blocks) or goal - left(blocks) <= SLACK * dense:
                 break
             big, rest = blocks[-1], candidates[len(blocks) :]
-            blocks = candidates = np.concatenate([blocks[:-1], rest[axis[rest] != axis[big]]])
+            blocks = candidates = np.concatenate([blocks[:-1], rest[tie[rest] != tie[big]]])
         chosen = np.zeros(plan.size, bool)
-        chosen[order[np.isin(np.repeat(np.arange(len(starts)), length), best)]] = True
+        number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+        chosen[order[np.isin(number, best)]] = True
         return torch.from_numpy(chosen & ~zero)
 
     # on the parameters ------------------------------------------------------------------------
@@ -442,10 +448,14 @@ class DHSPG(torch.optim.Optimizer):
         # the same layouts in the same order on all ranks, whatever these hold
         sums = {layout: torch.zeros(shape, dtype=dtype, device=layout.device) for layout in layouts.values()}
         for k, parts in enumerate(many):
+            found: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
             for s, index, values in parts:
                 rows = values.unsqueeze(-1).movedim(s.dim, 0).flatten(1).sum(1, dtype=dtype)  # (n,)
-                owner = s.owner.to(rows.device)
-                sums[layouts[s.param]][k].index_add_(0, owner if index is None else owner[index], rows)
+                found[layouts[s.param]].append((s.owner if index is None else s.owner[index.cpu()], rows))
+            for layout, pairs in found.items():
+                if pairs:  # one sum is faster than one for each slice
+                    owner, rows = map(torch.cat, zip(*pairs, strict=True))
+                    sums[layout][k].index_add_(0, owner.to(rows.device), rows)
         total = torch.zeros(shape, dtype=dtype)
         for layout, part in sums.items():
             for group in layout.groups:  # none for replicated parameters: they are counted once
@@ -461,8 +471,11 @@ class DHSPG(torch.optim.Optimizer):
         table = torch.ones(self.schedule.size + 1)
         table[:-1][mask] = factor
         params = self._by_name()
-        for s, p, _ in _positions(mask, self._here(self.schedule.group + self.schedule.readers * freeze)):
-            factors = table[s.owner].view([-1 if d == s.dim else 1 for d in range(p.dim())])
+        for s, p in self._here(self.schedule.group + self.schedule.readers * freeze):
+            factors = table.index_select(0, s.owner)
+            if (factors == 1).all():
+                continue
+            factors = factors.view([-1 if d == s.dim else 1 for d in range(p.dim())])
             for t in (p, *(self.state[params[s.param]].values() if freeze else ())):
                 if isinstance(t, Tensor) and t.is_floating_point() and _local(t).shape == p.shape:
                     _local(t).mul_(factors.to(_local(t).device, t.dtype))
@@ -560,10 +573,25 @@ def _multiple(axis: PrunableAxis, divisible: int) -> int:
     return math.lcm(axis.multiple, divisible // math.gcd(divisible, width))
 
 
-def _allowed(most: int, size: int, multiple: int) -> int:
-    """The largest number up to `most` that may go of `size` ZIGs for a multiple to stay."""
-    first = (size - 1) % multiple + 1
-    return first + (most - first) // multiple * multiple if most >= first else 0
+def _room(
+    axes: Sequence[PrunableAxis], most: Sequence[int], multiple: Sequence[int], tied: Sequence[Sequence[str]] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tie of every axis, of what a multiple stays, and how many may go, each (axes,), given the limits of each."""
+    tie, multiple, room = np.arange(len(axes)), np.array(multiple, int), np.zeros(len(axes), int)
+    if tied is None:
+        for a, axis in enumerate(axes):
+            first = (axis.size - 1) % multiple[a] + 1  # has to go for a multiple to stay
+            room[a] = first + (most[a] - first) // multiple[a] * multiple[a] if most[a] >= first else 0
+        return tie, multiple, room
+    number = {axis.name: a for a, axis in enumerate(axes)}
+    for names in tied:
+        some = [number[name] for name in names if name in number]
+        steps = math.gcd(*(axes[a].size for a in some))
+        step = math.lcm(*(int(multiple[a]) // math.gcd(multiple[a], axes[a].size // steps) for a in some))
+        if len(some) == len(names) and steps % step == 0:
+            tie[some], multiple[some] = some[0], [step * axes[a].size // steps for a in some]
+            room[some] = multiple[some] * min(most[a] // multiple[a] for a in some)
+    return tie, multiple, room
 
 
 def _per_axis(zigs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -575,7 +603,7 @@ def _positions(mask: Tensor, here: Iterable[tuple[Slice, Tensor]]) -> Iterator[t
     """(slice, parameter, its positions whose ZIG is in the mask), where there are some."""
     padded = torch.cat([mask, torch.zeros(1, dtype=torch.bool)])
     for s, p in here:
-        index = padded[s.owner].nonzero().squeeze(1)
+        index = padded.index_select(0, s.owner).nonzero().squeeze(1)
         if len(index):
             yield s, p, index.to(p.device)
 

@@ -506,11 +506,22 @@ def check_zero_invariance(
 
 def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
     """How far a cut copy is from the zeroed full model, measured as in `check_zero_invariance`; changes nothing."""
-    removed, attributes = resolve(partition, plan)
+    removed, _ = resolve(partition, plan)
     zeroed = _zeroed(model, partition, removed, noise=False)
+    return _difference(_outputs(model, inputs, zeroed), _outputs(cut_copy(model, partition, plan), inputs))
+
+
+def cut_copy(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
+    """A cut copy of a model, of its own class still; what is not cut, both share."""
+    removed, attributes = resolve(partition, plan)
     tensors = [*model.parameters(), *model.buffers()]
     small = _copy_structure(model, {id(t): t for t in tensors})
     by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])
     cuts = kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()})
     cut_(small, cuts, attributes, scale_factors(partition, removed))
-    return _difference(_outputs(model, inputs, zeroed), _outputs(small, inputs))
+    return small
+
+
+def outputs_differ(a: nn.Module, b: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """How far the outputs of two models are from each other, measured as in `check_zero_invariance`."""
+    return _difference(_outputs(a, inputs), _outputs(b, inputs))

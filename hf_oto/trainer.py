@@ -26,6 +26,7 @@ from .dhspg import DHSPG, the_target
 from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
 from .report import measure, table
 from .trace import persistent_buffers
+from .uniform import Tie, find_ties, plain
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ class OTOTrainingArguments(TrainingArguments):
             Fraction of every axis, at least one ZIG, that is never removed (scheduled mode).
         group_divisible (`int`, *optional*, defaults to 1):
             What is left of every axis is a multiple of this, in channels or units (scheduled mode).
+        uniform (`bool`, *optional*, defaults to `False`):
+            Layers that one number of the stock config describes keep equal widths, and what no number describes stays
+            whole: the compact model is then a stock one, with other numbers and no record (scheduled mode).
         protect (`list[str]`, *optional*):
             Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
             it is in.
@@ -74,6 +78,7 @@ class OTOTrainingArguments(TrainingArguments):
     pruning_window: tuple[float, float] = field(default=(0.1, 0.6), metadata={"help": "Pruning starts and ends at."})
     min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays."})
     group_divisible: int = field(default=1, metadata={"help": "What stays of an axis is a multiple of this."})
+    uniform: bool = field(default=False, metadata={"help": "Widths that a stock config can say, equal for layers."})
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
 
     def __post_init__(self) -> None:
@@ -109,6 +114,7 @@ class OTOMixin:
         self.report: dict[str, Any] | None = None
         _refuse_sharding(args)
         super().__init__(model, args, *rest, **kwargs)
+        self._ties: tuple[Tie, ...] | None = None
         self._plain: torch.nn.Module | None = None  # under FSDP2: the model as it was, without weights
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
@@ -137,7 +143,7 @@ class OTOMixin:
             )
         self.plan = self.report = None
         if self.model_init is not None:
-            self.partition = None
+            self.partition = self._ties = None
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
         output = super().train(*args, **kwargs)
         self._compact()
@@ -161,6 +167,9 @@ class OTOMixin:
             self.partition = _of_rank_zero(lambda: partition_zigs(model, batch, protect=self._setting("protect")))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
+        if self._setting("uniform"):
+            batch = self._first_batch()
+            self._ties = _of_rank_zero(lambda: find_ties(model, self.partition, batch))
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
         if self.is_fsdp_enabled:
@@ -184,6 +193,7 @@ class OTOMixin:
             total_steps=steps,
             **{name: self._setting(name) for name in TARGETS},
             mode=mode,
+            tied=None if self._ties is None else [tie.axes for tie in self._ties],
             **(scheduled if mode == "scheduled" else {}),
             **kwargs,
         )
@@ -239,6 +249,11 @@ class OTOMixin:
                 f"(allowed: {tolerance(model):.0e}). The model was not cut; the full one is saved in {path}"
             )
         model = compact(model, self.partition, self.plan)
+        if self._ties is not None:
+            stock = _of_rank_zero(lambda: plain(model, self.partition, self.plan, self._ties, batch))
+            if stock is None:
+                logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+            model = stock or model
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
         self.model = self.model_wrapped = model

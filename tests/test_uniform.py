@@ -1,0 +1,128 @@
+"""Widths that a stock config can say: the ties are found by trying, and the model in the end needs no record."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from models import TABLE, make
+from test_trainer import arguments, sentences
+
+from hf_oto import DHSPG, OTOTrainer, PruningPlan, compact, partition_zigs, uniform
+from hf_oto.partition import outputs_differ
+from hf_oto.uniform import find_ties, plain
+from hf_oto.zigs import OTOError
+
+TIES = {  # the numbers that say widths, and how many axes
+    "bert": {("intermediate_size",): 2},
+    "vit": {("intermediate_size",): 2},
+    "clip": {("text_config", "intermediate_size"): 1, ("vision_config", "intermediate_size"): 1},
+    "resnet_basic": {("hidden_sizes", 1): 3, ("embedding_size", "hidden_sizes", 0): 2},
+    "llama": {("hidden_size",): 1, ("intermediate_size",): 2, ("num_attention_heads", "num_key_value_heads"): 2},
+    "t5": {("d_ff",): 4, ("num_heads",): 3},
+    "gpt_oss": {("hidden_size",): 1, ("intermediate_size",): 1, ("num_attention_heads", "num_key_value_heads"): 1},
+    "mamba": {("hidden_size",): 1, ("intermediate_size",): 1},
+}
+
+
+def parts(name):
+    model, inputs = make(name), TABLE[name].inputs(2)
+    partition = partition_zigs(model, inputs)
+    return model, inputs, partition, find_ties(model, partition, inputs)
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_a_plain_model_computes_what_the_zeroed_one_does(name):
+    model, inputs, partition, ties = parts(name)
+    assert {sum(tie.numbers, ()): len(tie.axes) for tie in ties} == TIES[name]
+    sizes = {axis.name: axis.size for axis in partition.axes}
+    kept = [max(1, tie.steps * (1 + i) // (2 + i)) / tie.steps for i, tie in enumerate(ties)]  # of each another share
+    plan = PruningPlan(
+        {
+            a: range(sizes[a] - int(sizes[a] * share), sizes[a])
+            for tie, share in zip(ties, kept, strict=True)
+            for a in tie.axes
+        }
+    )
+    partition.zero_(model, plan)
+    small = compact(copy.deepcopy(model), partition, plan)
+    stock = plain(small, partition, plan, ties, inputs)
+    assert type(stock) is type(model) and "oto" not in vars(stock.config)
+    assert stock.num_parameters() == small.num_parameters() < model.num_parameters()
+    assert outputs_differ(model, stock, inputs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bloom", "swin", "swapped"])
+def test_a_config_that_says_nothing_is_an_error_before_training(name):
+    with pytest.raises(OTOError, match="no number in the config"):
+        parts(name)
+
+
+def test_numbers_that_say_more_than_widths_are_no_ties(monkeypatch):
+    """Mixtral's hidden size makes the head size too: all shapes fit, and only the outputs tell."""
+    model, inputs = make("mixtral"), TABLE["mixtral"].inputs(2)
+    partition = partition_zigs(model, inputs)
+    numbers = {path for tie in find_ties(model, partition, inputs) for path in tie.numbers}
+    assert ("intermediate_size",) in numbers and ("hidden_size",) not in numbers
+    monkeypatch.setattr(uniform, "outputs_differ", lambda *_: 0.0)
+    assert ("hidden_size",) in {path for tie in find_ties(model, partition, inputs) for path in tie.numbers}
+
+
+@pytest.mark.parametrize("target", [{"target_macs": 0.5}, {"target_group_sparsity": 0.6}, {"group_divisible": 8}])
+def test_tied_axes_lose_equal_shares(target):
+    model, inputs, partition, ties = parts("llama")
+    optimizer = DHSPG(model, partition, lr=1e-3, total_steps=40, tied=[tie.axes for tie in ties], **target)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        optimizer.step()
+    assert optimizer.target_reached
+    plan, sizes = PruningPlan.from_zeros(model, partition), {axis.name: axis.size for axis in partition.axes}
+    for tie in ties:
+        shares = {len(plan.kept.get(a, range(sizes[a]))) / sizes[a] for a in tie.axes}
+        assert len(shares) == 1 and shares.pop() * tie.steps % 1 == 0
+    free = DHSPG(make("llama"), partition, lr=1e-3, total_steps=40, **target)
+    assert len(set(free.schedule.tie)) == len(partition.axes) > len(set(optimizer.schedule.tie))
+
+
+def test_the_trainer_ends_with_a_stock_checkpoint(tmp_path):
+    tf.set_seed(0)
+    config = tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8,
+                            num_key_value_heads=4, head_dim=8, vocab_size=60, num_labels=3,
+                            pad_token_id=0)  # fmt: skip
+    args = arguments(tmp_path, uniform=True, target_params=0.5)
+    trainer = OTOTrainer(tf.LlamaForSequenceClassification(config), args, train_dataset=sentences())
+    trainer.train()
+    assert type(trainer.model) is tf.LlamaForSequenceClassification
+    assert trainer.report["after"]["params"] <= 0.5 * trainer.report["before"]["params"]
+    trainer.save_model(str(tmp_path / "stock"))
+    saved = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert not {"oto", "auto_map"} & saved.keys() and saved["intermediate_size"] < 48
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        np.save(tmp_path / "logits.npy", trainer.model.eval()(input_ids=ids).logits.numpy())
+    code = f"""
+import sys, numpy as np, torch, transformers as tf
+model = tf.AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "stock")!r}).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(3, 11)[None]).logits.numpy()
+assert np.array_equal(logits, np.load({str(tmp_path / "logits.npy")!r})) and "hf_oto" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_trainer_says_so_before_training(tmp_path):
+    model = make("swin")
+    trainer = OTOTrainer(model, arguments(tmp_path, uniform=True), train_dataset=images())
+    with pytest.raises(OTOError, match="uniform=True: no number in the config of Swin"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def images():
+    size = TABLE["swin"].inputs(1)["pixel_values"].shape[1:]
+    return [{"pixel_values": torch.randn(size), "labels": torch.tensor(0)} for _ in range(32)]
