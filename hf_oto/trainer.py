@@ -8,8 +8,11 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,12 +20,17 @@ import torch
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from huggingface_hub import HfApi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .card import IN_PROGRESS, add_to_card, model_card
 from .compact import compact, put_
 from .dhspg import DHSPG, the_target
+from .modeling_oto import FILE_NAME
 from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
 from .report import measure, table
 from .trace import persistent_buffers
@@ -154,7 +162,7 @@ class OTOMixin:
         model = self.model if model is None else model
         if self.optimizer is not None:
             return self.optimizer
-        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        cls, kwargs = self._base_optimizer(model)
         if (
             not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer))
             or {"params", "model", "optimizer_dict"} & kwargs.keys()
@@ -283,7 +291,67 @@ class OTOMixin:
         exact = moved <= tolerance(model) and is_rounding(difference, model, self.partition, plan, batch)
         return plan, max(moved, difference), exact
 
+    # the Hub ---------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`Trainer.push_to_hub`; a compact model then deletes the dense weights that pushes during training left."""
+        folder, compacted = self.args.output_dir, self.report is not None and self.is_world_process_zero()
+        if compacted:  # saving replaces shards, but not what says where they are
+            Path(folder, SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+        pushed = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+        if compacted:
+            kept, at = os.listdir(folder), (token or self.args.hub_token, revision or self.args.hub_revision)
+            if blocking:
+                _delete_others(self.hub_model_id, kept, *at)
+            else:
+                pushed.add_done_callback(lambda p: p.exception() or _delete_others(self.hub_model_id, kept, *at))
+        return pushed
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """`Trainer`'s, with a card that says what is pushed, and the code of a model that was compact before."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            if self.push_in_progress is None or self.push_in_progress.is_done():
+                self.create_model_card()
+            code = os.path.join(checkpoint_folder, FILE_NAME)
+            if os.path.exists(code):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer`'s card with the optimizer that really trained, two more tags, and what `model_card` says."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.state.global_step > 0:
+            cls, values = self._base_optimizer(self.model)
+            optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
+            folder, text = self.args.output_dir, IN_PROGRESS
+            if self.report is not None:
+                name, history = self.hub_model_id or Path(folder).name, self.state.log_history
+                text = model_card(name, self.model, self.report, self._arguments(), optimizer, history, folder)
+            add_to_card(os.path.join(folder, "README.md"), text, optimizer)
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that make another run the same: a few always, and what differs from its default."""
+        values = self.args.to_dict() | {"max_steps": self.state.max_steps}
+        shown = dict([the_target({name: self._setting(name) for name in TARGETS})])
+        for f in fields(self.args):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            differs = values[f.name] != default and (values[f.name] or default) and not f.name.startswith(OF_THE_PLACE)
+            if differs or f.name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed"):
+                shown[f.name] = values[f.name]
+        return shown
+
     # what it reads ---------------------------------------------------------------------------------
+
+    def _base_optimizer(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        return self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
 
     def _refuse_launcher(self) -> None:
         """What `accelerate launch` or the model itself, not the arguments, ask for."""
@@ -347,6 +415,19 @@ FSDP1 = (
     "FSDP1 is not supported, it flattens the parameters: train with FSDP2 instead (fsdp_config={'version': 2}, or "
     "fsdp_version: 2 in the accelerate config), or with DDP"
 )
+
+
+# beginnings of arguments that are about the machine, the files or the Hub, not about the training
+OF_THE_PLACE = tuple("output_ log report_ run_ save_ hub_ push_ disable_ debug accelerator_ use_cpu".split())
+
+
+def _delete_others(repo: str, kept: Sequence[str], token: str | None, revision: str | None) -> None:
+    """Deletes the weights at the top of the repository that are not among those in `kept`, which is uploaded."""
+    api, weights = HfApi(token=token), re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    found = {name for name in api.list_repo_files(repo, revision=revision) if weights.fullmatch(name)}
+    if found - set(kept) and found & set(kept):
+        names = sorted(found - set(kept))
+        api.delete_files(repo, names, revision=revision, commit_message="Delete the dense weights")
 
 
 def _of_rank_zero(compute: Callable[[], Any]) -> Any:
