@@ -318,7 +318,8 @@ class OTOMixin:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """`Trainer`'s, with a card that says what is pushed, and the code of a model that was compact before."""
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            if self.push_in_progress is None or self.push_in_progress.is_done():
+            idle = self.push_in_progress is None or self.push_in_progress.is_done()
+            if idle and "config" in vars(self.model):  # without one there is no stock card either
                 self.create_model_card()
             code = os.path.join(checkpoint_folder, FILE_NAME)
             if os.path.exists(code):

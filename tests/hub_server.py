@@ -70,7 +70,7 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.blobs, self.unknown, self.lock = {}, {}, [], threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.clients = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-        self.clients |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self.clients |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -82,23 +82,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path, status, headers, content = urlsplit(self.path).path, 200, {}, b""
-        fitting = [
-            (function, match.groups())
-            for methods, pattern, function in ROUTES
-            if self.command in methods and (match := re.fullmatch(pattern, path))
-        ]
+        route, status, headers = f"{self.command} {urlsplit(self.path).path}", 200, {}
         try:
-            if not fitting:
-                self.server.unknown.append(f"{self.command} {self.path}")
+            found = [(function, match) for pattern, function in ROUTES if (match := re.fullmatch(pattern, route))]
+            if not found:
+                self.server.unknown.append(route)
                 answer(501, "unknown to this Hub")
-            (function, found), *_ = fitting
+            ((function, match),) = found
             with self.server.lock:
-                result = function(self, *found)
-            content, headers = result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
+                content = function(self, **{name: value for name, value in match.groupdict().items() if value})
+            if isinstance(content, tuple):
+                content, headers = content
         except Answer as error:
-            status, code, body = error.args
-            content, headers = json.dumps(body).encode(), {"X-Error-Code": code, "X-Error-Message": code}
+            status, code, content = error.args
+            headers = {"X-Error-Code": code, "X-Error-Message": code}
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
         size = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if size and status == 200:
             first, last = int(size[1]), int(size[2] or len(content) - 1)
@@ -116,27 +114,27 @@ class Handler(BaseHTTPRequestHandler):
     def json(self):
         return json.loads(self.body or b"{}")
 
-    def is_owner(self):
+    def owner(self):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def owner(self):
-        return self.is_owner() or answer(401, "Invalid username or password")
-
-    def repo(self, repo_id, write=False):
+    def repo(self, repo_id):
         """As on the Hub, who may not see a repository is not told that it exists."""
         repo = self.server.repos.get(repo_id)
-        if repo is None or (repo.private and not self.is_owner()):
+        if repo is None or (repo.private and not self.owner()):
             answer(404 if self.headers.get("Authorization") else 401, "RepoNotFound")
-        return repo if not write or self.owner() else None
+        if self.command == "POST" and not self.owner():
+            answer(401, "Invalid username or password")
+        return repo
 
     # end points: what they return is JSON, or (bytes, headers) -------------------------------------
 
     def whoami(self):
-        self.owner()
+        if not self.owner():
+            answer(401, "Invalid username or password")
         return {"type": "user", "name": USER, "orgs": []}
 
     def create(self):
-        self.owner()
+        self.whoami()
         asked = self.json()
         repo_id = f"{asked['organization'] or USER}/{asked['name']}"
         made = {"url": f"{self.server.url}/{repo_id}", "id": repo_id}
@@ -150,15 +148,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo_id, revision="main"):
         repo = self.repo(repo_id)
-        files = repo.files(revision)
+        sha, files = repo.sha(revision), repo.files(revision)
         card = files.get("README.md", File(b"", False)).content.decode()
         tags = [f"license:{name}" for name in re.findall(r"^license: (.*)$", card, re.MULTILINE)]
         siblings = [{"rfilename": name} for name in files]
-        sha = repo.sha(revision)
         return {"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings, "tags": tags}
 
     def branch(self, repo_id, name):
-        repo = self.repo(repo_id, write=True)
+        repo = self.repo(repo_id)
         if unquote(name) in repo.branches:
             answer(409, "the branch exists")
         repo.branches[unquote(name)] = repo.sha(self.json().get("startingPoint", "main"))
@@ -175,8 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         return entries if entries or not folder else answer(404, "EntryNotFound")
 
     def preupload(self, repo_id, revision):
-        repo = self.repo(repo_id, write=True)
-        known = repo.files(revision)
+        known = self.repo(repo_id).files(revision)
 
         def mode(path):
             oid = known[path].oid if path in known else None
@@ -186,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"files": [mode(asked["path"]) for asked in self.json()["files"]]}
 
     def lfs_batch(self, repo_id):
-        self.repo(repo_id, write=True)
+        self.repo(repo_id)
 
         def steps(oid):
             return {step: {"href": f"{self.server.url}/{step}/{oid}"} for step in ("upload", "verify")}
@@ -200,23 +196,20 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_verify(self, oid):
         return {} if hashlib.sha256(self.server.blobs[oid]).hexdigest() == oid else answer(422, "wrong content")
 
-    def commit(self, repo_id, branch):
-        repo, branch = self.repo(repo_id, write=True), unquote(branch)
-        files, message = dict(repo.files(branch)), ""
-        for line in self.body.splitlines():
-            key, value = json.loads(line).values()
-            path = value.get("path", "")
-            if key == "header":
-                message = value["summary"]
-            elif key == "file":
-                files[path] = File(base64.b64decode(value["content"]), False)
-            elif key == "lfsFile":
-                files[path] = File(self.server.blobs[value["oid"]], True)
-            elif key == "deletedFile":
-                del files[path]
+    def commit(self, repo_id, revision):
+        repo = self.repo(repo_id)
+        header, *operations = (json.loads(line) for line in self.body.splitlines())
+        files = dict(repo.files(revision))
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = File(base64.b64decode(value["content"]), False)
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = File(self.server.blobs[value["oid"]], True)
             else:
-                answer(400, f"{key} in a commit")
-        sha = repo.commit(branch, message, files)
+                assert operation["key"] == "deletedFile"
+                del files[value["path"]]
+        sha = repo.commit(unquote(revision), header["value"]["summary"], files)
         return {"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha}
 
     def resolve(self, repo_id, revision, path):
@@ -227,18 +220,18 @@ class Handler(BaseHTTPRequestHandler):
         return file.content, {"X-Repo-Commit": sha, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"} | linked
 
 
-MODEL = "/api/models/([^/]+/[^/]+)"
+REPO, REVISION, OID = "(?P<repo_id>[^/]+/[^/]+)", "(?P<revision>[^/]+)", "(?P<oid>[0-9a-f]{64})"
 ROUTES = (
-    (["GET"], "/api/whoami-v2", Handler.whoami),
-    (["POST"], "/api/repos/create", Handler.create),
-    (["POST"], "/api/validate-yaml", Handler.validate),
-    (["GET"], f"{MODEL}(?:/revision/([^/]+))?", lambda self, *a: Handler.info(self, *filter(None, a))),
-    (["POST"], f"{MODEL}/branch/([^/]+)", Handler.branch),
-    (["GET"], f"{MODEL}/tree/([^/]+)(?:/(.+))?", lambda self, *a: Handler.tree(self, *filter(None, a))),
-    (["POST"], f"{MODEL}/preupload/([^/]+)", Handler.preupload),
-    (["POST"], f"{MODEL}/commit/([^/]+)", Handler.commit),
-    (["POST"], "/([^/]+/[^/]+).git/info/lfs/objects/batch", Handler.lfs_batch),
-    (["PUT"], "/upload/([0-9a-f]{64})", Handler.lfs_put),
-    (["POST"], "/verify/([0-9a-f]{64})", Handler.lfs_verify),
-    (("GET", "HEAD"), "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET /api/whoami-v2", Handler.whoami),
+    ("POST /api/repos/create", Handler.create),
+    ("POST /api/validate-yaml", Handler.validate),
+    (f"GET /api/models/{REPO}(/revision/{REVISION})?", Handler.info),
+    (f"POST /api/models/{REPO}/branch/(?P<name>[^/]+)", Handler.branch),
+    (f"GET /api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
+    (f"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
+    (f"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
+    (f"POST /{REPO}.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (f"PUT /upload/{OID}", Handler.lfs_put),
+    (f"POST /verify/{OID}", Handler.lfs_verify),
+    (f"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 )

@@ -177,7 +177,7 @@ def again(folder):
 
 def ranks(folder):
     """Several processes, one of which pushes."""
-    trainer = made(folder, "ranks")
+    trainer = made(folder, "ranks", cls=Sharded, max_steps=16)
     trainer.train()
     assert (trainer.push_to_hub() is None) == (not trainer.is_world_process_zero())
 

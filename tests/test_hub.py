@@ -208,5 +208,6 @@ def test_of_several_ranks_one_pushes(pushed, tmp_path):
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     client(pushed.hub, tmp_path, *ranks, WORKER, str(tmp_path), "ranks")
     messages = [commit.message for commit in history(pushed.repos["me/ranks"])]
-    assert messages == [commit.message for commit in history(pushed.repos["me/stock"])]
+    expected = [commit.message for commit in history(pushed.repos["me/every_save"])]
+    assert messages == [message for message in expected if "24" not in message]
     assert last(pushed.repos["me/ranks"]).files.keys() == COMPACT | OF_TRAINER
