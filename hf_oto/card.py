@@ -24,8 +24,8 @@ COMPACT = """\
 ## A compact model
 
 Trained and pruned in one run by hf_oto (OTOv2, [arXiv 2303.06862](https://arxiv.org/abs/2303.06862)): {sparsity:.1%}
-of the zero-invariant groups (attention heads, units, channels) became exactly zero and were cut out, so that every
-layer has its own width.
+of the zero-invariant groups (attention heads, units, channels) ended at exactly zero, and the zeros were cut out:
+every layer has its own width.
 
 ```
 {table}

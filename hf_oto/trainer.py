@@ -320,7 +320,7 @@ class OTOMixin:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             idle = self.push_in_progress is None or self.push_in_progress.is_done()
             if idle and "config" in vars(self.model):  # without one there is no stock card either
-                self.create_model_card()
+                self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
             code = os.path.join(checkpoint_folder, FILE_NAME)
             if os.path.exists(code):
                 shutil.copy(code, self.args.output_dir)

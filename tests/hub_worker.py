@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_oto
 from hf_oto import OTOTrainer, OTOTrainingArguments
+from hf_oto import trainer as trainer_module
 
 torch.set_num_threads(1)
 INPUTS = {"input_ids": torch.arange(16).view(2, 8)}
@@ -58,7 +59,7 @@ def arguments(folder, cls=OTOTrainingArguments, **more):
 
 
 def made(folder, name, model=None, cls=OTOTrainer, rows=None, **more):
-    args = arguments(folder / name, **{"hub_model_id": f"me/{name}"} | more)
+    args = arguments(folder / f"run of {name}", **{"hub_model_id": f"me/{name}"} | more)
     rows, metrics = rows or data(), lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}
     trainer = cls(
         model or bert(), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer(),
@@ -88,7 +89,7 @@ class Sharded(OTOTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.report is None:
+        if self.report is None and self.args.should_save:
             (Path(output_dir) / "model.safetensors").unlink()
             self.model.save_pretrained(output_dir, max_shard_size="60KB")
 
@@ -105,7 +106,7 @@ def end(folder):
     trainer = made(folder, "end", model, hub_strategy="end", target_group_sparsity=0.4, weight_decay=0.1, optim="sgd")
     trainer.train()
     trainer.evaluate()
-    (folder / "end" / "oto_widths.png").write_bytes(b"a picture")
+    Path(trainer.args.output_dir, "oto_widths.png").write_bytes(b"a picture")
     pushed = trainer.push_to_hub("All of it", tags="mine", dataset_tags="some_data", dataset="Some data")
     assert pushed.oid == api.model_info("me/end").sha
     remember(folder, "end", trainer.model)
@@ -129,7 +130,7 @@ def checkpoint(folder):
     more = dict(
         hub_strategy="checkpoint", hub_revision="trial", hub_private_repo=True, hub_token=os.environ["HF_TOKEN"]
     )
-    trainer = made(folder, "checkpoint", **more)
+    trainer = made(folder, "checkpoint", cls=Sharded, **more)
     HfApi().create_branch("me/checkpoint", branch="trial")
     trainer.train()
     trainer.save_model()
@@ -152,6 +153,7 @@ def alone(folder):
         model.push_to_hub("me/alone", commit_message=f"{len(kept)} heads", tags=["mine"])
         remember(folder, f"alone-{len(kept)}", model)
     tokenizer().push_to_hub("me/alone")
+    trainer_module._delete_others("me/alone", ["model-00001-of-00002.safetensors"], None, None)  # not there: none goes
 
 
 def twice(folder):

@@ -131,15 +131,14 @@ def test_stale_dense_shards_are_deleted_and_only_these(pushed):
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert gone == shards | {"model.safetensors.index.json"}
     assert (before.message, end.message) == ("End of training", "Delete the dense weights")
-    last_checkpoint = {
-        n for n in last(pushed.repos["me/checkpoint"], "trial").files if n.startswith("last-checkpoint/")
-    }
-    assert "last-checkpoint/model.safetensors" in last_checkpoint
+    *_, before, end = history(pushed.repos["me/checkpoint"])
+    assert before.files.keys() - end.files.keys() == gone  # at the top of the branch
+    assert {f"last-checkpoint/{name}" for name in gone} <= end.files.keys()  # these are to resume from
 
 
 def test_pushes_during_training_are_dense_and_say_so(pushed, tmp_path):
     during = [commit for commit in history(pushed.repos["me/every_save"]) if "progress" in commit.message]
-    assert len(during) == 3
+    assert len(during) == 3 and "\n# every_save\n" in card(during[0]).text
     for commit in during:
         assert "Training is not over" in card(commit).text and "dense" in card(commit).text
         assert card(commit).data.tags[-2:] == ["hf_oto", "pruned"]
@@ -158,7 +157,7 @@ def test_messages_and_order_are_those_of_the_stock_trainer(pushed):
     assert messages["me/twice"] == messages["me/stock"]  # nothing is stale if the file names are the same
     assert messages["me/end"] == ["All of it"]
     during = [f"Training in progress, step {step}{what}" for step in (8, 16, 24) for what in ("", ", checkpoint")]
-    assert messages["me/checkpoint"] == [*during, "Model save"]
+    assert messages["me/checkpoint"] == [*during, "Model save", "Delete the dense weights"]
     repo = pushed.repos["me/checkpoint"]
     assert repo.private and last(repo).message == "initial commit"  # all went to the branch
     assert not pushed.repos["me/end"].private
@@ -176,6 +175,7 @@ def test_the_card_keeps_the_metadata_and_shows_the_figures_that_exist(pushed):
     assert "- optimizer: DHSPG of hf_oto around torch.optim.adamw.AdamW" in card(last(pushed.repos["me/twice"])).text
     assert "- optimizer: Use " in card(last(pushed.repos["me/stock"])).text  # control: what it replaces
     assert "- optimizer: Use " not in end.text
+    assert re.search(r"differ by at most \d\.\de-\d\d of|differ by at most\s0\.0e\+00 of", end.text.replace("\n", " "))
     assert "ignore_mismatched_sizes" in end.text and re.search(r"parameters +34.6k +30.1k +87 %", end.text)
     for commit in history(pushed.repos["me/checkpoint"]):
         assert "hf_of_me" not in str(card(commit))
