@@ -24,8 +24,7 @@ COMPACT = """\
 ## A compact model
 
 Trained and pruned in one run by hf_oto (OTOv2, [arXiv 2303.06862](https://arxiv.org/abs/2303.06862)): {sparsity:.1%}
-of the zero-invariant groups (attention heads, units, channels) ended at exactly zero, and the zeros were cut out:
-every layer has its own width.
+of the zero-invariant groups (attention heads, units, channels) ended at exactly zero, and the zeros were cut out.
 
 ```
 {table}
@@ -34,10 +33,21 @@ every layer has its own width.
 Certificate: on a real batch, the outputs of the full model with its zeros and of this one differ by at most
 {difference:.1e} of the largest output.
 {evaluation}{figures}
+{load}
+### Train it again
+
+```python
+{arguments}
+```
+
+Optimizer: {optimizer}.
+"""
+
+LOAD = """\
 ### Load it
 
 ```python
-import hf_oto  # makes from_pretrained read the widths
+import hf_oto  # makes from_pretrained read the width of every layer
 from transformers import {cls}
 
 model = {cls}.from_pretrained("{name}")
@@ -51,14 +61,18 @@ hf_oto.to_dense(model).save_pretrained("dense")
 
 **Never load it with `ignore_mismatched_sizes=True` and without hf_oto**: the cut layers would silently be initialised
 anew.
+"""
 
-### Train it again
+STOCK = """\
+### Load it
+
+It is a stock checkpoint, its config says the widths: nothing else is needed.
 
 ```python
-{arguments}
-```
+from transformers import {cls}
 
-Optimizer: {optimizer}.
+model = {cls}.from_pretrained("{name}")
+```
 """
 
 REMOTE = """
@@ -95,11 +109,10 @@ def model_card(
     cls = type(model).__name__
     code = f"{Path(FILE_NAME).stem}.{cls}"
     autos = [auto for auto, reference in (vars(model.config).get("auto_map") or {}).items() if reference == code]
+    load = LOAD if "oto" in vars(model.config) else STOCK
     lines = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return COMPACT.format(
-        name=name,
-        cls=cls,
-        remote=REMOTE.format(auto=autos[-1], name=name) if autos else "",
+        load=load.format(name=name, cls=cls, remote=REMOTE.format(auto=autos[-1], name=name) if autos else ""),
         sparsity=report["group_sparsity"],
         difference=report["max_output_difference"],
         table=table(report["before"], report["after"]),

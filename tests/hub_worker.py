@@ -156,6 +156,14 @@ def alone(folder):
     trainer_module._delete_others("me/alone", ["model-00001-of-00002.safetensors"], None, None)  # not there: none goes
 
 
+def uniform(folder):
+    """A compact model without a record."""
+    trainer = made(folder, "uniform", hub_strategy="end", uniform=True, target_group_sparsity=0.3)
+    trainer.train()
+    trainer.push_to_hub()
+    remember(folder, "uniform", trainer.model)
+
+
 def twice(folder):
     """A compact model is pruned once more."""
     model = tf.AutoModelForSequenceClassification.from_pretrained("me/end")

@@ -37,7 +37,20 @@ def client(hub, home, *command, **environment):
 def pushed(tmp_path_factory):
     """The Hub after all the scenarios, and their folder."""
     folder, hub = tmp_path_factory.mktemp("pushed"), Hub()
-    client(hub, folder, WORKER, str(folder), "end", "every_save", "stock", "checkpoint", "alone", "twice", "again")
+    client(
+        hub,
+        folder,
+        WORKER,
+        str(folder),
+        "end",
+        "every_save",
+        "stock",
+        "checkpoint",
+        "alone",
+        "uniform",
+        "twice",
+        "again",
+    )
     yield SimpleNamespace(hub=hub, repos=hub.repos, folder=folder)
     hub.shutdown()
     hub.server_close()
@@ -94,6 +107,7 @@ def test_a_fresh_process_loads_what_was_pushed(pushed, hf_oto, tmp_path):
         "alone-3": (GPT2, "me/alone", {"revision": sha[id(three_heads)]}),
         "checkpoint": (BERT, "me/checkpoint", {"revision": "trial"}),
         "twice": (BERT, "me/twice", {}),
+        "uniform": (BERT, "me/uniform", {}),
         "early": (BERT, "me/twice", {"revision": sha[id(early)]}),
         "private": (BERT, "me/checkpoint", {"revision": "trial", "token": False}),
     }
@@ -119,6 +133,7 @@ def test_what_is_pushed_at_the_end_is_whole_and_nothing_else(pushed):
     assert last(pushed.repos["me/alone"]).files.keys() == COMPACT | {"generation_config.json"}
     on_branch = last(pushed.repos["me/checkpoint"], "trial").files
     assert {name for name in on_branch if "/" not in name} == whole
+    assert last(pushed.repos["me/uniform"]).files.keys() == whole - {"modeling_oto.py"}
     for name in ("end", "every_save", "twice", "alone"):
         files = last(pushed.repos[f"me/{name}"]).files
         assert json.loads(files["config.json"].content)["oto"]["version"] == 1
@@ -177,6 +192,9 @@ def test_the_card_keeps_the_metadata_and_shows_the_figures_that_exist(pushed):
     assert "- optimizer: Use " not in end.text
     assert re.search(r"differ by at most \d\.\de-\d\d of|differ by at most\s0\.0e\+00 of", end.text.replace("\n", " "))
     assert "ignore_mismatched_sizes" in end.text and re.search(r"parameters +34.6k +30.1k +87 %", end.text)
+    plain = card(last(pushed.repos["me/uniform"])).text  # no record: nothing but transformers is needed
+    assert "hf_oto\n" not in plain and "trust_remote_code" not in plain and "ignore_mismatched" not in plain
+    assert 'BertForSequenceClassification.from_pretrained("me/uniform")' in plain and "uniform=True," in plain
     for commit in history(pushed.repos["me/checkpoint"]):
         assert "hf_of_me" not in str(card(commit))
 
