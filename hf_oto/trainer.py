@@ -258,7 +258,7 @@ class OTOMixin:
             )
         model = compact(model, self.partition, self.plan)
         if self._ties is not None:
-            stock = _of_rank_zero(lambda: plain(model, self.partition, self.plan, self._ties, batch))
+            stock = plain(model, self.partition, self.plan, self._ties, batch)  # the same on every rank
             if stock is None:
                 logger.warning("no stock config says these widths: the compact model is saved with a record of them")
             model = stock or model
