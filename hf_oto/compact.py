@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_oto import OTOError, become_compact_, set_sizes_, sizes_of
+from .modeling_oto import VERSION, OTOError, become_compact_, require, set_sizes_, sizes_of, validate
 from .sizes import Attribute
 from .zigs import Member, PruningPlan, ZIGPartition
 
@@ -135,7 +135,8 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     """Cuts out what `plan` removes, in place; the output equals that of the model with those ZIGs zeroed.
 
     A Transformers model becomes an instance of a subclass of its own class and name that saves its widths in
-    `config.oto`; `from_pretrained` reads them. (OTOv2, arXiv 2303.06862, Sec. 3.3)
+    `config.oto`; `from_pretrained` reads them, and so does whatever is built from this config object: for a dense
+    twin copy it before. (OTOv2, arXiv 2303.06862, Sec. 3.3)
 
     Args:
         model: the model the partition was made for.
@@ -151,10 +152,6 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     """
     removed, attributes = resolve(partition, plan)
     tensors = partition.tensors(model)
-    for axis in partition.axes:
-        for m in axis.members:
-            if m.positions(axis.size).max() >= tensors[m.param].shape[m.dim]:
-                raise OTOError(f"{m.param} is smaller than this partition says: has the model been compacted already?")
     before = {path: sizes_of(module) for path, module in model.named_modules()}
     shapes = {name: t.shape for name, t in tensors.items()}
     cuts = kept_positions(partition, removed, shapes)
@@ -196,7 +193,7 @@ def _record(
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
             scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
             found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
-    return {"version": 1, "modules": modules, "cuts": found}
+    return {"version": VERSION, "modules": modules, "cuts": found}
 
 
 @torch.no_grad()
@@ -214,50 +211,59 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")
+    if "oto" in vars(model.config):
+        validate(model.config.oto)
     config = copy.deepcopy(model.config)
-    record = vars(config).pop("oto", {"cuts": []})
+    cuts = vars(config).pop("oto", {"cuts": []})["cuts"]
     vars(config).pop("auto_map", None)
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}  # what is tied has several names, and the record knows the first
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
     tensors = {name: state[name].detach() for name in first.values()}
-    for step in sorted({cut["step"] for cut in record["cuts"]}, reverse=True):
-        tensors = _filled(tensors, [cut for cut in record["cuts"] if cut["step"] == step])
-    return stock_model(model, config, {name: tensors[first[id(tensor)]] for name, tensor in state.items()})
+    dense = stock_model(model, config)
+    shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    for step in sorted({cut["step"] for cut in cuts}, reverse=True):
+        tensors = _filled(tensors, [cut for cut in cuts if cut["step"] == step], shapes)
+    for name in tensors.keys() & shapes.keys():
+        now, stock = tuple(tensors[name].shape), tuple(shapes[name])
+        require(now == stock, f"with all its cuts undone {name} has shape {now}, in the stock model {stock}")
+    dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
+    return dense
 
 
-def stock_model(
-    model: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, torch.Tensor]
-) -> PreTrainedModel:
-    """A new model of the stock class of `model`, with this config and these weights."""
+def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A new model of the stock class of `model`, with this config and weights not yet `model`'s."""
     stock = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
-    stock.load_state_dict(state)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.train(model.training)
 
 
-def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _filled(
+    tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]], dense: Mapping[str, torch.Size]
+) -> dict[str, torch.Tensor]:
     """The tensors before these cuts: scaled back, zeros where something was cut, ones where zeros would not do."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     fill: dict[tuple[str, int], int] = {}
     factors: Factors = {}
     for cut in cuts:
-        bits = int(cut["kept"], 16)
-        packed = np.frombuffer(bits.to_bytes(-(-cut["size"] // 8), "little"), np.uint8)
-        lost = np.unpackbits(packed, bitorder="little", count=cut["size"]) == 0
+        size, bits = cut["size"], int(cut["kept"], 16)
+        members = []
         for name, dim, value, *rest in cut["members"]:
-            layout = (
-                {"index": np.array(rest[0])}
-                if len(rest) == 1
-                else dict(zip(("start", "outer", "inner"), rest, strict=True))
-            )
-            positions = Member(name, dim, "producer", **layout).positions(cut["size"])
-            gone.setdefault((name, dim), []).append(positions[lost].reshape(-1))
+            layout = rest if len(rest) == 3 else [0, 1, 1, np.array(rest[0])]
+            members.append(Member(name, dim, "producer", *layout))
+            stop = members[-1].stop(size)
+            fits = name in tensors and dim < len(dense[name]) and stop <= dense[name][dim]
+            require(fits, f"the stock model has no {name}[{dim}] of {stop} positions")
             fill[name, dim] = value
+        packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), np.uint8)
+        lost = np.unpackbits(packed, bitorder="little", count=size) == 0
+        for m in members:
+            gone.setdefault((m.param, m.dim), []).append(m.positions(size)[lost].reshape(-1))
         for name, over, under, offset in cut["scales"]:
-            factor = factors.get(name, (1.0, 0))[0] * (cut["size"] / bits.bit_count()) ** (over / under)
+            factor = factors.get(name, (1.0, 0))[0] * (size / bits.bit_count()) ** (over / under)
+            require(name in tensors and 0 < factor < np.inf, f"{name} cannot be scaled by {factor}")
             factors[name] = factor, offset
     filled = dict(tensors)
     for name, (factor, offset) in factors.items():
@@ -268,6 +274,8 @@ def _filled(tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]]) -> dic
         stay = np.setdiff1d(np.arange(old.shape[dim] + len(removed)), removed)
         shape = list(old.shape)
         shape[dim] += len(removed)
+        fits = len(stay) == old.shape[dim] and shape[dim] <= dense[name][dim]
+        require(fits, f"its cuts of {name}[{dim}], of size {old.shape[dim]} now, overlap or are too many")
         new = old.new_full(shape, fill[name, dim])
         filled[name] = new.index_copy_(dim, torch.from_numpy(stay).to(old.device), old)
     return filled

@@ -118,6 +118,7 @@ class DHSPG(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument out of range, two targets, one that the floors make infeasible, too few steps, no ZIG.
+        OTOError: the model isn't the one the partition was made for.
 
     Example:
         >>> partition = partition_zigs(model, batch)  # doctest: +SKIP
@@ -167,6 +168,7 @@ class DHSPG(torch.optim.Optimizer):
         super().__init__(groups, lr=lr, **base_kwargs)
         # with this, GradScaler would let the fused kernel skip steps without our knowing
         self._step_supports_amp_scaling = False
+        partition.tensors(model)  # raises where the model is another one
         trained = self._by_name()
         axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
         if left := [axis.name for axis in partition.axes if axis not in axes]:

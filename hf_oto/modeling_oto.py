@@ -13,20 +13,27 @@ The record is `config.oto`, plain JSON:
      "cuts": [{"step": 0, "size": 4, "kept": "5",                           # for `to_dense` only; the bits of "kept",
                "members": [["bert...query.weight", 0, 0,                   # a hexadecimal number, are what was kept;
                             0, 1, 64], ...],                               # the third entry fills the cut places
-               "scales": [["bert...norm.weight", 1, 2, 0], ...]}]}          # times (size / number kept) ** (1 / 2),
+               "scales": [["bert...norm.weight", 1, 2, 0], ...]}],          # times (size / number kept) ** (1 / 2),
                                                                             # after adding 0, which is then taken off
+     "sha256": "9f86d08..."}                                                # of all the rest
+
+Nothing in it is executed, and what does not fit is refused before anything is touched. The digest finds damage, not
+malice: who seals a record anew can choose widths up to the stock model's, as he can choose the weights.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as short  # of what may be long, or nested deeply
 from typing import Any
 
 import torch
@@ -54,62 +61,81 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
 # The record
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its digest, whatever digest it has now."""
+    rest = {part: value for part, value in record.items() if part != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 def validate(record: Any) -> None:
-    """Checks the version and the types of a record, on its own; whether it fits a model is checked by `restore_`.
+    """Checks the version, the types and the digest of a record; whether it fits a model is checked by `restore_`.
 
     Raises:
         OTOError: naming the first entry that is wrong.
     """
-    _require(isinstance(record, dict), f"is a {type(record).__name__}, not a JSON object")
+    require(isinstance(record, dict), f"is {short(record)}, not a JSON object")
     version = record.get("version")
-    _require(version == VERSION, f"has version {version!r}, but this hf_oto reads version {VERSION}: upgrade hf_oto")
-    _require(isinstance(record.get("modules"), dict), "has no 'modules' object: it is truncated")
-    _require(isinstance(record.get("cuts"), list), "has no 'cuts' list: it is truncated")
+    require(version == VERSION, f"has version {short(version)}, this hf_oto reads version {VERSION}: upgrade hf_oto")
+    for part, kind in (("modules", dict), ("cuts", list), ("sha256", str)):
+        require(isinstance(record.get(part), kind), f"has no {part!r} {kind.__name__}: it is truncated")
+    require(len(record) == 4, f"has unknown parts: {short(list(record))}")
     for path, entry in record["modules"].items():
-        _require(isinstance(path, str) and isinstance(entry, dict), f"{path!r} is no path and object")
-        _require(entry.keys() <= {"attributes", "shapes"}, f"{path!r} has unknown keys: {sorted(entry)}")
-        _require(all(isinstance(values, dict) for values in entry.values()), f"{path!r}: a part is no object")
+        require(isinstance(path, str) and isinstance(entry, dict), f"{path!r} is {short(entry)}, not an object")
+        require(entry.keys() <= {"attributes", "shapes"}, f"{path!r} has unknown keys: {short(list(entry))}")
+        require(all(isinstance(values, dict) for values in entry.values()), f"{path!r}: a part is no object")
         for name, value in entry.get("attributes", {}).items():
-            ok = _is_size(value) or (isinstance(value, list) and all(map(_is_size, value)))
-            _require(ok, f"{path}.{name} is {value!r}, not an int or a list of ints")
-            _require(not name.startswith("_"), f"{path}.{name} is private, and private attributes are not restored")
+            ok = _is_int(value) or (isinstance(value, list) and all(map(_is_int, value)))
+            require(ok, f"{path}.{name} is {short(value)}, not an int or a list of ints")
         for name, shape in entry.get("shapes", {}).items():
-            ok = isinstance(shape, list) and all(n is None or (_is_size(n) and n >= 1) for n in shape)
-            _require(ok, f"the shape of {path}.{name} is {shape!r}, not a list of sizes >= 1 and nulls")
+            ok = isinstance(shape, list) and all(n is None or (_is_int(n) and n >= 1) for n in shape)
+            require(ok, f"the shape of {path}.{name} is {short(shape)}, not a list of sizes >= 1 and nulls")
     for i, cut in enumerate(record["cuts"]):
-        ok = isinstance(cut, dict) and _is_size(cut.get("step")) and _is_size(cut.get("size"))
-        ok = ok and isinstance(cut.get("kept"), str) and re.fullmatch("[0-9a-f]+", cut["kept"]) is not None
-        ok = ok and int(cut["kept"], 16).bit_length() <= cut["size"]
-        ok = ok and isinstance(cut.get("members"), list) and all(map(_is_member, cut["members"]))
-        ok = ok and isinstance(cut.get("scales"), list) and all(map(_is_scale, cut["scales"]))
         form = (
             "{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...], 'scales': [[name, ...], ...]}"
         )
-        _require(ok, f"cuts[{i}] is not {form}")
+        require(_is_cut(cut), f"cuts[{i}] is not {form}")
+    require(record["sha256"] == sealed(record)["sha256"], "it isn't what was saved, by its sha256: it was changed")
 
 
-def _require(ok: bool, fact: str) -> None:
+def require(ok: bool, fact: str) -> None:
     if not ok:
         raise OTOError(f"the hf_oto record in config.json (config.oto) does not fit: {fact}")
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int  # JSON's true is an int to isinstance
+def _is_int(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63  # JSON's true is an int to isinstance
 
 
-def _is_member(member: Any) -> bool:
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(_is_int(n) and n >= 0 for n in values)
+
+
+def _is_cut(cut: Any) -> bool:
+    match cut:
+        case {"step": step, "size": size, "kept": str(kept), "members": list(members), "scales": list(scales)}:
+            ok = len(cut) == 5 and _are_sizes([step, size]) and re.fullmatch("[0-9a-f]+", kept) is not None
+            ok = ok and 0 < int(kept, 16).bit_length() <= size and bool(members)
+            return ok and all(_is_member(member, size) for member in members) and all(map(_is_scale, scales))
+    return False
+
+
+def _is_member(member: Any, size: int) -> bool:
     """[name, dim, fill, start, outer, inner] or [name, dim, fill, [[index, ...] of every ZIG]]."""
-    if not (isinstance(member, list) and len(member) in (4, 6) and isinstance(member[0], str)):
-        return False
-    rows = [member[3:]] if len(member) == 6 else member[3]
-    rows = rows if isinstance(rows, list) else [None]
-    return all(isinstance(row, list) and all(map(_is_size, row)) for row in [member[1:3], *rows])
+    match member:
+        case [str(), dim, 0 | 1 as fill, start, outer, inner]:
+            return _are_sizes([dim, fill, start, outer, inner]) and outer > 0 and inner > 0
+        case [str(), dim, 0 | 1 as fill, list(rows)]:
+            ok = _are_sizes([dim, fill]) and len(rows) == size and all(map(_are_sizes, rows))
+            return ok and {len(rows[0]) or -1} == set(map(len, rows))
+    return False
 
 
 def _is_scale(scale: Any) -> bool:
     """[name, numerator and denominator of a power, offset]."""
-    ok = isinstance(scale, list) and len(scale) == 4 and isinstance(scale[0], str)
-    return ok and all(map(_is_size, scale[1:])) and scale[2] > 0
+    match scale:
+        case [str(), over, under, offset]:
+            return _is_int(over) and _are_sizes([under, offset]) and under > 0 and abs(over) <= 16 * under
+    return False
 
 
 def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
@@ -134,13 +160,18 @@ def sizes_of(module: torch.nn.Module) -> dict[str, int | list | tuple]:
     found = {
         name: value
         for name, value in kept.items()
-        if _is_size(value) or (type(value) in (list, tuple, torch.Size) and value and all(map(_is_size, value)))
+        if _is_int(value) or (type(value) in (list, tuple, torch.Size) and value and all(map(_is_int, value)))
     }
     config = kept.get("config")
     if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
         read = vars(config) | (config._oto_view[1] if isinstance(config, _View) else {})
-        found |= {f"config.{name}": value for name, value in read.items() if _is_size(value) and name[0] != "_"}
+        found |= {f"config.{name}": value for name, value in read.items() if _is_int(value) and name[0] != "_"}
     return found
+
+
+def is_cut_size(old: int, new: int) -> bool:
+    """Whether a cut may make a size `new` that is `old` in the stock model: sizes shrink, and none vanishes."""
+    return new == old or (_is_int(old) and _is_int(new) and 1 <= new <= old)
 
 
 def set_sizes_(module: torch.nn.Module, sizes: Mapping[str, Any]) -> None:
@@ -187,7 +218,7 @@ def _modules(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, entry in record["modules"].items():
         here = f"{type(model).__name__} of transformers {transformers.__version__}"
-        _require(path in modules, f"it names the module {path!r}, which {here} does not have")
+        require(path in modules, f"it names the module {path!r}, which {here} does not have")
         yield path, modules[path], entry
 
 
@@ -196,18 +227,15 @@ def _attributes(
 ) -> Iterator[tuple[str, torch.nn.Module, str, Any, Any]]:
     """(path, module, name, value now, value in the record) of every attribute, checked against each other."""
     for path, module, entry in _modules(model, record):
+        known = sizes_of(module)
         for name, new in entry.get("attributes", {}).items():
             label = f"{path}.{name}"
-            known = sizes_of(module) if name.startswith("config.") else vars(module)
-            _require(name in known, f"{type(module).__name__} has no attribute {name!r} ({label})")
+            require(name in known, f"{type(module).__name__} keeps no size {name!r} ({label})")
             old = known[name]
-            if isinstance(old, (list, tuple)):
-                _require(all(map(_is_size, old)), f"{label} is {old!r}, not a list of ints")
-                _require(isinstance(new, list) and len(new) == len(old), f"{label} is {old!r}, the record has {new!r}")
-                yield path, module, name, old, type(old)(new)
-            else:
-                _require(_is_size(old) and _is_size(new), f"{label} is {old!r}, the record has {new!r}")
-                yield path, module, name, old, new
+            olds, news = (old, new) if isinstance(old, (list, tuple)) and isinstance(new, list) else ([old], [new])
+            fits = len(olds) == len(news) and all(map(is_cut_size, olds, news))
+            require(fits, f"{label} is {short(old)}, the record has {short(new)}")
+            yield path, module, name, old, type(old)(new)
 
 
 def _tensors(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
@@ -216,10 +244,10 @@ def _tensors(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
         persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, sizes in entry.get("shapes", {}).items():
             label, tensor = f"{path}.{name}", (module._parameters | persistent).get(name)
-            _require(tensor is not None, f"{type(module).__name__} has no weight or saved buffer {name!r} ({label})")
+            require(tensor is not None, f"{type(module).__name__} has no weight or saved buffer {name!r} ({label})")
             dense = tuple(tensor.shape)
             fits = len(sizes) == len(dense) and all(n is None or n <= d for n, d in zip(sizes, dense, strict=True))
-            _require(fits, f"{label} has shape {dense}, of which the record keeps {sizes}")
+            require(fits, f"{label} has shape {dense}, of which the record keeps {short(sizes)}")
             yield label, tensor, torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
 
 
@@ -249,14 +277,14 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
 
     modules = {translate(path): entry for path, entry in record["modules"].items()}
     modules.pop(None, None)
-    _require(bool(modules) or not record["modules"], f"{type(model).__name__} has none of its modules")
+    require(bool(modules) or not record["modules"], f"{type(model).__name__} has none of its modules")
     if len(modules) < len(record["modules"]):
         logger.info("%s uses %d of the %d compact modules", type(model).__name__, len(modules), len(record["modules"]))
     cuts = []
     for cut in record["cuts"]:
         named = {part: [[translate(name), *rest] for name, *rest in cut[part]] for part in parts}
         cuts.append(cut | {part: [entry for entry in named[part] if entry[0] is not None] for part in parts})
-    return record | {"modules": modules, "cuts": [cut for cut in cuts if cut["members"]]}
+    return sealed(record | {"modules": modules, "cuts": [cut for cut in cuts if cut["members"]]})
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -285,10 +313,10 @@ class CompactMixin:
     _oto_stock: type[PreTrainedModel]
 
     def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        record = vars(config).get("oto")
-        if record is None:
+        if "oto" not in vars(config):
             super().__init__(config, *args, **kwargs)
             return
+        record = config.oto
         validate(record)
         foreign = bool(config.architectures) and self._oto_stock.__name__ not in config.architectures
         if foreign:
@@ -358,18 +386,19 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
 
     Args:
         model: the cut model: its attributes and shapes are those of the record already.
-        record: what was cut now, as described at the top of this file.
+        record: what was cut now, as described at the top of this file; its digest is made here.
 
     Raises:
         OTOError: the record is malformed or does not describe the model.
     """
-    validate(record)
     if "oto" in vars(model.config):
         record = _merged(model.config.oto, record)
+    record = sealed(record)
+    validate(record)
     for path, _, name, now, new in _attributes(model, record):
-        _require(now == new, f"{path}.{name} is {now!r}, the record has {new!r}")
+        require(now == new, f"{path}.{name} is {now!r}, the record has {new!r}")
     for label, tensor, shape in _tensors(model, record):
-        _require(tensor.shape == shape, f"{label} has shape {tuple(tensor.shape)}, the record has {tuple(shape)}")
+        require(tensor.shape == shape, f"{label} has shape {tuple(tensor.shape)}, the record has {tuple(shape)}")
     model.config.oto = record
     model.__class__ = compact_class(type(model))
     model.config.architectures = [model._oto_stock.__name__]  # the class that the paths belong to

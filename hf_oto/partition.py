@@ -435,7 +435,7 @@ def is_rounding(
     again = partition.tensors(model) | zeroed
     for name, (factor, offset) in scale_factors(partition, removed).items():
         again[name] = scaled(scaled(again[name].detach(), factor, offset), 1 / factor, offset)
-    return difference <= 4 * _difference(_outputs(model, inputs, zeroed), _outputs(model, inputs, again))
+    return difference < 4 * _difference(_outputs(model, inputs, zeroed), _outputs(model, inputs, again))
 
 
 def _outputs(
@@ -449,14 +449,15 @@ def _outputs(
 
 
 def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to the largest entry of each output; inf where shapes or infinities differ."""
+    """Largest difference relative to the largest entry of each output; inf where shapes or infinities differ, or
+    where nothing is finite."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape:
             return float("inf")
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             finite = torch.isfinite(x)
-            if not torch.equal(finite, torch.isfinite(y)):
+            if not (finite.any() and torch.equal(finite, torch.isfinite(y))):  # where none is, nothing is compared
                 return float("inf")
             x, y = x[finite], y[finite]
         if x.numel():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .modeling_oto import is_cut_size
 from .trace import Equation, Expr
 
 Attribute = tuple[str, str, int | None]  # module path, name, index in a list
@@ -128,7 +129,7 @@ class Sizes:
                     if len(unknown) == 1 and ready(equation):
                         (attribute,) = unknown
                         value = self._fit(equation, attribute, attributes, removed)
-                        if value is not None:
+                        if value is not None and is_cut_size(self.values[attribute], value):
                             attributes[attribute] = value
                             fixed.add(attribute)
 

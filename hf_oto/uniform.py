@@ -72,7 +72,8 @@ def plain(
         kept = len(plan.kept.get(axis.name, range(axis.size)))
         _set(config, {path: n * kept // axis.size for path, n in tie.numbers.items()})
     try:
-        stock = stock_model(small, config, small.state_dict())
+        stock = stock_model(small, config)
+        stock.load_state_dict(small.state_dict())
     except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
         return None
     return stock if outputs_differ(small, stock, inputs) <= tolerance(small) else None

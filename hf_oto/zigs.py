@@ -68,6 +68,10 @@ class Member:
         block = np.arange(self.outer * size * self.inner).reshape(self.outer, size, self.inner)
         return self.start + block.transpose(1, 0, 2).reshape(size, -1)
 
+    def stop(self, size: int) -> int:
+        """What `dim` must have at least, for an axis of `size`."""
+        return self.start + self.outer * size * self.inner if self.index is None else int(self.index.max()) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `from_dict` reads it."""
         data: dict[str, Any] = {"param": self.param, "dim": self.dim, "role": self.role}
@@ -261,6 +265,11 @@ class ZIGPartition:
         }
         if missing := names - found.keys():
             raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
+        for axis in self.axes:
+            for m in axis.members:
+                shape = found[m.param].shape
+                if m.dim >= len(shape) or shape[m.dim] < m.stop(axis.size):
+                    raise OTOError(f"{m.param} is smaller than this partition says: is the model compacted already?")
         return found
 
     def params(self, model: torch.nn.Module) -> Work:

@@ -322,6 +322,20 @@ def test_sizes_solve_what_the_code_computes():
     assert conflicts == Sizes(equations, spans, sizes.values).equations  # what speaks of the cut gives way
 
 
+def test_sizes_never_grow_or_vanish():
+    """An attribute that would, here 7 minus the heads that stay, or these minus 3, contradicts the cut instead."""
+    pad, zig = ("attribute", "attn", "pad", None), np.arange(4)
+    heads, spans = ("span", 0, 0, 0, 4), {(0, 0): (zig,)}
+    removed = np.array([False, True, False, False])
+    for expression, before, after in (
+        (("-", ("const", 7), heads), 3, None),
+        (("-", heads, ("const", 3)), 1, None),
+        (("-", heads, ("const", 2)), 2, 1),  # negative control
+    ):
+        sizes = Sizes([Equation(pad, expression, "attn")], spans, {pad[1:]: before})
+        assert sizes.solve(removed) == (({pad[1:]: after}, []) if after else ({}, sizes.equations))
+
+
 # once more, and back
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
 from hf_oto.report import macs
-from hf_oto.zigs import Member, PrunableAxis
+from hf_oto.zigs import Member, OTOError, PrunableAxis
 
 ADAMW = (torch.optim.AdamW, dict(weight_decay=0.1))
 FUSED = (torch.optim.AdamW, dict(weight_decay=0.1, fused=True))
@@ -301,6 +301,14 @@ def test_zeros_stay_where_gradients_do_not_vanish(frozen_reader):
     optimizer = make(model, SGD, lr=0.1, partition=partition)
     run(model, optimizer, 60)
     assert zeros(model, partition).sum() == 6
+
+
+@pytest.mark.parametrize(("name", "message"), [("b", "no parameter 'b.bias'"), ("c", "c.weight is smaller")])
+def test_a_partition_of_another_model_is_an_error(name, message):
+    model = net()
+    setattr(model, name, nn.Linear(20, 10, bias=False) if name == "b" else nn.Linear(9, 3))
+    with pytest.raises(OTOError, match=message):
+        make(model)
 
 
 def test_axes_with_frozen_parameters_are_left_alone():

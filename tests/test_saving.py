@@ -22,6 +22,7 @@ from hf_oto.modeling_oto import (
     compact_class,
     is_compact,
     restore_,
+    sealed,
     validate,
 )
 
@@ -49,7 +50,14 @@ def cut_(model, tensors, attributes=()):
         setattr(model.get_submodule(path), name, value)
         modules.setdefault(path, {}).setdefault("attributes", {})[name] = value
     first = next(iter(tensors))
-    cuts = [{"step": 0, "size": 8, "kept": "5a", "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [[0], [1]]]]}]
+    cuts = [
+        {
+            "step": 0,
+            "size": 8,
+            "kept": "5a",
+            "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [[i] for i in range(8)]]],
+        }
+    ]
     cuts[0]["scales"] = [[first, 1, 2, 0]]
     return {"version": 1, "modules": modules, "cuts": cuts}
 
@@ -443,7 +451,7 @@ def test_record_of_the_root_module():
             self.post_init()
 
     modules = {"": {"attributes": {"width": 5}, "shapes": {"scale": [5]}}, "out": {"shapes": {"weight": [None, 5]}}}
-    config = tf.PreTrainedConfig(oto={"version": 1, "modules": modules, "cuts": []})
+    config = tf.PreTrainedConfig(oto=sealed({"version": 1, "modules": modules, "cuts": []}))
     for config.architectures in (None, ["Root"], ["Other"]):
         model = Root(config)
         assert (model.width, model.scale.shape, model.out.weight.shape) == (5, (5,), (2, 5))
@@ -547,9 +555,12 @@ WRONG = {
     "unknown keys": lambda r: module(r).update(shape={}),
     r"dense.out_features is '15', not an int": lambda r: module(r)["attributes"].update(out_features="15"),
     r"dense.out_features is True, not an int": lambda r: module(r)["attributes"].update(out_features=True),
-    "dense._version is private": lambda r: module(r)["attributes"].update(_version=1),
-    "Linear has no attribute 'widths'": lambda r: module(r)["attributes"].update(widths=3),
-    "dense.training is True, the record has 0": lambda r: module(r)["attributes"].update(training=0),
+    "Linear keeps no size '_version'": lambda r: module(r)["attributes"].update(_version=1),
+    "Linear keeps no size 'widths'": lambda r: module(r)["attributes"].update(widths=3),
+    "Linear keeps no size 'training'": lambda r: module(r)["attributes"].update(training=0),
+    "dense.out_features is 24, the record has 25": lambda r: module(r)["attributes"].update(out_features=25),
+    "dense.out_features is 24, the record has 0": lambda r: module(r)["attributes"].update(out_features=0),
+    "dense.out_features is 100000.*00000, not an int": lambda r: module(r)["attributes"].update(out_features=10**400),
     r"out_features is 24, the record has \[15\]": lambda r: module(r)["attributes"].update(out_features=[15]),
     "shape of .*dense.weight is 15, not a list": lambda r: module(r)["shapes"].update(weight=15),
     r"dense.weight is \[0, None\], not a list of sizes >= 1": lambda r: module(r)["shapes"].update(weight=[0, None]),
@@ -568,6 +579,7 @@ WRONG = {
 def test_wrong_record_is_an_error_before_any_weight_is_used(compact_bert, saved, tmp_path, match):
     config = json.loads((saved / "bert" / "config.json").read_text())
     WRONG[match](config["oto"])
+    config["oto"] = sealed(config["oto"])  # else its digest would not fit either
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((saved / "bert" / "model.safetensors").read_bytes())
     with pytest.raises(OTOError, match=match):
@@ -578,6 +590,7 @@ def test_record_that_does_not_fit_the_weights(saved, tmp_path):
     """A record that fits the class but not the weights: Transformers says which sizes differ."""
     config = json.loads((saved / "bert" / "config.json").read_text())
     module(config["oto"])["shapes"]["weight"] = [14, None]
+    config["oto"] = sealed(config["oto"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((saved / "bert" / "model.safetensors").read_bytes())
     with pytest.raises(RuntimeError, match="mismatch"):
@@ -587,7 +600,7 @@ def test_record_that_does_not_fit_the_weights(saved, tmp_path):
 def test_become_compact_checks_the_model():
     model, cuts, _ = bert()
     record = cut_(model, *cuts)
-    validate(json.loads(json.dumps(record)))
+    validate(json.loads(json.dumps(sealed(record))))
     record["modules"][f"{LAYER}.intermediate.dense"]["attributes"]["out_features"] = 14
     with pytest.raises(OTOError, match="out_features is 15, the record has 14"):
         become_compact_(model, record)
