@@ -269,12 +269,17 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
 
     def translate(name: str) -> str | None:
         if of_head and not has_body:
-            return f"{name}."[len(body) : -1] if f"{name}.".startswith(body) else None
+            short = f"{name}."[len(body) : -1] if f"{name}.".startswith(body) else None
+            return short if short in known or not partly else None
         in_body = f"{body}{name}".removesuffix(".")
         if has_body and not of_head and in_body in known and (partly or name not in known):
             return in_body
         return name if name in known or not partly else None
 
+    if partly and has_body and any(not name.startswith(body) for name, _ in model.named_parameters()):
+        lost = _readers(record, {name for name in names if translate(name) is None})
+        fact = f"{type(model).__name__} has no {lost} but other weights, and what those would read is narrow"
+        _require(not lost, f"{fact}: save hf_oto.to_dense(model) and load that, or prune with protect={lost}")
     modules = {translate(path): entry for path, entry in record["modules"].items()}
     modules.pop(None, None)
     require(bool(modules) or not record["modules"], f"{type(model).__name__} has none of its modules")
@@ -285,6 +290,17 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
         named = {part: [[translate(name), *rest] for name, *rest in cut[part]] for part in parts}
         cuts.append(cut | {part: [entry for entry in named[part] if entry[0] is not None] for part in parts})
     return sealed(record | {"modules": modules, "cuts": [cut for cut in cuts if cut["members"]]})
+
+
+def _readers(record: dict[str, Any], gone: set[str]) -> list[str]:
+    """The weights in `gone`, modules and weights, that share a cut axis with weights that are not."""
+    cuts = [{name for name, *_ in cut["members"]} for cut in record["cuts"]]
+    shared = {name for members in cuts if members - gone for name in members & gone}
+    for path in gone & record["modules"].keys():
+        for name, shape in record["modules"][path].get("shapes", {}).items():
+            if any(shape) and not any(f"{path}.{name}" in members for members in cuts):
+                shared.add(f"{path}.{name}")  # tied: the cut knows it by its other name
+    return sorted(shared)
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

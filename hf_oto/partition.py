@@ -159,14 +159,15 @@ def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
-    names = [name for name, _ in model.named_parameters()]
+    first = {id(p): name for name, p in model.named_parameters()}  # what is tied has several names
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     modules = [name for name, _ in model.named_modules() if name]
     found = set()
     for pattern in [protect] if isinstance(protect, str) else protect:
         inside = tuple(f"{module}." for module in modules if re.search(pattern, module))
-        matching = {name for name in names if re.search(pattern, name) or name.startswith(inside)}
+        matching = {names[name] for name in names if re.search(pattern, name) or name.startswith(inside)}
         if not matching:
-            raise ValueError(f"protect: {pattern!r} matches no parameter or module, for example {names[0]!r}")
+            raise ValueError(f"protect: {pattern!r} matches no parameter or module, for example {next(iter(names))!r}")
         found |= matching
     return found
 
