@@ -32,7 +32,8 @@ NAMES = [name for name in TABLE if isinstance(getattr(tf, type(make(name)).__nam
 
 def tokenizer(name):
     if name == "whisper":
-        words = ["[PAD]", "<|startoftranscript|>", "<|endoftext|>", *(f"w{i}" for i in range(VOCAB - 3))]
+        words = ["[PAD]", "<|startoftranscript|>", "<|endoftext|>", *(f"w{i}" for i in range(VOCAB - 4))]
+        words += ["<|notimestamps|>"]  # what comes behind it is a time
         special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), [*words[:3], words[2]], strict=True))
         return tf.WhisperTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], **special)
     words = ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(VOCAB - 5))]
