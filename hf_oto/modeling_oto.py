@@ -279,7 +279,7 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
     if partly and has_body and any(not name.startswith(body) for name, _ in model.named_parameters()):
         lost = _readers(record, {name for name in names if translate(name) is None})
         fact = f"{type(model).__name__} has no {lost} but other weights, and what those would read is narrow"
-        _require(not lost, f"{fact}: save hf_oto.to_dense(model) and load that, or prune with protect={lost}")
+        require(not lost, f"{fact}: save hf_oto.to_dense(model) and load that, or prune with protect={lost}")
     modules = {translate(path): entry for path, entry in record["modules"].items()}
     modules.pop(None, None)
     require(bool(modules) or not record["modules"], f"{type(model).__name__} has none of its modules")
