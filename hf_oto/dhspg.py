@@ -49,6 +49,7 @@ class Schedule(NamedTuple):
     room: np.ndarray  # (axes,), how many of them may go
     multiple: np.ndarray  # (axes,), of which what stays is a multiple, unless all stays
     tie: np.ndarray  # (axes,), a number that axes share which keep equal fractions
+    exact: bool  # whether the target is a number of ZIGs to meet, the last few of which need be no multiple
     work: Work  # what the budget counts: ZIGs, parameters or MACs
     target: float  # how much of that is left in the end
     cost: np.ndarray  # (axes,), how much of it a ZIG of every axis takes
@@ -107,7 +108,8 @@ class DHSPG(torch.optim.Optimizer):
         num_events: scheduled: choices in the window; None: 8, or 16 for targets from 0.8.
         min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
         group_divisible: scheduled: the width that is left of every axis, in channels or units, is a multiple of this;
-            an axis that can't lose so many stays whole.
+            an axis that can't lose so many stays whole. None: 8 for widths from 64 on, as kernels like it (only a
+            number of ZIGs, met exactly, may leave one axis out of step).
         tied: scheduled: names of axes that keep equal fractions, as a stock config has it; all others stay whole. A
             number of ZIGs is then reached, but not exactly.
         start: paper: fraction of the run that is warm-up.
@@ -146,7 +148,7 @@ class DHSPG(torch.optim.Optimizer):
         window: tuple[float, float] = (0.1, 0.6),
         num_events: int | None = None,
         min_keep: float = 0.1,
-        group_divisible: int = 1,
+        group_divisible: int | None = None,
         tied: Sequence[Sequence[str]] | None = None,
         start: float = 0.1,
         lam: float | None = None,
@@ -162,7 +164,7 @@ class DHSPG(torch.optim.Optimizer):
         kind, wanted = the_target(targets)
         if mode not in ("scheduled", "paper"):
             raise ValueError(f"mode is {mode!r}: it must be 'scheduled' or 'paper'")
-        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible != 1 or tied is not None):
+        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible not in (None, 1) or tied):
             raise ValueError("mode='paper' knows target_group_sparsity only: use mode='scheduled'")
         groups = list(params or [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}])
         super().__init__(groups, lr=lr, **base_kwargs)
@@ -193,8 +195,8 @@ class DHSPG(torch.optim.Optimizer):
                     )
             most = asked
         # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
-        counted = kind == "target_group_sparsity" and group_divisible == 1 and tied is None
-        multiple = [1 if counted else _multiple(axis, group_divisible) for axis in axes]
+        counted = kind == "target_group_sparsity" and group_divisible in (None, 1) and tied is None
+        multiple = [1 if counted and group_divisible else _multiple(axis, group_divisible) for axis in axes]
         tie, multiple, room = _room(axes, most, multiple, tied)
         work = Work.of([[(n, ((a, 1),))] for a, n in enumerate(sizes)], len(axes))  # ZIGs
         if kind in ("target_params", "target_macs"):
@@ -233,7 +235,7 @@ class DHSPG(torch.optim.Optimizer):
         ]  # fmt: skip
         owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
         self.schedule = Schedule(
-            mode, total, sizes, room, multiple, tie, work, target,
+            mode, total, sizes, room, multiple, tie, counted, work, target,
             cost=np.maximum(work.alone, 1e-9 * dense),  # what costs next to nothing goes last
             elements=np.array(elements, float),
             group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
@@ -427,9 +429,13 @@ class DHSPG(torch.optim.Optimizer):
             big, rest = blocks[-1], candidates[len(blocks) :]
             blocks = candidates = np.concatenate([blocks[:-1], rest[tie[rest] != tie[big]]])
         chosen = np.zeros(plan.size, bool)
-        number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
-        chosen[order[np.isin(number, best)]] = True
-        return torch.from_numpy(chosen & ~zero)
+        place = np.full(len(starts), len(starts))
+        place[best] = np.arange(len(best))
+        place = np.repeat(place, np.diff(starts, append=len(order)))
+        picked = order[np.argsort(place, kind="stable")][: (place < len(starts)).sum()]
+        picked = picked[~zero[picked]]
+        chosen[picked[: int(dense - goal) - zero.sum() if plan.exact else None]] = True
+        return torch.from_numpy(chosen)
 
     # on the parameters ------------------------------------------------------------------------
 
@@ -573,9 +579,10 @@ def _asked(axis: PrunableAxis, wanted: Mapping[str, float]) -> int:
     return round(next((t for pattern, t in wanted.items() if re.search(pattern, axis.name)), 0) * axis.size)
 
 
-def _multiple(axis: PrunableAxis, divisible: int) -> int:
+def _multiple(axis: PrunableAxis, divisible: int | None) -> int:
     """Of how many ZIGs a multiple has to stay for the width to be divisible; one ZIG may be several channels wide."""
     width = next(m for m in axis.members if m.role == "producer").positions(axis.size).shape[1]
+    divisible = divisible or (8 if width * axis.size >= 64 else 1)
     return math.lcm(axis.multiple, divisible // math.gcd(divisible, width))
 
 

@@ -62,8 +62,9 @@ class OTOTrainingArguments(TrainingArguments):
             First and last moment of pruning as fractions of the optimizer steps (scheduled mode).
         min_keep (`float`, *optional*, defaults to 0.1):
             Fraction of every axis, at least one ZIG, that is never removed (scheduled mode).
-        group_divisible (`int`, *optional*, defaults to 1):
-            What is left of every axis is a multiple of this, in channels or units (scheduled mode).
+        group_divisible (`int`, *optional*):
+            What is left of every axis is a multiple of this, in channels or units (scheduled mode): 8 for widths from
+            64 on, 1 for others.
         uniform (`bool`, *optional*, defaults to `False`):
             Layers that one number of the stock config describes keep equal widths, and what no number describes stays
             whole: the compact model is then a stock one, with other numbers and no record (scheduled mode).
@@ -85,7 +86,9 @@ class OTOTrainingArguments(TrainingArguments):
     pruning_mode: str = field(default="scheduled", metadata={"help": "scheduled or paper."})
     pruning_window: tuple[float, float] = field(default=(0.1, 0.6), metadata={"help": "Pruning starts and ends at."})
     min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays."})
-    group_divisible: int = field(default=1, metadata={"help": "What stays of an axis is a multiple of this."})
+    group_divisible: int | None = field(
+        default=None, metadata={"help": "What stays of an axis is a multiple of this."}
+    )
     uniform: bool = field(default=False, metadata={"help": "Widths that a stock config can say, equal for layers."})
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
 

@@ -495,10 +495,17 @@ def test_a_budget_is_met_within_a_percent(kind, target, divisible):
 
 def test_budgets_and_multiples_do_not_hold_by_themselves():
     """Negative control of the test above."""
-    partition, kept, left = pruned(target_group_sparsity=0.3)
+    partition, kept, left = pruned(target_group_sparsity=0.3, group_divisible=1)
     assert sum(kept.values()) == partition.num_zigs - round(0.3 * partition.num_zigs)
     assert abs(0.7 - left[0]) > 0.01 and abs(0.4 - left[1]) > 0.01
-    assert any(kept[axis.name] % 8 for axis in partition.axes if axis.kind == "units")
+    assert sum(kept[axis.name] % 8 > 0 for axis in partition.axes if axis.kind == "units") > 1
+
+
+@pytest.mark.parametrize("target", [0.3, 0.47, 0.6])
+def test_wide_axes_are_aligned_and_the_number_is_exact(target):
+    partition, kept, _ = pruned(target_group_sparsity=target)
+    assert sum(kept.values()) == partition.num_zigs - round(target * partition.num_zigs)
+    assert sum(kept[axis.name] % 8 > 0 for axis in partition.axes if axis.size >= 64) <= 1
 
 
 @pytest.mark.parametrize("divisible", [1, 2])
