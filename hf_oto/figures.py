@@ -15,7 +15,6 @@ from transformers.utils import is_matplotlib_available
 from .compact import resolve
 from .zigs import PruningPlan, ZIGPartition
 
-FIGURES = ("oto_widths.png", "oto_training.png")
 COLOURS = {
     "heads": "#4c72b0", "kv_groups": "#64a5b8", "units": "#dd8452", "channels": "#55a868", "groups": "#8172b3",
 }  # fmt: skip
@@ -23,12 +22,15 @@ LINES = ("#444444", "#c44e52", "#4c72b0", "#55a868", "#8172b3")
 
 
 def save_figures(
-    folder: str, partition: ZIGPartition, plan: PruningPlan, history: Iterable[Mapping[str, Any]], pruning: Any
+    folder: str, partition: ZIGPartition, plan: PruningPlan, history: Sequence[Mapping[str, Any]], pruning: Any
 ) -> None:
-    """Writes both figures, `FIGURES`, into a folder; none without matplotlib, or if nothing could be pruned."""
-    if is_matplotlib_available() and partition.axes:
-        for name, figure in zip(FIGURES, (widths(partition, plan), progress(history, pruning)), strict=True):
-            figure.savefig(os.path.join(folder, name), dpi=130)
+    """Writes `oto_widths.png` and, if more than the end was logged, `oto_training.png`; none without matplotlib."""
+    if not is_matplotlib_available():
+        return
+    if partition.axes:
+        widths(partition, plan).savefig(os.path.join(folder, "oto_widths.png"), dpi=130)
+    if len({logs["step"] for logs in history}) > 1:
+        progress(history, pruning).savefig(os.path.join(folder, "oto_training.png"), dpi=130)
 
 
 def widths(partition: ZIGPartition, plan: PruningPlan) -> Any:

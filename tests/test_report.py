@@ -438,6 +438,11 @@ def test_pictures_lie_beside_the_model(trained, tmp_path, monkeypatch):
     assert (tmp_path / "b" / "model.safetensors").exists() and not list((tmp_path / "b").glob("*.png"))
 
 
+def test_one_point_is_no_picture(tmp_path):
+    train(tmp_path, logging_steps=500, max_steps=20)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["oto_widths.png"]
+
+
 def test_a_dense_checkpoint_has_no_pictures(tmp_path):
     train(tmp_path, save_strategy="steps", save_steps=40)
     assert (tmp_path / "checkpoint-40" / "model.safetensors").exists()
