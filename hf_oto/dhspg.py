@@ -296,7 +296,10 @@ class DHSPG(torch.optim.Optimizer):
     def left(self, partition: ZIGPartition, work: Work) -> float:
         """Fraction, in [0, 1], that a cut would now leave of `partition.work` (MACs) or `partition.params(model)`."""
         zeros = dict(zip(self.schedule.axes, _per_axis(self.zero.numpy(), self.schedule.sizes), strict=False))
-        gone = [_allowed(int(min(zeros.get(a.name, 0), a.size - 1)), a.size, a.multiple) for a in partition.axes]
+        gone = []
+        for axis in partition.axes:  # as `PruningPlan.from_zeros` and `compact` have it: one stays, and a multiple
+            kept = max(1, axis.size - zeros.get(axis.name, 0))
+            gone.append(max(0, axis.size - kept - -kept % axis.multiple))
         return work.left(np.array(gone)) / (work.left(np.zeros(len(gone))) or 1)
 
     def _by_name(self) -> dict[str, Tensor]:
