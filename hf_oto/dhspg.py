@@ -44,6 +44,7 @@ class Schedule(NamedTuple):
     """What stays the same over a run; see `DHSPG` for the arguments."""
 
     mode: str
+    axes: tuple[str, ...]  # the pruned axes, by name
     size: int  # ZIGs in all
     sizes: np.ndarray  # (axes,), ZIGs of every axis
     room: np.ndarray  # (axes,), how many of them may go
@@ -235,7 +236,7 @@ class DHSPG(torch.optim.Optimizer):
         ]  # fmt: skip
         owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
         self.schedule = Schedule(
-            mode, total, sizes, room, multiple, tie, counted, work, target,
+            mode, tuple(axis.name for axis in axes), total, sizes, room, multiple, tie, counted, work, target,
             cost=np.maximum(work.alone, 1e-9 * dense),  # what costs next to nothing goes last
             elements=np.array(elements, float),
             group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
@@ -284,6 +285,24 @@ class DHSPG(torch.optim.Optimizer):
     def target_reached(self) -> bool:
         """Whether as many ZIGs are zero as the target asks for."""
         return self.schedule.work.left(_per_axis(self.zero.numpy(), self.schedule.sizes)) <= self.schedule.target
+
+    @property
+    def phase(self) -> str:
+        """Where the run is: "warm-up", "pruning", then "training the rest"; "training" if nothing is pruned."""
+        now, events = self._own["dhspg_step"], self.schedule.events
+        if not events or now < events[0]:
+            return "warm-up" if events else "training"
+        done = self.target_reached if self.schedule.mode == "paper" else now >= events[-1]
+        return "training the rest" if done else "pruning"
+
+    def left(self, partition: ZIGPartition, work: Work) -> float:
+        """Fraction, in [0, 1], that a cut would now leave of `partition.work` (MACs) or `partition.params(model)`."""
+        zeros = dict(zip(self.schedule.axes, _per_axis(self.zero.numpy(), self.schedule.sizes), strict=False))
+        gone = []
+        for axis in partition.axes:  # as `PruningPlan.from_zeros` and `compact` have it: one stays, and a multiple
+            kept = max(1, axis.size - zeros.get(axis.name, 0))
+            gone.append(max(0, axis.size - kept - -kept % axis.multiple))
+        return work.left(np.array(gone)) / (work.left(np.zeros(len(gone))) or 1)
 
     def _by_name(self) -> dict[str, Tensor]:
         """The parameters as they are now: FSDP replaces them in the groups."""

@@ -1,19 +1,25 @@
-"""What a compact model is against the dense one: parameters, MACs, file size, latency, and a table of them."""
+"""What a compact model is against the dense one: what each takes, and a table of it."""
 
 from __future__ import annotations
 
+import html
 import math
 import statistics
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .partition import run_traced
 from .rules import multiplications
-from .trace import evaluating
+from .trace import evaluating, persistent_buffers, tensors_of
+from .zigs import as_html
+
+# numbers -------------------------------------------------------------------------------------------
 
 
 def macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -22,13 +28,34 @@ def macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
 
 
-def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> dict[str, float]:
-    """Parameters, MACs on `inputs`, bytes of the weights, and the median latency of a forward on them, in seconds.
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make and that are held at a time: `most` of them."""
+
+    def __init__(self, known: set[Any]) -> None:
+        super().__init__()
+        self.known, self.made, self.most = known, weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        storages = {t.untyped_storage() for t in tensors_of(out) if t.layout == torch.strided}
+        self.made.update(storages - self.known)
+        self.most = max(self.most, sum(storage.nbytes() for storage in self.made))
+        return out
+
+
+def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> dict[str, Any]:
+    """What a model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of one
+    forward in bytes; its `latency` in seconds, the median, and the `quartiles`; and `measured_on` what.
+
+    Memory is that of weights, inputs, and the results of operations that are held at a time, at most; what a kernel
+    takes for itself is not seen, on any device.
 
     Args:
         seconds: how long to measure the latency; at least 3 and at most 50 forwards after one that warms up.
     """
-    model_tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    saved = {id(t): t for t in [*model.parameters(), *persistent_buffers(model).values()]}.values()
+    given = tensors_of(inputs)
+    known = {t.untyped_storage() for t in [*model.parameters(), *model.buffers(), *given]}
     device = next(model.parameters()).device
     latency: list[float] = []
     with evaluating(model):
@@ -38,15 +65,32 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             latency.append(time.perf_counter() - start)
+        with _Memory(known) as memory:
+            model(**inputs)
+    low, median, high = statistics.quantiles(latency[1:])
+    largest = max(given, key=torch.Tensor.numel)
+    where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     return {
-        "params": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        "params": sum(p.numel() for p in model.parameters()),
         "macs": macs(model, inputs),
-        "bytes": sum(t.numel() * t.element_size() for t in model_tensors),
-        "latency": statistics.median(latency[1:]),
+        "bytes": sum(t.numel() * t.element_size() for t in saved),
+        "memory": memory.most + sum(storage.nbytes() for storage in known),
+        "latency": median,
+        "quartiles": [low, high],
+        "measured_on": f"a batch of {' x '.join(map(str, largest.shape))}, {where}",
     }
 
 
-def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def scores(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation among what is logged."""
+    no = ("_runtime", "_per_second", "_preparation_time")
+    return {k: v for k, v in logs.items() if k.startswith("eval_") and not k.endswith(no)}
+
+
+# text ----------------------------------------------------------------------------------------------
+
+
+def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The measurements of two models side by side, one line each; keys that both have, known ones with their units.
 
     Example:
@@ -55,19 +99,19 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         parameters      2.0M    500.0k    25 %
         accuracy      0.9900    0.9850
     """
+    rows = _rows(before, after)
+    a, b, c = (max(least, *(len(row[i]) for row in rows)) for i, least in enumerate((0, 8, 8)))
+    return "\n".join(f"{row[0]:{a}}  {row[1]:>{b}}  {row[2]:>{c}}  {row[3]:>6}".rstrip() for row in rows)
+
+
+def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = [("", "dense", "compact", "ratio")]
     for key in before:
-        if key not in after:
-            continue
-        label, show = _SHOWN.get(key, (key, None))
-        if show is None:
-            rows.append((label, f"{before[key]:.4f}", f"{after[key]:.4f}", ""))
-        else:
-            rows.append(
-                (label, show(before[key]), show(after[key]), f"{after[key] / before[key]:.0%}".replace("%", " %"))
-            )
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>6}".rstrip() for a, b, c, d in rows)
+        if key in after and key != "measured_on":
+            label, show = _SHOWN.get(key, (key, lambda x: f"{x:.4f}"))
+            ratio = f"{100 * after[key] / before[key]:.0f} %" if key in _SHOWN and key != "quartiles" else ""
+            rows.append((label, show(before[key]), show(after[key]), ratio))
+    return rows
 
 
 def _count(n: float) -> str:
@@ -81,5 +125,23 @@ _SHOWN = {
     "params": ("parameters", _count),
     "macs": ("MACs", _count),
     "bytes": ("file size", lambda n: f"{_count(n)}B"),
+    "memory": ("tensor memory", lambda n: f"{_count(n)}B"),
     "latency": ("latency", lambda s: f"{s * 1e3:.1f} ms"),
+    "quartiles": ("quartiles", lambda ends: "-".join(f"{s * 1e3:.1f}" for s in ends) + " ms"),
 }
+
+
+class Report(dict):
+    """What `OTOTrainer.report` is: a dict that prints as a table, in a notebook too. See `OTOMixin` for its keys."""
+
+    def __str__(self) -> str:
+        return "\n".join([table(self["before"], self["after"]), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return f"{as_html(_rows(self['before'], self['after']))}<p>{'<br>'.join(map(html.escape, self._notes()))}</p>"
+
+    def _notes(self) -> list[str]:
+        zeroed, compact = self["metrics"]["zeroed"], self["metrics"]["compact"]
+        both = (f"{k}: {zeroed[k]:.4f} full with zeros, {compact[k]:.4f} compact" for k in zeroed if k in compact)
+        difference = f"max output difference, zeroed full against compact: {self['max_output_difference']:.1e}"
+        return [f"measured on {self['after']['measured_on']}", difference, *both]

@@ -30,12 +30,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .card import IN_PROGRESS, add_to_card, model_card
 from .compact import compact, put_
 from .dhspg import DHSPG, the_target
+from .figures import save_figures
 from .modeling_oto import FILE_NAME
 from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
-from .report import measure, table
+from .report import Report, measure, scores
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
-from .zigs import OTOError, PruningPlan, ZIGPartition
+from .zigs import OTOError, PruningPlan, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +116,17 @@ class OTOMixin:
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
         plan: what was kept (`PruningPlan`), or None before the end of `train()`.
-        report: dict with "before" and "after" (params, macs, bytes, latency in seconds), "group_sparsity" and
-            "max_output_difference" (relative, of zeroed full and compact model on a real batch), or None.
+        report: dict with "before" and "after" (see `measure`), "group_sparsity", "max_output_difference" (relative,
+            of zeroed full and compact model on a real batch), "pruning" (its first and last step) and "metrics" (of
+            the last evaluation of the full model, if its weights were those that were cut, "zeroed", and of the first
+            one after, "compact"), or None. It prints as a table.
     """
 
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:
         self.partition: ZIGPartition | None = None
         self.plan: PruningPlan | None = None
-        self.report: dict[str, Any] | None = None
+        self.report: Report | None = None
+        self._works: dict[str, Work] = {}  # what is shown of it while it shrinks
         _refuse_sharding(args)
         super().__init__(model, args, *rest, **kwargs)
         self._ties: tuple[Tie, ...] | None = None
@@ -193,6 +197,8 @@ class OTOMixin:
             for decayed in (True, False)
         ]  # fmt: skip
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        works = {"params": self.partition.params(model), "macs": self.partition.work}
+        self._works = {name: work for name, work in works.items() if work is not None}
         mode = self._setting("pruning_mode")
         scheduled = {name: self._setting(name) for name in ("min_keep", "group_divisible")}
         scheduled["window"] = tuple(self._setting("pruning_window"))
@@ -211,14 +217,29 @@ class OTOMixin:
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """`Trainer.log` with `group_sparsity`, the fraction of ZIGs that are zero, in every line and progress bar."""
-        sparsity = self._group_sparsity()
-        if sparsity is not None:
-            logs["group_sparsity"] = round(sparsity, 4)
+        """`Trainer.log` with `oto/group_sparsity`, `oto/params_left` and `oto/macs_left`, fractions in [0, 1], in
+        every line; the progress bar shows the group sparsity and the phase."""
+        optimizer = self._dhspg()
+        if self.report is not None:
+            before, after = self.report["before"], self.report["after"]
+            logs["oto/group_sparsity"] = self.report["group_sparsity"]
+            logs |= {f"oto/{name}_left": after[name] / before[name] for name in self._works}
+            self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
+        elif optimizer is not None:
+            logs["oto/group_sparsity"] = optimizer.group_sparsity
+            logs |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.training_bar.set_postfix(group_sparsity=f"{sparsity:.2f}")
+                    callback.training_bar.set_postfix_str(
+                        f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
+                    )
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.save_model`; beside a compact model also the figures, where matplotlib is installed."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self.report is not None:
+            self._save_figures(output_dir or self.args.output_dir)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """No checkpoint from before the target can be the best one."""
@@ -231,7 +252,7 @@ class OTOMixin:
 
     def _compact(self) -> None:
         optimizer = self._dhspg()
-        sparsity = optimizer.group_sparsity
+        sparsity, events = optimizer.group_sparsity, optimizer.schedule.events
         if not optimizer.target_reached:
             logger.warning(
                 "training ended at group sparsity %.3f, before its target: only what is zero is cut out", sparsity
@@ -249,7 +270,9 @@ class OTOMixin:
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
-        batch = self._first_batch()
+        state, batch = self.state, self._first_batch()
+        last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
+        zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
         before = _of_rank_zero(lambda: measure(model, batch))
         self.plan, difference, exact = _of_rank_zero(lambda: self._certified(model, batch))
         if not exact:
@@ -275,15 +298,22 @@ class OTOMixin:
         )
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
         after = _of_rank_zero(lambda: measure(model, batch))
-        self.report = {
-            "before": before,
-            "after": after,
-            "group_sparsity": sparsity,
-            "max_output_difference": difference,
-        }
+        self.report = Report(
+            before=before,
+            after=after,
+            group_sparsity=sparsity,
+            max_output_difference=difference,
+            pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
+            metrics={"zeroed": zeroed, "compact": {}},
+        )
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            print(table(before, after))
-            print(f"max output difference, zeroed full against compact: {difference:.1e}")
+            print(self.report)
+        self._save_figures(self.args.output_dir)
+
+    def _save_figures(self, folder: str) -> None:
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            save_figures(folder, self.partition, self.plan, self.state.log_history, self.report["pruning"])
 
     def _certified(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[PruningPlan, float, bool]:
         """The plan that the zeros make, how far the cut model is from the zeroed one, and whether that is rounding."""
@@ -377,11 +407,6 @@ class OTOMixin:
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         return optimizer
-
-    def _group_sparsity(self) -> float | None:
-        if self.report is not None:
-            return self.report["group_sparsity"]
-        return None if self._dhspg() is None else self._dhspg().group_sparsity
 
     def _first_batch(self) -> dict[str, Any]:
         """The first examples of the training set, collated, on the model's device; random states stay as they are."""

@@ -5,6 +5,8 @@ Stands between the axis algebra, which finds the axes, and everything that uses 
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
 import math
 import re
@@ -320,6 +322,24 @@ class ZIGPartition:
 
     def __str__(self) -> str:
         """A table: one line per family of axes (layers of equal structure folded), then the pins by reason."""
+        rows = self._rows()
+        width = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [self._title()]
+        for name, kind, *numbers in rows:
+            right = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, width[2:], strict=True))
+            lines.append(f"  {name:{width[0]}}  {kind:{width[1]}}  {right}")
+        pins = [line for why, names in self._pins() for line in (f"  {why}", f"      {names}")]
+        return "\n".join(lines + (["", PINNED, *pins] if pins else []))
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        pins = as_html([(PINNED, ""), *self._pins()])
+        return f"<p>{self._title()}</p>{as_html(self._rows())}<details><summary>pinned</summary>{pins}</details>"
+
+    def _title(self) -> str:
+        return f"{len(self.axes)} prunable axes, {self.num_zigs:,} ZIGs"
+
+    def _rows(self) -> list[tuple[str, ...]]:
         families: dict[tuple[str, str, int], list[PrunableAxis]] = {}
         for axis in self.axes:
             families.setdefault((fold(axis.name), axis.kind, axis.size), []).append(axis)
@@ -329,26 +349,40 @@ class ZIGPartition:
             params, macs = (sum(n * size for n in ns) for ns in ([a.params for a in axes], [a.macs for a in axes]))
             share = f"{100 * macs / total:.0f} %"
             rows.append((_together([a.name for a in axes]), kind, f"{len(axes)} x {size}", f"{params:,}", share))
-        width = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [f"{len(self.axes)} prunable axes, {self.num_zigs:,} ZIGs"]
-        for name, kind, *numbers in rows:
-            right = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, width[2:], strict=True))
-            lines.append(f"  {name:{width[0]}}  {kind:{width[1]}}  {right}")
+        return rows
+
+    def _pins(self) -> list[tuple[str, str]]:
+        """(why and what would lift it, what it keeps whole)."""
         reasons: dict[str, dict[str, list[str]]] = {}
         for name, why in self.pinned.items():
             why = re.sub(r" in [\w.]*$", "", why.removesuffix(SOME))
             reasons.setdefault(why, {}).setdefault(fold(name), []).append(name)
-        lines += ["", "pinned (kept whole), why, and what would lift it"] if reasons else []
+        pins = []
         for why, found in reasons.items():
             names = [_together(names) for names in found.values()]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lift = next((lift for text, lift in LIFTS.items() if text in why), "nothing: its width has a meaning")
-            lines += [f"  {why} ({lift})", f"      {', '.join(names[:3])}{more}"]
-        return "\n".join(lines)
+            pins.append((f"{why} ({lift})", f"{', '.join(names[:3])}{more}"))
+        return pins
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for machines."""
         return {"axes": [axis.to_dict() for axis in self.axes], "pinned": dict(self.pinned)}
+
+
+PINNED = "pinned (kept whole), why, and what would lift it"
+
+
+def as_html(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of text as an HTML table, the first one its head.
+
+    Example:
+        >>> as_html([("axis", "ZIGs"), ("a<b>", "4")])
+        '<table><tr><th>axis</th><th>ZIGs</th></tr><tr><td>a&lt;b&gt;</td><td>4</td></tr></table>'
+    """
+    tags = itertools.chain(["th"], itertools.repeat("td"))
+    lines = ("".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) for tag, row in zip(tags, rows, strict=False))
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 _NUMBER = r"(?<=\.)\d+(?=\.)"

@@ -106,7 +106,6 @@ def end(folder):
     trainer = made(folder, "end", model, hub_strategy="end", target_group_sparsity=0.4, weight_decay=0.1, optim="sgd")
     trainer.train()
     trainer.evaluate()
-    Path(trainer.args.output_dir, "oto_widths.png").write_bytes(b"a picture")
     pushed = trainer.push_to_hub("All of it", tags="mine", dataset_tags="some_data", dataset="Some data")
     assert pushed.oid == api.model_info("me/end").sha
     remember(folder, "end", trainer.model)

@@ -131,7 +131,8 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
     classes = {"bert": tf.BertForSequenceClassification, "resnet": tf.ResNetForImageClassification}
     for name in ("ddp", "bert FULL", "bert SHARDED", "resnet SHARDED"):
         run, folder = ranks[0][name], tmp_path / name / "compact"
-        assert run["files"] == ["config.json", "model.safetensors", "modeling_oto.py", "training_args.bin"]
+        files = ["config.json", "model.safetensors", "modeling_oto.py", "oto_widths.png", "training_args.bin"]
+        assert run["files"] == files
         assert not any("FSDP" in a for a in json.loads((folder / "config.json").read_text())["architectures"])
         again = classes[name.split()[0].replace("ddp", "bert")].from_pretrained(folder).state_dict()
         assert again.keys() == run["weights"].keys()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 WORKER = str(ROOT / "tests" / "hub_worker.py")
 SAVED = {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", ".gitattributes"}
 COMPACT = SAVED | {"model.safetensors", "modeling_oto.py"}
-OF_TRAINER = {"training_args.bin"}
+OF_TRAINER = {"training_args.bin", "oto_widths.png", "oto_training.png"}
 
 
 def client(hub, home, *command, **environment):
@@ -127,7 +127,7 @@ def test_a_fresh_process_loads_what_was_pushed(pushed, hf_oto, tmp_path):
 
 def test_what_is_pushed_at_the_end_is_whole_and_nothing_else(pushed):
     whole = COMPACT | OF_TRAINER
-    assert last(pushed.repos["me/end"]).files.keys() == whole | {"oto_widths.png"}
+    assert last(pushed.repos["me/end"]).files.keys() == whole
     assert last(pushed.repos["me/every_save"]).files.keys() == whole | {"generation_config.json"}
     assert last(pushed.repos["me/twice"]).files.keys() == whole
     assert last(pushed.repos["me/alone"]).files.keys() == COMPACT | {"generation_config.json"}
@@ -183,7 +183,8 @@ def test_the_card_keeps_the_metadata_and_shows_the_figures_that_exist(pushed):
     assert end.data.tags == ["mine", "generated_from_trainer", "hf_oto", "pruned"]
     assert (end.data.license, end.data.base_model, end.data.datasets) == ("mit", "me/base", ["some_data"])
     assert [result.metric_type for result in end.data.eval_results] == ["accuracy"]
-    assert "](oto_widths.png)" in end.text and "oto_training.png" not in end.text
+    assert "](oto_widths.png)" in end.text and "](oto_training.png)" in end.text
+    assert ".png" not in card(history(pushed.repos["me/twice"])[0]).text
     assert re.search(r"Last evaluation, at step 24, of this model: eval_loss [\d.]+, eval_accuracy 0.\d+\.", end.text)
     assert "Last evaluation" not in card(last(pushed.repos["me/twice"])).text
     assert "- optimizer: DHSPG of hf_oto around torch.optim.sgd.SGD with {'lr': 0.001}\n- lr_scheduler" in end.text

@@ -122,25 +122,6 @@ def test_after_train_everything_sees_the_compact_model(trained, tmp_path):
     assert np.array_equal(predicted, again.predictions)
 
 
-def test_every_log_line_has_the_group_sparsity(trained):
-    values = [line["group_sparsity"] for line in trained.state.log_history]
-    assert values == sorted(values) and values[0] < values[-1]
-    assert values[-1] == round(trained.report["group_sparsity"], 4)
-
-
-def test_the_progress_bar_shows_the_group_sparsity(tmp_path, monkeypatch):
-    shown = []
-
-    class Bar(tf.ProgressCallback):
-        def on_train_begin(self, *args, **kwargs):
-            super().on_train_begin(*args, **kwargs)
-            self.training_bar.set_postfix = lambda **values: shown.append(values)
-
-    trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences(), callbacks=[Bar()])
-    trainer.train()
-    assert {"group_sparsity": "0.50"} in shown
-
-
 def test_plain_training_arguments_mean_the_defaults(tmp_path):
     trainer = train(tmp_path, args=arguments(tmp_path, tf.TrainingArguments))
     assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)

@@ -1,0 +1,449 @@
+"""What people see: the numbers are those of the compact model, and the pictures can be read."""
+
+import copy
+import dataclasses
+import itertools
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from models import TABLE, make
+from PIL import Image
+from test_trainer import arguments, bert, sentences, train
+from torch import nn
+
+from hf_oto import DHSPG, OTOTrainer, PruningPlan, ZIGPartition, compact, figures, partition_zigs
+from hf_oto.report import Report, macs, measure, table
+from hf_oto.zigs import PrunableAxis
+
+KEYS = ["oto/group_sparsity", "oto/params_left", "oto/macs_left"]
+
+
+def count(model):
+    return sum({id(p): p.numel() for p in model.parameters()}.values())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that is evaluated at its last step, and once more as the compact model."""
+    trainer = train(
+        tmp_path_factory.mktemp("trained"), target_group_sparsity=0.4, eval_strategy="steps", eval_steps=20
+    )
+    trainer.evaluate()
+    return trainer
+
+
+# numbers ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Two layers with a hidden width of 100."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(4, 100), nn.ReLU(inplace), nn.Linear(100, 3)
+        self.register_buffer("scratch", torch.zeros(7), persistent=False)
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_memory_and_sizes_by_hand(inplace):
+    found = measure(Net(inplace), {"x": torch.zeros(10, 4)}, seconds=0)
+    params = 4 * 100 + 100 + 100 * 3 + 3
+    hidden = 10 * 100 if inplace else 2 * 10 * 100  # what the ReLU reads and what it writes are held together
+    held = max(hidden, 10 * 100 + 10 * 3)
+    assert found["params"] == params and found["bytes"] == 4 * params
+    assert found["memory"] == 4 * (params + 7 + 10 * 4 + held)
+    assert found["macs"] == 10 * (4 * 100 + 100 * 3)
+
+
+def test_bytes_are_those_of_the_file(trained, tmp_path):
+    trained.model.save_pretrained(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    assert len(data) - header == trained.report["after"]["bytes"] < trained.report["before"]["bytes"]
+
+
+def test_latency_states_its_spread_and_conditions(trained):
+    for found in (trained.report["before"], trained.report["after"]):
+        low, high = found["quartiles"]
+        assert 0 < low <= found["latency"] <= high
+        assert found["measured_on"] == f"a batch of 8 x 8, CPU, threads: {torch.get_num_threads()}"
+
+
+def test_the_table_by_hand():
+    before = {"params": 2e6, "macs": 3e9, "bytes": 8e6, "memory": 9e6, "latency": 0.01, "quartiles": [0.009, 0.0125]}
+    after = {"params": 1e6, "macs": 1e9, "bytes": 4e6, "memory": 3e6, "latency": 0.004, "quartiles": [0.0035, 0.0051]}
+    where = {"measured_on": "a batch of 8 x 8, CPU, threads: 2"}
+    report = Report(
+        before=before | where, after=after | where, max_output_difference=2e-7,
+        metrics={"zeroed": {"eval_accuracy": 0.5}, "compact": {"eval_accuracy": 0.25}},
+    )  # fmt: skip
+    assert str(report) == (
+        "                     dense     compact   ratio\n"
+        "parameters            2.0M        1.0M    50 %\n"
+        "MACs                  3.0G        1.0G    33 %\n"
+        "file size            8.0MB       4.0MB    50 %\n"
+        "tensor memory        9.0MB       3.0MB    33 %\n"
+        "latency            10.0 ms      4.0 ms    40 %\n"
+        "quartiles      9.0-12.5 ms  3.5-5.1 ms\n"
+        "measured on a batch of 8 x 8, CPU, threads: 2\n"
+        "max output difference, zeroed full against compact: 2.0e-07\n"
+        "eval_accuracy: 0.5000 full with zeros, 0.2500 compact"
+    )
+    assert table({"a": 1.0}, {"b": 1.0}).split() == ["dense", "compact", "ratio"]
+
+
+def test_the_report_is_plain_data(trained):
+    assert isinstance(trained.report, dict)
+    assert json.loads(json.dumps(trained.report)) == trained.report
+    assert trained.report["pruning"] == [4, 24]  # 10 and 60 % of 40 steps
+
+
+def test_metrics_are_those_of_the_weights_that_were_cut(trained, tmp_path):
+    metrics = trained.report["metrics"]
+    assert metrics["zeroed"].keys() == metrics["compact"].keys() == {"eval_loss"}
+    assert metrics["zeroed"]["eval_loss"] == pytest.approx(metrics["compact"]["eval_loss"], rel=1e-4)
+    first = metrics["compact"]["eval_loss"]
+    trained.evaluate(sentences(8))
+    assert metrics["compact"]["eval_loss"] == first
+    earlier = train(tmp_path, eval_on_start=True)  # not of these weights
+    assert "eval_loss" in earlier.state.log_history[0] and earlier.report["metrics"]["zeroed"] == {}
+
+
+def test_metrics_are_those_of_the_best_checkpoint_if_that_is_cut(tmp_path):
+    trainer = train(
+        tmp_path, eval_strategy="steps", eval_steps=10, save_strategy="steps", save_steps=10,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    assert trainer.state.best_global_step == 30
+    last = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line][-1]
+    trainer.evaluate()
+    metrics = trainer.report["metrics"]
+    assert metrics["zeroed"]["eval_loss"] == pytest.approx(metrics["compact"]["eval_loss"], rel=1e-4)
+    assert metrics["zeroed"]["eval_loss"] != pytest.approx(last, rel=1e-4)
+
+
+# live -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet_basic", "llama", "mixtral", "t5", "grouped_conv", "phi3", "swin"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_left_is_what_a_cut_leaves(name, seed):
+    model, inputs = make(name).eval(), TABLE[name].inputs(2)
+    partition = partition_zigs(model, inputs)
+    optimizer = DHSPG(model, partition, total_steps=100)
+    works = [partition.params(model), partition.work]
+    assert [optimizer.left(partition, work) for work in works] == [1, 1]
+    gone = np.random.default_rng(seed).random(partition.num_zigs) < 0.4 + 0.5 * seed
+    next(iter(partition.split(gone)))[1][:] = True  # of an axis that is all zero, one ZIG stays
+    optimizer.param_groups[0]["zero"] = torch.from_numpy(gone).to(torch.uint8)
+    plan = PruningPlan({axis.name: np.flatnonzero(~g).tolist() or [0] for axis, g in partition.split(gone)})
+    dense = [count(model), macs(model, inputs)]
+    small = compact(model, partition, plan)
+    params, work = (optimizer.left(partition, work) for work in works)
+    assert params == count(small) / dense[0] < 1
+    assert work == pytest.approx(macs(small, inputs) / dense[1], abs=1e-6)
+
+
+class Cutter(tf.TrainerCallback):
+    """Cuts a copy of the model at every line of the log."""
+
+    def __init__(self):
+        self.left = []
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        if self.trainer.report is None:
+            small = copy.deepcopy(model)
+            partition = self.trainer.partition
+            small = compact(small, partition, PruningPlan.from_zeros(small, partition))
+            self.left.append((count(small) / count(model), macs(small, self.trainer._first_batch())))
+
+
+@pytest.mark.parametrize("more", [{}, {"pruning_mode": "paper", "learning_rate": 0.03}])
+def test_every_log_line_says_how_far_it_is(tmp_path, more):
+    cutter = Cutter()
+    trainer = cutter.trainer = OTOTrainer(
+        bert(), arguments(tmp_path, logging_steps=4, **more), train_dataset=sentences(), eval_dataset=sentences(16),
+        callbacks=[cutter],
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    lines = [[line[key] for key in KEYS] for line in trainer.state.log_history]
+    sparsity, params, work = zip(*lines, strict=True)
+    assert 0 == sparsity[0] < sparsity[-1] == trainer.report["group_sparsity"]
+    assert params[0] == work[0] == 1 and list(params) == sorted(params, reverse=True)
+    before, after = trainer.report["before"], trainer.report["after"]
+    assert params[-1] == params[-2] == count(trainer.model) / count(bert())
+    assert work[-1] == after["macs"] / before["macs"]
+    assert len(cutter.left) == len(lines) - 1  # the last one is of the compact model
+    for seen, now, (share, multiplications) in zip(params, work, cutter.left, strict=False):
+        assert seen == share
+        assert now == pytest.approx(multiplications / before["macs"], abs=1e-6)
+
+
+def test_without_macs_the_key_is_left_out(tmp_path):
+    trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
+    trainer.partition = dataclasses.replace(partition_zigs(trainer.model, trainer._first_batch()), work=None)
+    trainer.train()
+    for line in trainer.state.log_history:
+        assert [key for key in KEYS if key in line] == KEYS[:2]
+
+
+@pytest.mark.parametrize(
+    ("more", "phases"),
+    [
+        ({}, ["warm-up", "pruning", "training the rest"]),
+        ({"pruning_mode": "paper", "learning_rate": 1e-6}, ["warm-up", "pruning"]),
+        ({"target_group_sparsity": 0.0}, ["training"]),
+    ],
+)
+def test_the_progress_bar_shows_group_sparsity_and_phase(tmp_path, more, phases):
+    shown = []
+
+    class Bar(tf.ProgressCallback):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            self.training_bar.set_postfix_str = shown.append
+
+    args = arguments(tmp_path, logging_steps=1, **more)
+    trainer = OTOTrainer(bert(), args, train_dataset=sentences(), callbacks=[Bar()])
+    trainer.train()
+    assert [phase for phase, _ in itertools.groupby(text.split(", ")[1] for text in shown)] == phases
+    assert shown[0] == f"group sparsity 0.00, {phases[0]}"
+    assert shown[-1] == f"group sparsity {trainer.report['group_sparsity']:.2f}, {phases[-1]}"
+
+
+def test_phases_of_the_paper():
+    """Pruning ends when the target is reached, not at a step."""
+    model = bert()
+    optimizer = DHSPG(model, partition_zigs(model), total_steps=100, mode="paper")
+    state, phases = optimizer.param_groups[0], []
+    for step, zeros in ((9, 0), (10, 0), (99, 67), (50, 68)):  # of 136 ZIGs
+        state["dhspg_step"] = step
+        state["zero"][:zeros] = 1
+        phases.append(optimizer.phase)
+    assert phases == ["warm-up", "pruning", "pruning", "training the rest"]
+
+
+def test_tensorboard_gets_scalars(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = train(tmp_path, report_to="tensorboard")
+    (events,) = (tmp_path / "runs").rglob("events.out.tfevents.*")
+    found = accumulator.EventAccumulator(str(events)).Reload()
+    for key in KEYS:
+        seen = {scalar.step: scalar.value for scalar in found.Scalars(f"train/{key}")}
+        assert seen == {line["step"]: pytest.approx(line[key]) for line in trainer.state.log_history}
+
+
+# notebooks --------------------------------------------------------------------------------
+
+
+class Cells(HTMLParser):
+    """The rows of the tables in a piece of HTML, and its tags; what is opened must be closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.rows = [], set(), []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag != "br":
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_the_partition_in_a_notebook(trained):
+    partition = trained.partition
+    rows = Cells(partition._repr_html_()).rows
+    text = str(partition)
+    assert rows[0] == ["axis", "kind", "ZIGs", "parameters", "MACs"] and len(rows) > 4
+    for row in rows:
+        for cell in row:
+            assert cell in text
+    hostile = ZIGPartition((PrunableAxis("<script>a&b", "units", 4, ()),), {"<b>w[0]": "<i>why"})
+    cells = Cells(hostile._repr_html_())
+    assert not cells.tags & {"script", "b", "i"}
+    assert cells.rows[1][0] == "<script>a&b" and cells.rows[3][1] == "<b>w[0]"
+
+
+def test_the_report_in_a_notebook(trained):
+    html = trained.report._repr_html_()
+    rows = Cells(html).rows
+    assert [" ".join(row).split() for row in rows] == [
+        line.split() for line in table(trained.report["before"], trained.report["after"]).splitlines()
+    ]
+    assert "max output difference" in html
+    hostile = Report(copy.deepcopy(trained.report))
+    hostile["after"]["measured_on"] = hostile["before"]["<b>"] = "<b>"
+    assert "b" not in Cells(hostile._repr_html_()).tags
+
+
+# pictures ---------------------------------------------------------------------------------
+
+
+def layers(*families):
+    axes = [PrunableAxis(name.format(i), kind, size, ()) for name, kind, size, n in families for i in range(n)]
+    return ZIGPartition(tuple(axes), {})
+
+
+def transformer(n):
+    return layers(
+        ("bert.encoder.layer.{}.attention.self.query.weight[0]", "heads", 12, n),
+        ("bert.encoder.layer.{}.intermediate.dense.weight[0]", "units", 3072, n),
+    )
+
+
+def llama(n):
+    return layers(
+        ("model.embed_tokens.weight[1]", "units", 8192, 1),
+        ("model.layers.{}.self_attn.q_proj.weight[0]", "kv_groups", 8, n),
+        ("model.layers.{}.mlp.gate_proj.weight[0]", "units", 28672, n),
+    )
+
+
+def convolutions(n):
+    return layers(("resnet.encoder.stages.3.layers.{}.layer.0.convolution.weight[0]", "channels", 2048, n))
+
+
+def history(evaluations=1):
+    lines = [
+        {"step": s, "loss": 200 / s, "epoch": 1.0} | dict.fromkeys(KEYS, min(0.5, s / 1000))
+        for s in range(20, 1001, 20)
+    ]
+    scored = {f"eval_a_rather_long_name_{i}_loss": 1.0 + i for i in range(evaluations)}
+    return [*lines, *({"step": s} | scored for s in range(200, 1001, 200))]
+
+
+def boxes(figure):
+    """(text, its box in pixels) of all that can be read in a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    hidden = [  # matplotlib keeps labels of ticks that are out of range
+        label
+        for panel in figure.axes
+        for axis in (panel.xaxis, panel.yaxis)
+        for tick in axis.get_major_ticks()
+        for label in (tick.label1, tick.label2)
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    ]
+    renderer = canvas.get_renderer()
+    return [(t.get_text(), t.get_window_extent(renderer)) for t in found if t not in hidden]
+
+
+def unreadable(figure, found=None):
+    """Texts that overlap or leave the picture."""
+    found = found or boxes(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    outside = [t for t, b in found if b.x0 < 0 or b.y0 < 0 or b.x1 > width or b.y1 > height]
+    return outside + [(s, t) for (s, a), (t, b) in itertools.combinations(found, 2) if a.overlaps(b)]
+
+
+SHAPES = [transformer(12), transformer(80), llama(12), llama(80), convolutions(12), convolutions(80), convolutions(1)]
+
+
+@pytest.mark.parametrize("partition", SHAPES, ids=lambda p: f"{len(p.axes)}-{p.axes[-1].kind}")
+def test_widths_can_be_read(partition, draw_plan):
+    plan = draw_plan(partition)
+    figure = figures.widths(partition, plan)
+    found = boxes(figure)
+    assert not unreadable(figure, found)
+    texts = {text for text, _ in found}
+    for axis in partition.axes:
+        assert f"{len(plan.kept[axis.name]):,} / {axis.size:,}" in texts
+    assert {axis.kind.replace("_", " ") for axis in partition.axes} | {"dense"} <= texts
+
+
+def test_what_can_not_be_read_is_found(draw_plan):
+    for partition in (transformer(12), convolutions(12)):
+        figure = figures.widths(partition, draw_plan(partition))
+        wide, high = figure.get_size_inches()
+        figure.set_size_inches(wide, 0.6 * high)
+        assert unreadable(figure)
+
+
+@pytest.mark.parametrize("name", ["resnet_bottleneck", "t5", "detr", "segformer", "dense"])
+def test_widths_of_real_models_can_be_read(name, draw_plan):
+    partition = partition_zigs(make(name), TABLE[name].inputs(2))
+    figure = figures.widths(partition, draw_plan(partition))
+    assert not unreadable(figure)
+    labels = [[t.get_text() for t in panel.get_yticklabels()] for panel in figure.axes]
+    assert sum(map(len, labels)) == len(partition.axes)
+    assert all(len(set(column)) == len(column) for column in labels)
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 3])
+def test_training_can_be_read(evaluations):
+    figure = figures.progress(history(evaluations), [100, 600])
+    assert not unreadable(figure)
+    top, bottom = figure.axes
+    assert [len(top.lines), len(bottom.lines)] == [1 + evaluations, 3]
+    assert list(bottom.lines[0].get_ydata()) == [100 * min(0.5, s / 1000) for s in range(20, 1001, 20)]
+    window = top.patches[0].get_extents().transformed(top.transData.inverted())
+    assert (round(window.x0), round(window.x1)) == (100, 600)
+    figure.set_size_inches(4, 1.5)
+    assert unreadable(figure)
+
+
+def test_nothing_logged_is_an_empty_picture():
+    assert not unreadable(figures.progress([], []))
+
+
+def test_bars_are_as_long_as_the_compact_layers_are_wide(trained):
+    figure = figures.widths(trained.partition, trained.plan)
+    drawn = {}
+    for panel in figure.axes:
+        dense, left = panel.containers
+        assert {bar.get_width() for bar in dense} == {100}
+        drawn |= dict(
+            zip((t.get_text() for t in panel.get_yticklabels()), (bar.get_width() for bar in left), strict=True)
+        )
+    for i, layer in enumerate(trained.model.bert.encoder.layer):
+        assert drawn[f"encoder.layer.{i}.intermediate"] == pytest.approx(
+            100 * layer.intermediate.dense.out_features / 48
+        )
+        assert drawn[f"{i}"] == pytest.approx(100 * layer.attention.self.num_attention_heads / 4)
+
+
+def test_pictures_lie_beside_the_model(trained, tmp_path, monkeypatch):
+    trained.save_model(str(tmp_path / "a"))
+    for folder in (trained.args.output_dir, tmp_path / "a"):
+        for name in ("oto_widths.png", "oto_training.png"):
+            with Image.open(f"{folder}/{name}") as image:
+                assert image.format == "PNG" and min(image.size) > 200 and len(image.getcolors(1 << 20)) > 20
+    monkeypatch.setattr(figures, "is_matplotlib_available", lambda: False)
+    trained.save_model(str(tmp_path / "b"))
+    assert (tmp_path / "b" / "model.safetensors").exists() and not list((tmp_path / "b").glob("*.png"))
+
+
+def test_one_point_is_no_picture(tmp_path):
+    train(tmp_path, logging_steps=500, max_steps=20)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["oto_widths.png"]
+
+
+def test_a_dense_checkpoint_has_no_pictures(tmp_path):
+    train(tmp_path, save_strategy="steps", save_steps=40)
+    assert (tmp_path / "checkpoint-40" / "model.safetensors").exists()
+    assert not list((tmp_path / "checkpoint-40").glob("*.png"))
