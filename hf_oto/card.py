@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from .modeling_oto import FILE_NAME
-from .report import table
+from .report import Report
 
 FIGURES = ("oto_widths.png", "oto_training.png")
 
@@ -27,12 +27,12 @@ Trained and pruned in one run by hf_oto (OTOv2, [arXiv 2303.06862](https://arxiv
 of the zero-invariant groups (attention heads, units, channels) ended at exactly zero, and the zeros were cut out.
 
 ```
-{table}
+{report}
 ```
 
-Certificate: on a real batch, the outputs of the full model with its zeros and of this one differ by at most
-{difference:.1e} of the largest output.
-{evaluation}{figures}
+The difference is the certificate: on a real batch, of the outputs of the full model with its zeros and of this one,
+relative to the largest of them.
+{figures}
 {load}
 ### Train it again
 
@@ -89,10 +89,9 @@ model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 def model_card(
     name: str,
     model: PreTrainedModel,
-    report: Mapping[str, Any],
+    report: Report,
     arguments: Mapping[str, Any],
     optimizer: str,
-    history: Sequence[Mapping[str, Any]] = (),
     folder: str = "",
 ) -> str:
     """What a reader of the repository must know of a compact model, as Markdown.
@@ -103,7 +102,6 @@ def model_card(
         report: `OTOMixin.report`.
         arguments: those of `OTOTrainingArguments` that make another run the same.
         optimizer: what trained it, in words.
-        history: the logged lines, of which the last evaluation is shown.
         folder: where the card will be; shows the figures that lie there.
     """
     cls = type(model).__name__
@@ -114,27 +112,11 @@ def model_card(
     return COMPACT.format(
         load=load.format(name=name, cls=cls, remote=REMOTE.format(auto=autos[-1], name=name) if autos else ""),
         sparsity=report["group_sparsity"],
-        difference=report["max_output_difference"],
-        table=table(report["before"], report["after"]),
+        report=report,
         arguments=f'OTOTrainingArguments(\n    "out",\n{lines})',
         optimizer=optimizer,
-        evaluation=_last_evaluation(history),
         figures="".join(f"\n![{f}]({f})\n" for f in FIGURES if Path(folder, f).exists()),
     )
-
-
-def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> str:
-    for i, line in reversed(list(enumerate(history))):
-        found = {k: v for k, v in line.items() if k.startswith("eval_") and not k.endswith(("_runtime", "_second"))}
-        if found:
-            of = (
-                "this model"
-                if any("train_runtime" in before for before in history[:i])
-                else "the model before the cut"
-            )
-            values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
-            return f"\nLast evaluation, at step {line['step']}, of {of}: {values}.\n"
-    return ""
 
 
 def add_to_card(path: str, text: str, optimizer: str) -> None:

@@ -142,6 +142,7 @@ class Report(dict):
 
     def _notes(self) -> list[str]:
         zeroed, compact = self["metrics"]["zeroed"], self["metrics"]["compact"]
-        both = (f"{k}: {zeroed[k]:.4f} full with zeros, {compact[k]:.4f} compact" for k in zeroed if k in compact)
+        full = {k: f"{zeroed[k]:.4f} full with zeros, " if k in zeroed else "" for k in compact}
+        both = (f"{k}: {full[k]}{compact[k]:.4f} compact" for k in compact)
         difference = f"max output difference, zeroed full against compact: {self['max_output_difference']:.1e}"
         return [f"measured on {self['after']['measured_on']}", difference, *both]

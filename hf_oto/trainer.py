@@ -367,8 +367,8 @@ class OTOMixin:
             optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
             folder, text = self.args.output_dir, IN_PROGRESS
             if self.report is not None:
-                name, history = self.hub_model_id or Path(folder).name, self.state.log_history
-                text = model_card(name, self.model, self.report, self._arguments(), optimizer, history, folder)
+                name = self.hub_model_id or Path(folder).name
+                text = model_card(name, self.model, self.report, self._arguments(), optimizer, folder)
             add_to_card(os.path.join(folder, "README.md"), text, optimizer)
 
     def _arguments(self) -> dict[str, Any]:
