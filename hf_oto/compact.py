@@ -149,6 +149,13 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     Raises:
         ValueError: the plan doesn't fit the partition.
         OTOError: the model isn't the one the partition was made for.
+
+    Example:
+        >>> from hf_oto import partition_zigs
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})
+        >>> compact(model, partition, PruningPlan({"0.weight[0]": [0, 2, 5]}))[0]
+        Linear(in_features=3, out_features=3, bias=True)
     """
     removed, attributes = resolve(partition, plan)
     tensors = partition.tensors(model)
@@ -208,6 +215,16 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         OTOError: the model is no Transformers model.
+
+    Example:
+        >>> from hf_oto import partition_zigs
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> model = ViTModel(config)
+        >>> plan = PruningPlan({"layers.0.mlp.fc1.weight[0]": range(4)})
+        >>> small = compact(model, partition_zigs(model), plan)
+        >>> small.layers[0].mlp.fc1.out_features, to_dense(small).layers[0].mlp.fc1.out_features
+        (4, 16)
     """
     if not isinstance(model, PreTrainedModel):
         raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")

@@ -124,8 +124,17 @@ class DHSPG(torch.optim.Optimizer):
         OTOError: the model isn't the one the partition was made for.
 
     Example:
-        >>> partition = partition_zigs(model, batch)  # doctest: +SKIP
-        >>> DHSPG(model, partition, torch.optim.SGD, lr=0.1, momentum=0.9, total_steps=1000)  # doctest: +SKIP
+        >>> from hf_oto import partition_zigs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})
+        >>> optimizer = DHSPG(model, partition, torch.optim.SGD, lr=0.1, momentum=0.9, total_steps=40)
+        >>> for _ in range(40):
+        ...     loss = model(torch.randn(4, 3)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.group_sparsity
+        0.5
     """
 
     def __new__(

@@ -54,6 +54,12 @@ def partition_zigs(
     Raises:
         OTOError: the model can't run on the inputs.
         ValueError: a pattern of `protect` that matches nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})
+        >>> [(axis.name, axis.kind, axis.size, axis.params) for axis in partition.axes]
+        [('0.weight[0]', 'units', 8, 6)]
     """
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise OTOError(
@@ -499,6 +505,12 @@ def check_zero_invariance(
 
     Returns:
         the largest difference of the outputs, relative to their largest entry: below 1e-5 in float32 if it holds.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batch = {"input": torch.ones(1, 3)}
+        >>> check_zero_invariance(model, partition_zigs(model, batch), batch) < 1e-5
+        True
     """
     removed = (plan or _half(partition, None)).removed(partition)
     quiet = _outputs(model, inputs, _zeroed(model, partition, removed, noise=False))

@@ -422,7 +422,19 @@ class OTOMixin:
 
 
 class OTOTrainer(OTOMixin, Trainer):
-    """`transformers.Trainer` that trains once and ends with a compact model (OTOv2, arXiv 2303.06862)."""
+    """`transformers.Trainer` that trains once and ends with a compact model (OTOv2, arXiv 2303.06862). See `OTOMixin`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> size = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> model = BertForSequenceClassification(BertConfig(**size))
+        >>> args = OTOTrainingArguments("out", max_steps=20, save_strategy="no", report_to="none", disable_tqdm=True)
+        >>> trainer = OTOTrainer(model, args, train_dataset=[{"input_ids": [1, 2, 3], "labels": 0}] * 32)
+        >>> output = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> trainer.report["group_sparsity"]
+        0.5
+    """
 
 
 class OTOSeq2SeqTrainer(OTOMixin, Seq2SeqTrainer):
