@@ -26,7 +26,6 @@ from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
 logger = logging.getLogger(__name__)
 
 SAMPLES = 5  # of the salience before each event
-THINNING = 2  # the fewer are left of an axis, the more each of them counts: salience times (1 / fraction left) ** 2
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
 SHRINKS = 4  # from one event to the next
@@ -74,8 +73,7 @@ class DHSPG(torch.optim.Optimizer):
 
     `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that
 
-    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one; divided
-      by the cost under a budget, and by the square of the fraction of the axis that is left;
+    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one;
     - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
       floor;
     - between events they are shrunk linearly to zero, in a few steps, instead of by a penalty; the half-space
@@ -436,9 +434,7 @@ class DHSPG(torch.optim.Optimizer):
         together = together[(first[axis] + block * plan.multiple[axis] <= plan.room[axis])[together]]
         order, axis, tie, block = order[together], axis[together], tie[together], block[together]
         starts = np.flatnonzero(np.diff(tie, prepend=-1) | np.diff(block, prepend=-1))
-        size = plan.sizes[axis]
-        salience = salience[order] * (size / (size - rank[together])) ** THINNING
-        score = np.add.reduceat(salience, starts) / np.add.reduceat(plan.cost[axis], starts)
+        score = np.add.reduceat(salience[order], starts) / np.add.reduceat(plan.cost[axis], starts)
         blocks = candidates = np.argsort(score, kind="stable")
         tie = tie[starts]
         dense = plan.work.left(0 * plan.sizes)
