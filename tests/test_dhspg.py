@@ -498,14 +498,15 @@ def test_budgets_and_multiples_do_not_hold_by_themselves():
     partition, kept, left = pruned(target_group_sparsity=0.3, group_divisible=1)
     assert sum(kept.values()) == partition.num_zigs - round(0.3 * partition.num_zigs)
     assert abs(0.7 - left[0]) > 0.01 and abs(0.4 - left[1]) > 0.01
-    assert sum(kept[axis.name] % 8 > 0 for axis in partition.axes if axis.kind == "units") > 1
+    assert any(kept[axis.name] % 8 for axis in partition.axes if axis.kind == "units")
 
 
-@pytest.mark.parametrize("target", [0.3, 0.47, 0.6])
-def test_wide_axes_are_aligned_and_the_number_is_exact(target):
-    partition, kept, _ = pruned(target_group_sparsity=target)
+@pytest.mark.parametrize(("target", "divisible"), [(0.3, None), (0.47, None), (0.6, None), (0.6, 1)])
+def test_wide_axes_are_aligned_and_the_number_is_exact(target, divisible):
+    partition, kept, _ = pruned(target_group_sparsity=target, group_divisible=divisible, min_keep=0.11)
     assert sum(kept.values()) == partition.num_zigs - round(target * partition.num_zigs)
-    assert sum(kept[axis.name] % 8 > 0 for axis in partition.axes if axis.size >= 64) <= 1
+    odd = sum(kept[axis.name] % 8 > 0 for axis in partition.axes if axis.size >= 64)
+    assert odd <= 1 if divisible is None else odd > 1
 
 
 @pytest.mark.parametrize("divisible", [1, 2])
