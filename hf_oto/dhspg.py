@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SAMPLES = 5  # of the salience before each event
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
-SHRINKS = 4  # from one event to the next
+SHRINKS = 2  # from one event to the next
 
 
 class Slice(NamedTuple):
@@ -320,7 +320,8 @@ class DHSPG(torch.optim.Optimizer):
         params = self._by_name()
         for s in slices:
             p = params[s.param]
-            yield s._replace(owner=_owned(s, p)), _local(p)
+            owner = _owned(s, p)
+            yield s if owner is s.owner else s._replace(owner=owner), _local(p)
 
     # a step -----------------------------------------------------------------------------------
 
@@ -486,7 +487,8 @@ class DHSPG(torch.optim.Optimizer):
         for k, parts in enumerate(many):
             found: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
             for s, index, values in parts:
-                rows = values.unsqueeze(-1).movedim(s.dim, 0).flatten(1).sum(1, dtype=dtype)  # (n,)
+                over = [dim for dim in range(values.dim()) if dim != s.dim]
+                rows = values.sum(over, dtype=dtype) if over else values.to(dtype)  # (n,)
                 found[layouts[s.param]].append((s.owner if index is None else s.owner[index.cpu()], rows))
             for layout, pairs in found.items():
                 if pairs:  # one sum is faster than one for each slice
