@@ -251,7 +251,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A new model of the stock class of `model`, with this config and weights not yet `model`'s."""
-    stock = getattr(type(model), "_oto_stock", type(model))(config).to(device=model.device, dtype=model.dtype)
+    with torch.random.fork_rng():  # weights nobody keeps must not move what training draws next
+        stock = getattr(type(model), "_oto_stock", type(model))(config)
+    stock = stock.to(device=model.device, dtype=model.dtype)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.train(model.training)

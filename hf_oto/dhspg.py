@@ -459,7 +459,8 @@ class DHSPG(torch.optim.Optimizer):
         place = np.repeat(place, np.diff(starts, append=len(order)))
         picked = order[np.argsort(place, kind="stable")][: (place < len(starts)).sum()]
         picked = picked[~zero[picked]]
-        chosen[picked[: int(dense - goal) - zero.sum() if plan.exact else None]] = True
+        # more may be zero already than this event asks for: a state that was loaded into another schedule
+        chosen[picked[: max(0, int(dense - goal) - zero.sum()) if plan.exact else None]] = True
         return torch.from_numpy(chosen)
 
     # on the parameters ------------------------------------------------------------------------
