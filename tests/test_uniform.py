@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from models import TABLE, make
+from models import TABLE, make, randomise_
 from test_trainer import arguments, sentences
 
 from hf_oto import DHSPG, OTOTrainer, PruningPlan, compact, partition_zigs, uniform
@@ -28,17 +28,36 @@ TIES = {  # the numbers that say widths, and how many axes
     "mamba": {("hidden_size",): 1, ("intermediate_size",): 1},
 }
 
+DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
+GROUPED = DECODER | dict(num_key_value_heads=2, head_dim=8)
+STREAM = {("hidden_size",): 1}  # not Gemma's, which multiplies embeddings by its root, nor Phi's, under a layer norm
+HEADS, UNITS = {("num_attention_heads", "num_key_value_heads"): 2}, {("intermediate_size",): 2}
+OTHERS = {  # not in the table: what makes them, and their ties
+    "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED)), STREAM | HEADS | UNITS),
+    "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED)), STREAM | HEADS | UNITS),
+    "gemma2": (lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GROUPED)), HEADS | UNITS),
+    "phi": (lambda: tf.PhiForCausalLM(tf.PhiConfig(**DECODER)), UNITS),
+    "dinov2": (lambda: tf.Dinov2Model(tf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                      mlp_ratio=2, image_size=32, patch_size=8)), {("mlp_ratio",): 2}),
+}  # fmt: skip
+
 
 def parts(name):
-    model, inputs = make(name), TABLE[name].inputs(2)
+    if name in OTHERS:
+        torch.manual_seed(0)
+        model = randomise_(OTHERS[name][0]().eval())
+        text = {"input_ids": torch.arange(16).view(2, 8)}
+        inputs = text if "vocab_size" in vars(model.config) else {"pixel_values": torch.randn(2, 3, 32, 32)}
+    else:
+        model, inputs = make(name), TABLE[name].inputs(2)
     partition = partition_zigs(model, inputs)
     return model, inputs, partition, find_ties(model, partition, inputs)
 
 
-@pytest.mark.parametrize("name", TIES)
+@pytest.mark.parametrize("name", [*TIES, *OTHERS])
 def test_a_plain_model_computes_what_the_zeroed_one_does(name):
     model, inputs, partition, ties = parts(name)
-    assert {sum(tie.numbers, ()): len(tie.axes) for tie in ties} == TIES[name]
+    assert {sum(tie.numbers, ()): len(tie.axes) for tie in ties} == (TIES.get(name) or OTHERS[name][1])
     sizes = {axis.name: axis.size for axis in partition.axes}
     kept = [max(1, tie.steps * (1 + i) // (2 + i)) / tie.steps for i, tie in enumerate(ties)]  # of each another share
     plan = PruningPlan(
@@ -56,7 +75,7 @@ def test_a_plain_model_computes_what_the_zeroed_one_does(name):
     assert outputs_differ(model, stock, inputs) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["bloom", "swin", "swapped"])
+@pytest.mark.parametrize("name", ["bloom", "swin", "convnext", "swapped"])
 def test_a_config_that_says_nothing_is_an_error_before_training(name):
     with pytest.raises(OTOError, match="no number in the config"):
         parts(name)
