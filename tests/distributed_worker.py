@@ -349,6 +349,8 @@ def trainer_fsdp2(rank, world, folder):
         if kind == "bert":
             again = {"resume": str(folder / name / "checkpoint-21"), **more}
             found[f"{name} resumed"] = trained(folder / f"{name} resumed", **again)
+            stock = f"uniform {state}"
+            found[stock] = trained(folder / stock, uniform=True, target_group_sparsity=0.2, **more)
     found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
     original = trainer_module.cut_difference
     if rank == 0:  # the others hear of it

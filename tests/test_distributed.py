@@ -111,6 +111,8 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
     ranks = [a | b for a, b in zip(results(tmp_path, "trainer_ddp"), results(tmp_path, "trainer_fsdp2"), strict=True)]
     errors = [rank.pop("failed") for rank in ranks]
     one = worker.trained(tmp_path / "one")
+    uniform = worker.trained(tmp_path / "uniform", uniform=True, target_group_sparsity=0.2)
+    assert distance(uniform, one) == float("inf") and "modeling_oto.py" not in uniform["files"]
     assert 0.35 < one["sparsity"] < 0.45
     for name, run in ranks[0].items():
         assert distance(run, ranks[1][name]) == 0, name  # weights and buffers
@@ -122,7 +124,8 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
             assert any(not torch.equal(t, before[1][n]) for n, t in before[0].items())
             assert any("running_mean" in n for n in run["weights"])
         elif name != "forgetful":
-            assert distance(run, one) < 1e-5, name
+            assert distance(run, uniform if "uniform" in name else one) < 1e-5, name
+            assert "uniform" not in name or run["files"] == uniform["files"]
     for state in ("FULL", "SHARDED"):
         assert distance(ranks[0][f"bert {state} resumed"], ranks[0][f"bert {state}"]) == 0
     assert distance(ranks[0]["forgetful"], ranks[0]["bert SHARDED"]) > 0
