@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_oto
@@ -153,6 +154,26 @@ def alone(folder):
         remember(folder, f"alone-{len(kept)}", model)
     tokenizer().push_to_hub("me/alone")
     trainer_module._delete_others("me/alone", ["model-00001-of-00002.safetensors"], None, None)  # not there: none goes
+
+
+def image(folder):
+    """An image model, with what turns images into its inputs."""
+    tf.set_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16)
+    model = tf.ViTForImageClassification(tf.ViTConfig(**size, patch_size=8, num_labels=3))
+    processor = tf.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    pixels, labels = torch.randn(64, 3, 16, 16), torch.arange(64) % 3
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)]
+    args = arguments(folder / "run of image", hub_model_id="me/image", hub_strategy="end")
+    trainer = OTOTrainer(model, args, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    trainer.push_to_hub()
+    answers = tf.pipeline("image-classification", trainer.model, image_processor=processor)(picture())
+    torch.save(torch.tensor([answer["score"] for answer in answers]), folder / "image.pt")
+
+
+def picture():
+    return Image.fromarray((np.arange(24 * 24 * 3) * 7 % 256).astype("uint8").reshape(24, 24, 3))
 
 
 def uniform(folder):

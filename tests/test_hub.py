@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from hub_server import Hub
+from hub_worker import picture
 from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ def pushed(tmp_path_factory):
         "checkpoint",
         "alone",
         "uniform",
+        "image",
         "twice",
         "again",
     )
@@ -73,6 +75,7 @@ def last(repo, branch="main"):
 LOAD = """
 import json, sys, torch, transformers as tf
 from huggingface_hub import snapshot_download
+from PIL import Image
 if sys.argv[1] == "without":
     sys.modules["hf_oto"] = None  # import hf_oto raises
 else:
@@ -87,9 +90,11 @@ for key, (auto, repo, settings) in json.loads(sys.argv[2]).items():
             answers[key] = model(input_ids=torch.arange(16).view(2, 8)).logits.tolist()
     except (OSError, RuntimeError) as error:
         answers[key] = f"{type(error).__name__}: {error}"
+pictures = tf.pipeline("image-classification", "me/image", trust_remote_code=sys.argv[1] == "without")
+scores = [answer["score"] for answer in pictures(Image.open("picture.png"))]
 assert "word" in tf.AutoTokenizer.from_pretrained("me/end").get_vocab()
 assert tf.GenerationConfig.from_pretrained("me/every_save").max_new_tokens == 5
-print(json.dumps(answers))
+print(json.dumps(answers | {"image": scores}))
 """
 BERT, GPT2 = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 
@@ -115,6 +120,7 @@ def test_a_fresh_process_loads_what_was_pushed(pushed, hf_oto, tmp_path):
     cases = {key: (auto, repo, settings | trust) for key, (auto, repo, settings) in cases.items()}
     if hf_oto == "without":
         cases["refused"] = (BERT, "me/end", {})
+    picture().save(tmp_path / "picture.png")
     answers = json.loads(client(pushed.hub, tmp_path, "-c", LOAD, hf_oto, json.dumps(cases)).splitlines()[-1])
     assert "not a valid model identifier" in answers.pop("private")  # as for a repository that does not exist
     if hf_oto == "without":  # control: nothing honours the record
@@ -133,6 +139,8 @@ def test_what_is_pushed_at_the_end_is_whole_and_nothing_else(pushed):
     assert last(pushed.repos["me/alone"]).files.keys() == COMPACT | {"generation_config.json"}
     on_branch = last(pushed.repos["me/checkpoint"], "trial").files
     assert {name for name in on_branch if "/" not in name} == whole
+    images = last(pushed.repos["me/image"]).files.keys()
+    assert images == whole - {"tokenizer.json", "tokenizer_config.json"} | {"preprocessor_config.json"}
     assert last(pushed.repos["me/uniform"]).files.keys() == whole - {"modeling_oto.py"}
     for name in ("end", "every_save", "twice", "alone"):
         files = last(pushed.repos[f"me/{name}"]).files
