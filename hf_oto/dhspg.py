@@ -29,6 +29,7 @@ SAMPLES = 5  # of the salience before each event
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
 SHRINKS = 2  # from one event to the next
+NORMED = 0.01  # how little of the salience of its ZIGs an axis as a whole has whose scale changes nothing
 
 
 class Slice(NamedTuple):
@@ -73,7 +74,9 @@ class DHSPG(torch.optim.Optimizer):
 
     `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that
 
-    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one;
+    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one; on axes
+      whose scale changes nothing, because what reads them is normalised, the rest takes over what goes: there it grows
+      with (now living / then left)^2, so that none gets thin for being wide;
     - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
       floor;
     - between events they are shrunk linearly to zero, in a few steps, instead of by a penalty; the half-space
@@ -261,6 +264,7 @@ class DHSPG(torch.optim.Optimizer):
             zero=torch.zeros(total, dtype=torch.uint8),
             redundant=torch.zeros(total, dtype=torch.uint8),
             salience=torch.zeros(total, dtype=torch.float64),
+            salience_of_axes=torch.zeros(len(axes), dtype=torch.float64),
         )
 
     # state ------------------------------------------------------------------------------------
@@ -408,26 +412,32 @@ class DHSPG(torch.optim.Optimizer):
     # salience and choice ----------------------------------------------------------------------
 
     def _sample(self, now: int) -> None:
-        """EMA of <x, gradient>^2, one number per ZIG."""
+        """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
         grads = {n: p.grad for n, p in self._by_name().items()}
         parts = (
             (s, None, p * _local(grads[s.param]))
             for s, p in self._here(self.schedule.group)
             if grads[s.param] is not None
         )
-        new = torch.nan_to_num(self._sum(parts).double() ** 2, nan=math.inf)
-        own = self._own
+        zigs = self._sum(parts).double()
+        axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
         first = now == min(_sample_steps(self.schedule.events))
-        own["salience"] = new if first else EMA * own["salience"].cpu() + (1 - EMA) * new
+        for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
+            new = torch.nan_to_num(taylor**2, nan=math.inf)
+            self._own[name] = new if first else EMA * self._own[name].cpu() + (1 - EMA) * new
 
     def _choose(self, share: float) -> Tensor:
         """The least salient living ZIGs for their cost, so that `share` of the way to the target is gone with them and
         the zero ones. They go in blocks, so that what stays of an axis is a multiple and above its floor."""
         plan, zero = self.schedule, self.zero.numpy()
         axis = np.repeat(np.arange(len(plan.sizes)), plan.sizes)
-        salience = np.where(zero, -np.inf, self._own["salience"].cpu().numpy())
+        salience, of_axes = (self._own[name].cpu().numpy() for name in ("salience", "salience_of_axes"))
+        normed = of_axes < NORMED * _per_axis(salience, plan.sizes)
+        salience = np.where(zero, -np.inf, salience)
         order = np.lexsort((salience, axis))  # axis after axis, each from the least salient on
         rank = np.arange(plan.size) - (np.cumsum(plan.sizes) - plan.sizes)[axis]
+        living = plan.sizes - _per_axis(zero, plan.sizes)
+        salience[order] *= np.where(normed[axis], living[axis] / (plan.sizes[axis] - rank), 1) ** 2
         first = (plan.sizes - 1) % plan.multiple + 1  # what has to go before multiples stay
         block = np.where(rank < first[axis], 0, 1 + (rank - first[axis]) // plan.multiple[axis])
         tie = plan.tie[axis]

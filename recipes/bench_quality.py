@@ -15,6 +15,7 @@ appends a JSON line to --out; runs already there are skipped.
 import argparse
 import bisect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from time import process_time
@@ -55,6 +56,7 @@ class Random(DHSPG):
         sums = self._sums(*([(s, None, a * b) for s, a, b in some] for some in pairs)).double()
         elements, cost = (torch.from_numpy(np.repeat(each, plan.sizes)) for each in (plan.elements, plan.cost))
         self._own["salience"] = self._score(*sums, elements) * cost  # `_choose` divides by it
+        self._own["salience_of_axes"].fill_(math.inf)  # and knows nothing of norms
 
     def _score(self, xg: Tensor, xx: Tensor, gg: Tensor, elements: Tensor) -> Tensor:
         """How important ZIGs are, (num_zigs,), by <x, gradient>, |x|^2, |gradient|^2 and number of parameters."""

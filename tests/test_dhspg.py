@@ -482,6 +482,30 @@ def pruned(steps=40, **settings):
     return partition, kept, (sum(p.numel() for p in model.parameters()) / before[0], macs(model, inputs) / before[1])
 
 
+def test_axes_under_norms_lose_alike():
+    """Where the scale of an axis changes nothing, its last ZIGs count more, and one event doesn't empty it."""
+    torch.manual_seed(0)
+    blocks = [(nn.Conv2d(n, 16, 1), nn.BatchNorm2d(16), nn.ReLU()) for n in (3, 16, 16)]
+    model = nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * 4, 3))
+    partition = partition_zigs(model, {"input": torch.randn(2, 3, 2, 2)})
+    optimizer = make(model.train(), partition=partition, target_group_sparsity=8 / 48)
+    for _ in range(optimizer.schedule.events[0]):
+        model(torch.randn(16, 3, 2, 2)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own, sizes = optimizer.param_groups[0], optimizer.schedule.sizes
+    share = own["salience_of_axes"] / own["salience"].view(3, 16).sum(1)
+    assert share[:2].max() < 1e-4 and share[2] > 0.1  # a linear layer reads the last one
+
+    def lost(of_axes):
+        own["salience"] = torch.tensor([1, 1.1, 1000], dtype=torch.float64).repeat_interleave(16)
+        own["salience_of_axes"] = torch.full((3,), of_axes, dtype=torch.float64)
+        return [int(part.sum()) for part in optimizer._choose(1.0).split(sizes.tolist())]
+
+    assert lost(0.0) == [4, 4, 0]
+    assert lost(1000.0) == [8, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("kind", "target", "divisible"),
     [("target_params", 0.7, 1), ("target_params", 0.7, 8), ("target_macs", 0.4, 1), ("target_macs", 0.75, 8)],
