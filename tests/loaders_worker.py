@@ -11,7 +11,6 @@ Run: python loaders_worker.py FOLDER OUT GROUP [CHECK ...]; with GROUP `trusted`
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import json
 import sys
@@ -39,18 +38,15 @@ class Check(NamedTuple):
     cases: list[tuple[str, str]]  # (model, argument)
     groups: tuple[str, ...]  # the processes it runs in
     tolerance: float
-    needs: str  # a package
     control: bool  # whether `full` gives something else
 
 
 CHECKS: list[Check] = []
 
 
-def check(
-    models=("bert",), arguments=("",), groups=("imported",), tolerance=1e-5, needs="torch", control=True, cases=None
-):
+def check(models=("bert",), arguments=("",), groups=("imported",), tolerance=1e-5, control=True, cases=None):
     def register(run):
-        CHECKS.append(Check(run, cases or list(product(models, arguments)), groups, tolerance, needs, control))
+        CHECKS.append(Check(run, cases or list(product(models, arguments)), groups, tolerance, control))
         return run
 
     return register
@@ -352,7 +348,7 @@ def adapted(path: Path, name: str) -> Any:
     return model.eval()
 
 
-@check(("bert", "llama", "gpt2", "phi3", "t5"), needs="peft", groups=("imported", "trusted"))
+@check(("bert", "llama", "gpt2", "phi3", "t5"), groups=("imported", "trusted"))
 def lora(path: Path, name: str, _: str) -> None:
     """Trained, saved, loaded in both ways, merged, and the merged model saved and loaded."""
     import peft
@@ -373,7 +369,7 @@ def lora(path: Path, name: str, _: str) -> None:
     assert difference(logits(OUT / "merged", name), expected) < 1e-4
 
 
-@check(("llama",), needs="peft")
+@check(("llama",))
 def lora_before_pruning(path: Path, name: str, _: str) -> None:
     import hf_oto
 
@@ -410,7 +406,7 @@ def exported(path: Path, name: str, _: str) -> Any:
     return outputs_of(torch.export.load(OUT / "program.pt2").module(), inputs)
 
 
-@check(("bert", "llama", "vit", "resnet_basic"), needs="onnxruntime", tolerance=1e-4, groups=("exported",))
+@check(("bert", "llama", "vit", "resnet_basic"), tolerance=1e-4, groups=("exported",))
 def onnx(path: Path, name: str, _: str) -> Any:
     """Through torch's exporter; the second text is padded, and only attended positions count."""
     import onnxruntime
@@ -432,7 +428,7 @@ def onnx(path: Path, name: str, _: str) -> Any:
     return out
 
 
-@check(("bert", "llama"), ("int8", "int4"), needs="torchao", groups=("imported", "trusted"))
+@check(("bert", "llama"), ("int8", "int4"), groups=("imported", "trusted"))
 def torchao(path: Path, name: str, kind: str) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis
@@ -441,7 +437,7 @@ def torchao(path: Path, name: str, kind: str) -> None:
     quantised(path, name, tf.TorchAoConfig(how), lambda p: type(p).__name__ != "Parameter")
 
 
-@check(("bert", "llama"), ("8bit", "4bit"), needs="bitsandbytes", groups=("imported", "trusted"))
+@check(("bert", "llama"), ("8bit", "4bit"), groups=("imported", "trusted"))
 def bitsandbytes(path: Path, name: str, kind: str) -> None:
     config = tf.BitsAndBytesConfig(**{f"load_in_{kind}": True})
     quantised(path, name, config, lambda p: type(p).__name__ in ("Int8Params", "Params4bit"))
@@ -459,7 +455,7 @@ def quantised(path: Path, name: str, config: Any, is_quantised: Callable[[torch.
     assert difference(outputs(load(OUT / "quantised", device_map="cpu"), inputs)["logits"].float(), out) < 1e-4
 
 
-@check(("bert", "distilbert", "albert"), needs="sentence_transformers", groups=("imported", "trusted"))
+@check(("bert", "distilbert", "albert"), groups=("imported", "trusted"))
 def sentence_transformer(path: Path, name: str, _: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
@@ -503,8 +499,6 @@ def difference(a: Any, b: Any) -> float:
 
 def run(check: Check, name: str, argument: str) -> dict[str, Any]:
     """{"skip": why} | {"error": words} | {"same": difference, "full": difference of the control}"""
-    if importlib.util.find_spec(check.needs) is None:
-        return {"skip": f"{check.needs} is not installed"}
     found = {}
     for kind in ("stock", "compact", "full") if check.control else ("stock", "compact"):
         try:

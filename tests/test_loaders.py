@@ -1,7 +1,6 @@
 """A compact model goes where a stock model goes: every loader, every consumer, in fresh processes, the same outputs.
 
-What is done there, and how it is judged, stands in loaders_worker.py. It skips what needs torchao, bitsandbytes or
-sentence-transformers where they are not installed.
+What is done there, and how it is judged, stands in loaders_worker.py.
 """
 
 import json
@@ -90,7 +89,6 @@ STOCK_CANNOT = (
     "has no attribute 'shape'",  # a text pipeline for text and images
     "You have to specify input_ids",  # an image pipeline for text and images
     "Can't load feature extractor",
-    "is not installed",
 )
 # What a head of another task would read is narrow in these
 NARROW = {
