@@ -101,7 +101,8 @@ class DHSPG(torch.optim.Optimizer):
             None: 0.5, unless one of the other targets is given.
         total_steps: optimizer steps of the whole run.
         target_params, target_macs: scheduled: instead, the fraction of the parameters of the whole model, or of the
-            multiply-accumulates of the traced forward, that is left in the end, in (0, 1]: within 1 % absolute.
+            multiply-accumulates of the traced forward, that is left in the end, in (0, 1]: within 1 % absolute, or one
+            ZIG, where that is more.
         target_per_axis: scheduled: instead, fractions of the ZIGs of each axis, {regular expression: target}; an axis
             has the first whose pattern matches its name somewhere, and else stays whole.
         mode: "scheduled" or "paper".

@@ -134,13 +134,11 @@ class OTOMixin:
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
         self._refuse_launcher()
-        if self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
+        if self.optimizer is not None:
             raise OTOError(
-                f"OTOTrainer builds DHSPG around {type(self.optimizer).__name__} itself: not optimizers=(...), pass "
+                "OTOTrainer makes the DHSPG optimizer itself, on the first batch: not optimizers=(...), pass "
                 "optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for your schedule override create_scheduler"
             )
-        if self.optimizer is not None:
-            raise OTOError("OTOTrainer makes the DHSPG optimizer itself, on the first batch: leave `optimizers` out")
 
     # training --------------------------------------------------------------------------------------
 
@@ -170,10 +168,8 @@ class OTOMixin:
         if self.optimizer is not None:
             return self.optimizer
         cls, kwargs = self._base_optimizer(model)
-        if (
-            not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer))
-            or {"params", "model", "optimizer_dict"} & kwargs.keys()
-        ):
+        plain_class = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+        if not plain_class or {"params", "model", "optimizer_dict"} & kwargs.keys():
             raise OTOError(
                 f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
             )
@@ -288,14 +284,10 @@ class OTOMixin:
             if stock is None:
                 logger.warning("no stock config says these widths: the compact model is saved with a record of them")
             model = stock or model
-        self.optimizer = self.lr_scheduler = None
+        for holder in (self, self.callback_handler):
+            holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
+        self.model_wrapped = model
         self.accelerator.free_memory()
-        self.model = self.model_wrapped = model
-        self.callback_handler.model, self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
-            model,
-            None,
-            None,
-        )
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
         after = _of_rank_zero(lambda: measure(model, batch))
         self.report = Report(
