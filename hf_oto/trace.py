@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .modeling_oto import config_view, sizes_of
+from .modeling_oto import set_sizes_, sizes_of
 
 logger = logging.getLogger(__name__)
 
 Expr = tuple  # ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right)
 
 
-class Ref(NamedTuple):
-    """A recorded tensor: its number in `Trace.shapes` and its shape at that time."""
+@dataclass(frozen=True)
+class Ref:
+    """A recorded tensor: its number and its shape at that time."""
 
     value: int
     shape: tuple[int, ...]
@@ -40,6 +42,24 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     outs: tuple[Ref, ...]
     layer: str
+
+    @property
+    def name(self) -> str:
+        """aten::add_.Tensor -> add"""
+        name = self.op._schema.name.split("::")[1]
+        return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+    @property
+    def refs(self) -> list[Ref]:
+        """The tensors that it takes, in order."""
+        return [a for a in tree_iter((self.args, self.kwargs)) if isinstance(a, Ref)]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every argument by its name in the schema and in that order, those left out too."""
+        schema = self.op._schema.arguments
+        args = dict(zip((a.name for a in schema), self.args, strict=False)) | self.kwargs
+        return {a.name: args.get(a.name, a.default_value) for a in schema}
 
 
 class Equation(NamedTuple):
@@ -76,21 +96,15 @@ class Size(int):
     expr: Expr
     equations: list[Equation]
 
-    @staticmethod
-    def of(value: int, expr: Expr, equations: list[Equation]) -> Size:
-        """A tagged int; `equations` receives what its later uses imply."""
-        size = Size(value)
-        size.expr, size.equations = expr, equations
+    def __new__(cls, value: int, expr: Expr, equations: list[Equation]) -> Size:
+        size = super().__new__(cls, value)
+        size.expr, size.equations = expr, equations  # these receive what its later uses imply
         return size
-
-    def plain(self) -> int:
-        """The bare int, without any consequence."""
-        return int.__add__(self, 0)
 
     def _leave(self) -> int:
         """Leaves the algebra: from now on the expression has to keep its value."""
-        self.equations.append(Equation(self.expr, ("const", self.plain()), ""))
-        return self.plain()
+        self.equations.append(Equation(self.expr, ("const", plain(self)), ""))
+        return plain(self)
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)
@@ -110,48 +124,30 @@ class Size(int):
         return float(self._leave())
 
     def __reduce__(self) -> tuple:
-        return int, (self.plain(),)
-
-    def __deepcopy__(self, memo: dict) -> int:
-        return self.plain()
+        return int, (plain(self),)
 
 
-def _operator(name: str, op: str | None) -> tuple[Callable, Callable]:
-    compute, reflected = getattr(int, f"__{name}__"), getattr(int, f"__r{name}__")
+def _operation(name: str, op: str | None) -> Callable:
+    """`Size.name`: the result is a size too, unless expressions have no such `op` or the other side is no int."""
+    compute = getattr(int, name)
 
-    def make(method: Callable, swap: bool) -> Callable:
-        def operate(self: Size, other: Any) -> Any:
-            if op is None or not isinstance(other, int):
-                plain = other._leave() if isinstance(other, Size) else other
-                return method(self._leave(), plain)
-            result = method(self.plain(), plain_int(other))
-            if result is NotImplemented:
-                return result
-            left, right = (expr_of(other), self.expr) if swap else (self.expr, expr_of(other))
-            return Size.of(result, (op, left, right), self.equations)
+    def operate(self: Size, other: Any) -> Any:
+        if op is None or not isinstance(other, int):
+            return compute(self._leave(), other._leave() if isinstance(other, Size) else other)
+        sides = (expr_of(other), self.expr) if name.startswith("__r") else (self.expr, expr_of(other))
+        return Size(compute(plain(self), plain(other)), (op, *sides), self.equations)
 
-        return operate
-
-    return make(compute, False), make(reflected, True)
+    return operate
 
 
-for _name, _op in [
-    ("add", "+"),
-    ("sub", "-"),
-    ("mul", "*"),
-    ("floordiv", "//"),
-    ("mod", "%"),
-    ("truediv", None),
-    ("pow", None),
-]:
-    _forward, _reflected = _operator(_name, _op)
-    setattr(Size, f"__{_name}__", _forward)
-    setattr(Size, f"__r{_name}__", _reflected)
+_OPS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
+for _name, _op in [(f"__{side}{name}__", op) for name, op in _OPS.items() for side in ("", "r")]:
+    setattr(Size, _name, _operation(_name, _op))
 
 
-def plain_int(value: Any) -> Any:
-    """The value without a tag."""
-    return value.plain() if isinstance(value, Size) else value
+def plain(value: int) -> int:
+    """The bare int, without a tag and without any consequence."""
+    return int.__pos__(value)
 
 
 def expr_of(value: int | Expr) -> Expr:
@@ -167,149 +163,111 @@ def span(ref: Ref, dim: int, start: int = 0, stop: int | None = None) -> Expr:
     return ("span", ref.value, dim, start, ref.shape[dim] if stop is None else stop)
 
 
-# what each function says of the sizes it is given --------------------------------------------------
+# what each function says of the sizes it is given: their arguments are those of torch's own ------------
 
 Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
+
+
+def _shape(ref: Callable, out: Any, sizes: Sequence[Any], first: int = 0) -> Pairs:
+    for d, n in enumerate(sizes, first):
+        if isinstance(n, int) and n != -1:
+            yield n, span(ref(out), d)
 
 
 def _ints(sizes: Sequence[Any]) -> Sequence[int]:
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
-def _out_shape(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    sizes = _ints(args[1:]) or kwargs.get("shape") or kwargs.get("size") or ()
-    for d, n in enumerate(sizes):
-        if isinstance(n, int) and n != -1:
-            yield n, span(ref(out), d)
+def _view(ref: Callable, out: Any, input: Any, *sizes: Any, shape: Any = (), size: Any = (), **_: Any) -> Pairs:
+    return _shape(ref, out, _ints(sizes) or shape or size)
 
 
-def _factory(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    return _out_shape(ref, out, (None, *args), kwargs)
+def _unflatten(ref: Callable, out: Any, input: Any, dim: int, sizes: Sequence[int]) -> Pairs:
+    return _shape(ref, out, sizes, dim % input.dim())
 
 
-def _full(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    return _out_shape(ref, out, (None, args[0]) if args else (None,), kwargs)
+def _normalized(ref: Callable, out: Any, input: Any, normalized_shape: Sequence[int], *_: Any, **__: Any) -> Pairs:
+    return _shape(ref, out, normalized_shape, -len(normalized_shape))
 
 
-def _new_full(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    return _out_shape(ref, out, args[:2], kwargs)
+def _repeat(ref: Callable, out: Any, input: Any, *sizes: Any, repeats: Any = (), dims: Any = ()) -> Pairs:
+    for d, n in enumerate(reversed(_ints(sizes) or repeats or dims), 1):
+        yield n, ("//", span(ref(out), -d), span(ref(input), -d)) if d <= input.dim() else span(ref(out), -d)
 
 
-def _unflatten(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    dim = kwargs["dim"] if "dim" in kwargs else args[1]
-    dim %= args[0].dim()
-    for i, n in enumerate(kwargs["sizes"] if "sizes" in kwargs else args[2]):
-        if n != -1:
-            yield n, span(ref(out), dim + i)
+def _repeat_interleave(ref: Callable, out: Any, input: Any, repeats: Any, dim: int | None = None, **_: Any) -> Pairs:
+    if isinstance(repeats, int) and dim is not None:
+        yield repeats, ("//", span(ref(out), dim), span(ref(input), dim))
 
 
-def _repeat(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    source = ref(args[0])
-    sizes = _ints(args[1:]) or kwargs.get("repeats") or kwargs.get("dims")
-    for d, n in enumerate(reversed(sizes), 1):
-        if d <= len(source.shape):
-            yield n, ("//", span(ref(out), -d), span(source, -d))
-        else:
-            yield n, span(ref(out), -d)
-
-
-def _repeat_interleave(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    n = kwargs["repeats"] if "repeats" in kwargs else args[1]
-    dim = kwargs["dim"] if "dim" in kwargs else args[2] if len(args) > 2 else None
-    if isinstance(n, int) and dim is not None:
-        yield n, ("//", span(ref(out), dim), span(ref(args[0]), dim))
-
-
-def _split(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    sizes = next((kwargs[k] for k in ("split_size_or_sections", "split_size") if k in kwargs), None)
-    sizes = args[1] if sizes is None else sizes
-    dim = kwargs["dim"] if "dim" in kwargs else args[2] if len(args) > 2 else 0
+def _split(ref: Callable, out: Any, input: Any, split_size_or_sections: Any, dim: int = 0) -> Pairs:
     for i, piece in enumerate(out):
-        n = sizes if isinstance(sizes, int) else sizes[i]
+        n = split_size_or_sections if isinstance(split_size_or_sections, int) else split_size_or_sections[i]
         if piece.shape[dim] == n:
             yield n, span(ref(piece), dim)
 
 
-def _chunk(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    dim = kwargs["dim"] if "dim" in kwargs else args[2] if len(args) > 2 else 0
-    total = ("*", ("const", len(out)), span(ref(out[0]), dim))
-    yield total, span(ref(args[0]), dim)
+def _chunk(ref: Callable, out: Any, input: Any, chunks: int, dim: int = 0) -> Pairs:
+    yield ("*", ("const", len(out)), span(ref(out[0]), dim)), span(ref(input), dim)
 
 
-def _slices(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    source, index = ref(args[0]), args[1] if isinstance(args[1], tuple) else (args[1],)
-    used = sum(
-        i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1
-        for i in index
-        if i is not None and i is not ...
-    )
+def _slices(ref: Callable, out: Any, input: Any, index: Any) -> Pairs:
+    index = index if isinstance(index, tuple) else (index,)
+    masks = [i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1 for i in index]
+    widths = [0 if i is None or i is ... else width for i, width in zip(index, masks, strict=True)]
     dim = 0
-    for i in index:
-        if i is None:
-            continue
-        if i is ...:
-            dim += len(source.shape) - used
-            continue
+    for i, width in zip(index, widths, strict=True):
         if isinstance(i, slice) and i.step in (None, 1):
-            yield from _bounds(source, dim, i.start, i.stop)
-        dim += i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1
+            yield from _bounds(ref(input), dim, i.start, i.stop)
+        dim += input.dim() - sum(widths) if i is ... else width
 
 
 def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs:
     n = source.shape[dim]
     for bound in (start, stop):
         if isinstance(bound, int) and 0 < bound < n:
-            yield bound, span(source, dim, 0, plain_int(bound))
+            yield bound, span(source, dim, 0, plain(bound))
         elif isinstance(bound, int) and -n < bound < 0:
-            yield 0 - bound, span(source, dim, n + plain_int(bound), n)
+            yield 0 - bound, span(source, dim, n + plain(bound), n)
 
 
-def _narrow(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    names = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
-    if isinstance(names["start"], int):
-        source = ref(args[0])
-        yield from _bounds(source, names["dim"] % len(source.shape), names["start"], names["start"] + names["length"])
+def _narrow(ref: Callable, out: Any, input: Any, dim: int, start: Any, length: int) -> Pairs:
+    if isinstance(start, int):
+        yield from _bounds(ref(input), dim % input.dim(), start, start + length)
 
 
-def _groups(ref: Callable, out: Any, args: tuple, kwargs: dict, transposed: bool = False) -> Pairs:
-    groups = kwargs["groups"] if "groups" in kwargs else args[6] if len(args) > 6 else 1
-    x = kwargs["input"] if "input" in kwargs else args[0]
-    weight = kwargs["weight"] if "weight" in kwargs else args[1]
-    whole = out if transposed else x  # (b, g i) and (o, i), or, transposed, (b, g o) and (i, o)
-    yield groups, ("//", span(ref(whole), whole.dim() - weight.dim() + 1), span(ref(weight), 1))
+def _groups(ref: Callable, out: Any, input: Any, weight: Any, *more: Any, groups: int = 1, **_: Any) -> Pairs:
+    """(b, g i) and (o, i); transposed, which has out for input, (b, g o) and (i, o)"""
+    whole = span(ref(input), input.dim() - weight.dim() + 1)
+    yield more[4] if len(more) > 4 else groups, ("//", whole, span(ref(weight), 1))
 
 
-def _transposed_groups(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    return _groups(ref, out, args, kwargs, transposed=True)
+def _group_norm(ref: Callable, out: Any, input: Any, num_groups: int, *_: Any, **__: Any) -> Pairs:
+    yield num_groups, ("//", span(ref(out), 1), ("const", input.shape[1] // plain(num_groups)))
 
 
-def _group_norm(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    groups = kwargs["num_groups"] if "num_groups" in kwargs else args[1]
-    yield groups, ("//", span(ref(out), 1), ("const", args[0].shape[1] // plain_int(groups)))
-
-
-def _normalized_shape(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    shape = kwargs["normalized_shape"] if "normalized_shape" in kwargs else args[1]
-    for d, n in enumerate(shape):
-        yield n, span(ref(out), d - len(shape))
-
-
-def _default_scale(ref: Callable, out: Any, args: tuple, kwargs: dict) -> Pairs:
-    query = kwargs["query"] if "query" in kwargs else args[0]
-    if kwargs.get("scale") is None:  # 1 / sqrt(head_dim) is then read off the query
+def _default_scale(ref: Callable, out: Any, query: Any, *_: Any, scale: float | None = None, **__: Any) -> Pairs:
+    if scale is None:  # 1 / sqrt(head_dim) is then read off the query
         yield query.shape[-1], span(ref(query), -1)
 
 
 SIZE_RULES: dict[str, Callable[..., Pairs]] = {
-    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _out_shape),
-    **dict.fromkeys(["zeros", "ones", "empty", "rand", "randn"], _factory),
-    "full": _full, "new_full": _new_full, "unflatten": _unflatten,
+    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
+    **dict.fromkeys(
+        ["zeros", "ones", "empty", "rand", "randn"],
+        lambda ref, out, *sizes, **named: _view(ref, out, None, *sizes, **named),
+    ),
+    "full": lambda ref, out, size, *_, **__: _shape(ref, out, size),
+    "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
+    "unflatten": _unflatten, "layer_norm": _normalized, "rms_norm": _normalized,
     "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
     "split": _split, "split_with_sizes": _split, "chunk": _chunk, "__getitem__": _slices, "narrow": _narrow,
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
-    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _transposed_groups),
-    "group_norm": _group_norm, "layer_norm": _normalized_shape, "rms_norm": _normalized_shape,
-    "scaled_dot_product_attention": _default_scale,
+    **dict.fromkeys(
+        ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
+        lambda ref, out, input, *more, **named: _groups(ref, input, out, *more, **named),
+    ),
+    "group_norm": _group_norm, "scaled_dot_product_attention": _default_scale,
 }  # fmt: skip
 
 
@@ -366,10 +324,10 @@ class _Tagger(TorchFunctionMode):
         plain_args, plain_kwargs = _untag(args, sizes), _untag(kwargs, sizes)
         out = func(*plain_args, **plain_kwargs)
         if name not in SIZE_RULES:  # used as a number: it has to stay what it is
-            self.equations += [Equation(n.expr, ("const", n.plain()), self.recorder.layers[-1]) for n in sizes]
+            self.equations += [Equation(n.expr, ("const", plain(n)), self.recorder.layers[-1]) for n in sizes]
         else:
             try:
-                for n, expr in SIZE_RULES[name](self.recorder.ref, out, args, kwargs):
+                for n, expr in SIZE_RULES[name](self.recorder.ref, out, *args, **kwargs):
                     self.equations.append(Equation(expr_of(n), expr, self.recorder.layers[-1]))
             except Exception as error:  # a way of calling it that the rule doesn't know: the rehearsal has to judge
                 logger.info("the size rule of %s failed in %s: %s", name, self.recorder.layers[-1], error)
@@ -377,14 +335,14 @@ class _Tagger(TorchFunctionMode):
 
     def _shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         ref = self.recorder.ref(tensor)
-        return torch.Size([Size.of(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
+        return torch.Size([Size(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
 
 
 def _untag(value: Any, sizes: list[Size]) -> Any:
     """Arguments without tags; those that had one are added to `sizes`."""
     if isinstance(value, Size):
         sizes.append(value)
-        return value.plain()
+        return plain(value)
     if type(value) in (tuple, list, torch.Size):
         return type(value)([_untag(v, sizes) for v in value])
     if type(value) is dict:
@@ -400,28 +358,20 @@ def _tagged(model: nn.Module, equations: list[Equation]) -> Iterator[None]:
     undo = []
     try:
         for path, module in model.named_modules():
-            of_config = {}
+            tagged: dict[str, Any] = {}
             for name, value in sizes_of(module).items():
                 if isinstance(value, int):
-                    tagged: Any = Size.of(value, ("attribute", path, name, None), equations)
+                    tagged[name] = Size(value, ("attribute", path, name, None), equations)
                 else:
-                    tagged = type(value)(
-                        [Size.of(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
-                    )
-                if name.startswith("config."):
-                    of_config[name.removeprefix("config.")] = tagged
-                else:
-                    undo.append((module, name, value, tagged))
-                    vars(module)[name] = tagged
-            if of_config:
-                config = vars(module)["config"]
-                vars(module)["config"] = config_view(config, of_config)
-                undo.append((module, "config", config, vars(module)["config"]))
+                    sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
+                    tagged[name] = type(value)(sizes)
+            before = dict(vars(module))
+            set_sizes_(module, tagged)
+            undo.append((vars(module), before, dict(vars(module))))
         yield
     finally:
-        for module, name, value, tagged in undo:
-            if vars(module).get(name) is tagged:
-                vars(module)[name] = value
+        for now, before, tagged in undo:  # but what the forward has changed
+            now.update({name: value for name, value in before.items() if now.get(name) is tagged[name]})
 
 
 @contextlib.contextmanager
@@ -487,24 +437,22 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     recorder, equations = _Recorder(), []
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     parameters = {n for n, _ in model.named_parameters()}
-    names = parameters | persistent_buffers(model).keys()
+    names = parameters | persistent_buffers(model).keys()  # of what is tied, the first
     if fake:
         weights = fake_weights(model, mode)
         inputs = tree_map_only(torch.Tensor, mode.from_tensor, dict(inputs))
     else:
         weights = dict([*model.named_parameters(), *model.named_buffers()])
-    sources = {name: recorder.add(weights[name]) for name in names if name in weights}
-    sources = {name: sources[name] for name in weights if name in sources}
+    sources = {name: recorder.add(t) for name, t in weights.items() if name in names}
     paths = {module: path for path, module in model.named_modules()}
 
-    def enter(module: nn.Module, _: Any) -> None:
-        recorder.layers.append(paths.get(module, recorder.layers[-1]))
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(*_: Any) -> None:
         recorder.layers.pop()
 
     hooks = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: recorder.layers.append(paths.get(module, recorder.layers[-1]))
+        ),
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
