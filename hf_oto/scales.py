@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils._pytree import tree_iter
 
-from .rules import Axes, base_name, is_ref, reduced_dims
+from .rules import Axes, reduced_dims
 from .trace import Call, Ref, Trace
 from .zigs import Scale, ZIGPartition
 
@@ -89,9 +89,8 @@ class Exponents:
 
     def follow(self, call: Call) -> None:
         """Finds the exponents of what a call makes."""
-        rule = RULES.get(base_name(call.op), none)
-        refs = [a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)]
-        if rule not in (mean, filled) and not any(map(self.read, refs)):
+        rule = RULES.get(call.name, none)
+        if rule not in (mean, filled) and not any(map(self.read, call.refs)):
             return
         if call.outs and call.outs[0].value in self.sums:
             self.of[call.outs[0].value] = self.of[self.sums[call.outs[0].value]]
@@ -121,10 +120,10 @@ def same(x: Exponents, call: Call) -> Exponent:
     dtype = call.kwargs.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         return none(x, call)
-    which = VALUES.get(base_name(call.op), (0,))
-    operands = [a for i in which for a in tree_iter(call.args[i : i + 1], is_leaf=is_ref)]
-    exponents = [x.read(a) for a in operands if is_ref(a) and 0 not in a.shape]
-    exponents += [{} for a in operands if not is_ref(a) and a not in (None, 0, math.inf, -math.inf)]
+    which = VALUES.get(call.name, (0,))
+    operands = [a for i in which for a in tree_iter(call.args[i : i + 1])]
+    exponents = [x.read(a) for a in operands if isinstance(a, Ref) and 0 not in a.shape]
+    exponents += [{} for a in operands if not isinstance(a, Ref) and a not in (None, 0, math.inf, -math.inf)]
     for other in exponents[1:]:
         x.equate(exponents[0], other)
     return exponents[0] if exponents else {}
@@ -132,22 +131,22 @@ def same(x: Exponents, call: Call) -> Exponent:
 
 def product(x: Exponents, call: Call) -> Exponent:
     """Products add exponents; a bias has those of the result."""
-    name = base_name(call.op)
+    name = call.name
     a, b = call.args[1:3] if name in ("addmm", "baddbmm") else call.args[:2]
     bias = call.args[0] if name in ("addmm", "baddbmm") else call.args[2] if name == "convolution" else None
     if call.kwargs.get("rounding_mode") is not None:
         return none(x, call)
-    left, right = (x.read(operand) if is_ref(operand) else {} for operand in (a, b))
+    left, right = (x.read(operand) if isinstance(operand, Ref) else {} for operand in (a, b))
     total = plus(left, right, -1 if name == "div" else 1)
-    if is_ref(bias):
+    if isinstance(bias, Ref):
         x.equate(total, x.read(bias))
     return total
 
 
 def power(x: Exponents, call: Call) -> Exponent:
     """Powers by a number multiply exponents."""
-    n = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.get(base_name(call.op)) or call.args[1]
-    if not (is_ref(call.args[0]) and isinstance(n, (int, float))):
+    n = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.get(call.name) or call.args[1]
+    if not (isinstance(call.args[0], Ref) and isinstance(n, (int, float))):
         return none(x, call)
     return plus({}, x.read(call.args[0]), Fraction(n))
 
@@ -161,15 +160,14 @@ def attention(x: Exponents, call: Call) -> Exponent:
     """softmax(q k) v"""
     q, k, v = call.args[:3]
     x.equate(plus(x.read(q), x.read(k)), {})
-    for a in tree_iter((call.args[3:], call.kwargs), is_leaf=is_ref):
-        if is_ref(a):
-            x.equate(x.read(a), {})
+    for ref in call.refs[3:]:
+        x.equate(x.read(ref), {})
     return x.read(v)
 
 
 def filled(x: Exponents, call: Call) -> Exponent:
     """A new tensor: zeros have any exponent, until something is added to them or written into them; numbers have 0."""
-    zero = "zeros" in base_name(call.op) or "empty" in base_name(call.op) or call.args[-1] in (0, False)
+    zero = "zeros" in call.name or "empty" in call.name or call.args[-1] in (0, False)
     dtype = call.kwargs.get("dtype")
     if not zero or (dtype is not None and not dtype.is_floating_point):
         return {}
@@ -179,9 +177,8 @@ def filled(x: Exponents, call: Call) -> Exponent:
 
 def none(x: Exponents, call: Call) -> Exponent:
     """Not linear, or not known: all that takes part has exponent 0."""
-    for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref):
-        if is_ref(a):
-            x.equate(x.read(a), {})
+    for ref in call.refs:
+        x.equate(x.read(ref), {})
     return {}
 
 
@@ -211,7 +208,7 @@ def solve_scales(
     number = {name: ref.value for name, ref in traced.sources.items() if name in cut}
     cost = {value: math.prod(traced.sources[name].shape) for name, value in number.items()}
     x = Exponents(found, zig_of, [axis.size for axis in partition.axes], cost)
-    averages = [call for call in found.calls if base_name(call.op) == "mean"]
+    averages = [call for call in found.calls if call.name == "mean"]
     leaves = (leaf for call in averages for d in reduced_dims(call) for leaf in found.of(call.args[0])[d])
     if not any((x.axis_of[leaf.ids] >= 0).any() for leaf in leaves):
         return {}, set()
@@ -233,8 +230,8 @@ def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, 
     copies: dict[int, int] = {}  # of a parameter -> it
     sums: dict[int, dict[int, int]] = {}  # parameter -> what it is read as -> what was added
     for call in calls:
-        name = base_name(call.op)
-        for ref in (a for a in tree_iter((call.args, call.kwargs), is_leaf=is_ref) if is_ref(a)):
+        name = call.name
+        for ref in call.refs:
             p = copies.get(ref.value, ref.value)
             if p not in parameters:
                 continue
@@ -253,4 +250,4 @@ def _written(call: Call) -> list[Any]:
     arguments = call.op._schema.arguments
     given = dict(zip((a.name for a in arguments), call.args, strict=False)) | call.kwargs
     changed = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [a for a in changed if is_ref(a)]
+    return [a for a in changed if isinstance(a, Ref)]
