@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -74,11 +75,8 @@ class Algebra:
 
     def copy(self) -> Algebra:
         """An independent copy, to solve without spoiling this one."""
-        twin = Algebra.__new__(Algebra)
-        vars(twin).update(
-            {k: v.copy() if isinstance(v, (list, dict)) else v for k, v in vars(self).items()},
-            **{k: v[: self.count].copy() for k, v in vars(self).items() if isinstance(v, np.ndarray)},
-        )
+        twin = Algebra()
+        vars(twin).update({name: copy(value) for name, value in vars(self).items()})
         return twin
 
     # ids -------------------------------------------------------------------------------------------
@@ -166,12 +164,8 @@ class Algebra:
             return dim[0]
         zero = all(leaf.zero for leaf in dim)
         sizes = tuple(len(leaf.ids) for leaf in dim)
-        free = [i for i, leaf in enumerate(dim) if leaf.ids.any()]
-        if len(free) <= 1:  # the others never go: a position goes with its one free factor
-            axis = free[0] if free else 0
-            shape = [1] * len(sizes)
-            shape[axis] = -1
-            return Leaf(np.broadcast_to(dim[axis].ids.reshape(shape), sizes).reshape(-1), zero)
+        if sum(leaf.ids.any() for leaf in dim) <= 1:  # the others never go: a position goes with its one free factor
+            return Leaf(sum(np.ix_(*(leaf.ids for leaf in dim))).reshape(-1), zero)
         key = tuple(leaf.ids.tobytes() for leaf in dim)
         if key not in self._merged:
             parent = self._merged[key] = self.new(math.prod(sizes)).ids
@@ -185,35 +179,24 @@ class Algebra:
 
         None if their factors don't fit each other: both are pinned. `why`: for positions that meet one that stays.
         """
-        left, right = list(a), list(b)
-        out_a, out_b = [], []
+        left, right, pairs = list(a), list(b), []
         while left and right:
             na, nb = len(left[0].ids), len(right[0].ids)
             if na % nb and nb % na:
-                self.pin(a, "its factors don't fit those of another axis")
-                self.pin(b, "its factors don't fit those of another axis")
+                self.pin((*a, *b), "its factors don't fit those of another axis")
                 return None
             if na > nb:
                 left[:1] = self.factor(left[0], (nb, na // nb))
             elif nb > na:
                 right[:1] = self.factor(right[0], (na, nb // na))
-            la, lb = left.pop(0), right.pop(0)
-            self._unify(la.ids, lb.ids, why)
-            out_a.append(la)
-            out_b.append(lb)
-        return tuple(out_a), tuple(out_b)
-
-    def _unify(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
-        if a is b or np.array_equal(a, b):
-            return
-        fixed_a, fixed_b = a == 0, b == 0
-        if fixed_a.any() or fixed_b.any():
-            self.pin_ids(a[fixed_b], why)
-            self.pin_ids(b[fixed_a], why)
-            both = ~(fixed_a | fixed_b)
-            a, b = a[both], b[both]
-        if len(a):
-            self.union(a, b)
+            pairs.append((left.pop(0), right.pop(0)))
+            x, y = (leaf.ids for leaf in pairs[-1])
+            if not np.array_equal(x, y):
+                stays = (x == 0) | (y == 0)
+                if stays.any():
+                    self.pin_ids(np.maximum(x, y)[stays], why)
+                self.union(x[~stays], y[~stays])
+        return tuple(x for x, _ in pairs), tuple(y for _, y in pairs)
 
     def reshape(self, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
         """The dimensions of a tensor of the same elements in row-major order under another shape."""
@@ -245,16 +228,11 @@ class Algebra:
             self.pin(dim, "a fixed position of it is read")
             return ()
         if not dim:
-            return (Leaf(np.zeros(len(index), ID), False),)
-        outer = len(dim[0].ids)
-        inner = size(dim) // outer
-        if len(dim) > 1 and len(index) % inner == 0:
-            rows = index.reshape(-1, inner)
-            if np.array_equal(rows, rows[:, :1] + np.arange(inner)) and not (rows[:, 0] % inner).any():
-                if len(rows) == 1:
-                    self.pin(dim[:1], "a fixed position of it is read")
-                    return dim[1:]
-                return (Leaf(dim[0].ids[rows[:, 0] // inner], dim[0].zero), *dim[1:])
+            return self.fixed(len(index))
+        inner = size(dim[1:])
+        blocks = index[::inner] // inner
+        if len(dim) > 1 and np.array_equal(index, (blocks[:, None] * inner + np.arange(inner)).reshape(-1)):
+            return (*self.take(dim[:1], blocks), *dim[1:])
         leaf = self.merge(dim)
         return (Leaf(leaf.ids[index], leaf.zero),)
 

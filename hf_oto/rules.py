@@ -596,6 +596,7 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
         new_empty_strided""",
     stay: "arange linspace eye tril_indices triu_indices randint randperm",
 }
+LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, embedding, index_, index_select, gather)
 _SAME = (repeat, glu, pixel_shuffle, embedding, view_as_real, view_as_complex, index_select, gather)
 RULES = {rule.__name__: rule for rule in _SAME} | {name: rule for rule in _NAMES for name in _NAMES[rule].split()}
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from torch.utils._pytree import tree_iter
 
+from . import rules
 from .rules import Axes, reduced_dims
 from .trace import Call, Ref, Trace
 from .zigs import Scale, ZIGPartition
@@ -24,10 +24,7 @@ Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tens
 
 def plus(a: Exponent, b: Exponent, times: int | Fraction = 1) -> Exponent:
     """a + times * b"""
-    total = dict(a)
-    for key, value in b.items():
-        total[key] = total.get(key, Fraction(0)) + times * value
-    return {key: value for key, value in total.items() if value}
+    return {key: n for key in a | b if (n := a.get(key, Fraction(0)) + times * b.get(key, Fraction(0)))}
 
 
 class Exponents:
@@ -73,20 +70,6 @@ class Exponents:
         else:
             self.conflicts |= {~key for key in rest}
 
-    def counted(self, call: Call) -> Exponent:
-        """What an average adds: 1 for each axis that it runs over."""
-        total: Exponent = {}
-        for leaf in (leaf for d in reduced_dims(call) for leaf in self.found.of(call.args[0])[d]):
-            axes = set(self.axis_of[leaf.ids].tolist())
-            if axes == {-1}:
-                continue
-            zigs, counts = np.unique(self.zig_of[leaf.ids], return_counts=True)
-            if len(axes) > 1 or len(zigs) < self.sizes[min(axes)] or (counts != counts[0]).any():
-                self.conflicts |= axes - {-1}  # positions side by side that are not one axis, whole and evenly
-            else:
-                total = plus(total, {~axes.pop(): Fraction(1)})
-        return total
-
     def follow(self, call: Call) -> None:
         """Finds the exponents of what a call makes."""
         rule = RULES.get(call.name, none)
@@ -99,8 +82,13 @@ class Exponents:
             result = rule(self, call)
         except Exception:  # a way of calling it that the rule doesn't know
             result = none(self, call)
-        for a in _written(call):  # in place: the tensors that it is a view of hold it too
-            self.equate(result, self.read(a))
+        for argument in call.op._schema.arguments:
+            written, given = (
+                argument.alias_info is not None and argument.alias_info.is_write,
+                call.given[argument.name],
+            )
+            if written and isinstance(given, Ref):  # in place: the tensors that it is a view of hold it too
+                self.equate(result, self.read(given))
         outs = call.outs[:1] if rule is attention else call.outs  # the others are statistics
         self.of |= dict.fromkeys((ref.value for ref in outs), result)
 
@@ -131,15 +119,19 @@ def same(x: Exponents, call: Call) -> Exponent:
 
 def product(x: Exponents, call: Call) -> Exponent:
     """Products add exponents; a bias has those of the result."""
-    name = call.name
-    a, b = call.args[1:3] if name in ("addmm", "baddbmm") else call.args[:2]
-    bias = call.args[0] if name in ("addmm", "baddbmm") else call.args[2] if name == "convolution" else None
+    bias: list[Ref] = []
+    if call.name in ("mul", "div"):
+        a, b = call.args[:2]
+    elif "convolution" in call.name:
+        a, b, *bias = call.refs
+    else:
+        *bias, a, b = call.refs
     if call.kwargs.get("rounding_mode") is not None:
         return none(x, call)
     left, right = (x.read(operand) if isinstance(operand, Ref) else {} for operand in (a, b))
-    total = plus(left, right, -1 if name == "div" else 1)
-    if isinstance(bias, Ref):
-        x.equate(total, x.read(bias))
+    total = plus(left, right, -1 if call.name == "div" else 1)
+    for ref in bias:
+        x.equate(total, x.read(ref))
     return total
 
 
@@ -153,7 +145,17 @@ def power(x: Exponents, call: Call) -> Exponent:
 
 def mean(x: Exponents, call: Call) -> Exponent:
     """An average adds 1 for each axis that it runs over."""
-    return plus(x.read(call.args[0]), x.counted(call))
+    total = x.read(call.args[0])
+    for leaf in (leaf for d in reduced_dims(call) for leaf in x.found.of(call.args[0])[d]):
+        axes = set(x.axis_of[leaf.ids].tolist())
+        zigs, counts = np.unique(x.zig_of[leaf.ids], return_counts=True)
+        if axes == {-1}:
+            continue
+        if len(axes) > 1 or len(zigs) < x.sizes[min(axes)] or (counts != counts[0]).any():
+            x.conflicts |= axes - {-1}  # positions side by side that are not one axis, whole and evenly
+        else:
+            total = plus(total, {~axes.pop(): Fraction(1)})
+    return total
 
 
 def attention(x: Exponents, call: Call) -> Exponent:
@@ -183,20 +185,17 @@ def none(x: Exponents, call: Call) -> Exponent:
 
 
 _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
-    same: """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand repeat slice select
-        unbind split split_with_sizes unsafe_split chunk cat stack roll flip constant_pad_nd embedding index gather
-        index_select scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy
-        lift lift_fresh add sub where masked_fill neg abs sum cumsum tril triu view_as_real view_as_complex""",
-    product: "mul div mm bmm mv dot addmm baddbmm convolution",
+    same: """scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy lift lift_fresh add
+        sub where masked_fill neg abs sum cumsum tril triu view_as_real view_as_complex""",
+    product: "mul div",
     power: "pow square sqrt rsqrt reciprocal",
     mean: "mean",
-    attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
-        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
     filled: """zeros new_zeros zeros_like empty new_empty empty_like ones new_ones ones_like full new_full full_like
         scalar_tensor""",
 }
-RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+_LIKE = {rules.mm: product, rules.convolution: product, rules.attention: attention} | dict.fromkeys(rules.LAYOUT, same)
+RULES = {name: _LIKE[rule] for name, rule in rules.RULES.items() if rule in _LIKE}
+RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 def solve_scales(
@@ -230,24 +229,13 @@ def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, 
     copies: dict[int, int] = {}  # of a parameter -> it
     sums: dict[int, dict[int, int]] = {}  # parameter -> what it is read as -> what was added
     for call in calls:
-        name = call.name
         for ref in call.refs:
             p = copies.get(ref.value, ref.value)
-            if p not in parameters:
-                continue
-            n = call.args[-1] if name == "add" and not (call.kwargs or call.op._schema.is_mutable) else 0
-            if name in ("_to_copy", "detach", "alias"):
+            if p in parameters and call.name in ("_to_copy", "detach", "alias"):
                 copies[call.outs[0].value] = p
-            elif call.outs:
+            elif p in parameters and call.outs:
+                n = call.args[-1] if call.name == "add" and not (call.kwargs or call.op._schema.is_mutable) else 0
                 whole = isinstance(n, (int, float)) and float(n).is_integer()
                 sums.setdefault(p, {})[call.outs[0].value] = int(n) if whole else 0
     offset = {p: min(read.values()) for p, read in sums.items() if len(set(read.values())) == 1}
     return {out: p for p, read in sums.items() if offset.get(p) for out in read}, offset
-
-
-def _written(call: Call) -> list[Any]:
-    """The tensors that a call changes."""
-    arguments = call.op._schema.arguments
-    given = dict(zip((a.name for a in arguments), call.args, strict=False)) | call.kwargs
-    changed = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [a for a in changed if isinstance(a, Ref)]

@@ -7,7 +7,10 @@ set of removed ZIGs gives the new attributes; a contradiction names the ZIGs tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,10 +65,8 @@ class Sizes:
                 continue
             seen.add((left, right))
             self.equations.append(Equation(left, right, equation.layer))
-        nothing = np.zeros(
-            1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1) + 1, bool
-        )
-        self.equations = [e for e in self.equations if self._holds(e, values, nothing)]
+        count = 1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1)
+        self.equations = [e for e in self.equations if self._holds(e, values, np.zeros(count + 1, bool))]
 
     def _bind(self, expr: Expr, spans: dict[tuple[int, int], tuple[np.ndarray, ...]]) -> Expr:
         """Spans that no cut touches become constants; equal ones become the same key."""
@@ -81,9 +82,7 @@ class Sizes:
             return expr
         left, right = self._bind(expr[1], spans), self._bind(expr[2], spans)
         if left[0] == right[0] == "const":
-            value = _compute(expr[0], left[1], right[1])
-            if value is not None:
-                return ("const", value)
+            return ("const", _compute(expr[0], left[1], right[1]))
         return (expr[0], left, right)
 
     def _name(self, factor: np.ndarray) -> bytes:
@@ -92,19 +91,18 @@ class Sizes:
             self._names[id(factor)] = hashlib.blake2b(factor.tobytes(), digest_size=16).digest()
         return self._names[id(factor)]
 
-    def _value(self, expr: Expr, attributes: dict[Attribute, int], removed: np.ndarray) -> int | None:
+    def _value(self, expr: Expr, attributes: Mapping[Attribute, int], removed: np.ndarray) -> float:
         if expr[0] == "const":
             return expr[1]
         if expr[0] == "attribute":
             return attributes[expr[1:]]
         if expr[0] == "span":
             return self.spans[expr].kept(removed)
-        left, right = (self._value(e, attributes, removed) for e in expr[1:])
-        return None if left is None or right is None else _compute(expr[0], left, right)
+        return _compute(expr[0], *(self._value(e, attributes, removed) for e in expr[1:]))
 
-    def _holds(self, equation: Equation, attributes: dict[Attribute, int], removed: np.ndarray) -> bool:
+    def _holds(self, equation: Equation, attributes: Mapping[Attribute, int], removed: np.ndarray) -> bool:
         left, right = (self._value(e, attributes, removed) for e in equation[:2])
-        return left is not None and left == right
+        return left == right
 
     def solve(self, removed: np.ndarray) -> tuple[dict[Attribute, int], list[Equation]]:
         """The attributes that change when ZIGs are removed, and the equations that then can't hold.
@@ -114,10 +112,10 @@ class Sizes:
         """
         removed = np.append(removed, False)  # what -1 stands for
         attributes = dict(self.values)
-        touched = [self._touched(e, removed) for e in self.equations]
-        pending = [e for e, yes in zip(self.equations, touched, strict=True) if yes]
+        touched = {q: any(removed[f].any() for f in self._factors(q)) for q in self.equations}
+        pending = [q for q, yes in touched.items() if yes]
         # what an equation of no cut axis says of one attribute alone stays true
-        fixed = {a for e, yes in zip(self.equations, touched, strict=True) if not yes for a in _alone(e)}
+        fixed = {a for q, yes in touched.items() if not yes for a, other in _alone(q) if not _attributes(other)}
 
         def settle(equations: Sequence[Equation], ready: Callable[[Equation], bool]) -> None:
             """Fixes the attribute of every equation that has one unknown left, until there is none."""
@@ -125,11 +123,11 @@ class Sizes:
             while count < len(fixed):
                 count = len(fixed)
                 for equation in equations:
-                    unknown = {a for e in equation[:2] for a in _attributes(e)} - fixed
+                    unknown = _attributes(*equation[:2]) - fixed
                     if len(unknown) == 1 and ready(equation):
                         (attribute,) = unknown
                         value = self._fit(equation, attribute, attributes, removed)
-                        if value is not None and is_cut_size(self.values[attribute], value):
+                        if is_cut_size(self.values[attribute], value):
                             attributes[attribute] = value
                             fixed.add(attribute)
 
@@ -137,68 +135,59 @@ class Sizes:
         settle(pending, lambda q: True)
         settle(self.equations, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
-        conflicts = [
-            q
-            for q, yes in zip(self.equations, touched, strict=True)
-            if (yes or any(a in changed for e in q[:2] for a in _attributes(e)))
-            and not self._holds(q, attributes, removed)
-        ]
-        return changed, conflicts
+        asked = [q for q in self.equations if touched[q] or changed.keys() & _attributes(*q[:2])]
+        return changed, [q for q in asked if not self._holds(q, attributes, removed)]
 
     def _fit(
         self, equation: Equation, attribute: Attribute, attributes: dict[Attribute, int], removed: np.ndarray
-    ) -> int | None:
+    ) -> float:
         """The value of one unknown attribute that satisfies an equation: the old one if it does, else the smallest."""
-        for alone, other in (equation[:2], equation[1::-1]):
-            if alone == ("attribute", *attribute) and attribute not in _attributes(other):
+        for alone, other in _alone(equation):
+            if alone == attribute:
                 return self._value(other, attributes, removed)
         old = self.values[attribute]
-        trial = dict(attributes)
-        for value in (old, *range(1, old)):
-            trial[attribute] = value
-            if self._holds(equation, trial, removed):
-                return value
-        return None
+        tries = ((n, ChainMap({attribute: n}, attributes)) for n in (old, *range(1, old)))
+        return next((n for n, trial in tries if self._holds(equation, trial, removed)), math.nan)
 
-    def _touched(self, equation: Equation, removed: np.ndarray) -> bool:
-        return any(removed[f].any() for e in equation[:2] for s in spans_of(e) for f in self.spans[s].factors)
+    def _factors(self, equation: Equation) -> list[np.ndarray]:
+        return [f for e in equation[:2] for s in spans_of(e) for f in self.spans[s].factors]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
         """The removed ZIGs that the equations speak of; where there are none, those of equations with the same
         attributes; where there are none of these either, all."""
-        shared = {a for q in equations for e in q[:2] for a in _attributes(e)}
-        linked = [q for q in self.equations if shared & {a for e in q[:2] for a in _attributes(e)}]
-        for some in (equations, linked):
-            zigs = [f for q in some for e in q[:2] for s in spans_of(e) for f in self.spans[s].factors]
-            found = np.unique(np.concatenate([np.zeros(0, np.int64), *zigs]))
+        shared = _attributes(*(e for q in equations for e in q[:2]))
+        for some in (equations, [q for q in self.equations if shared & _attributes(*q[:2])]):
+            found = np.unique(np.concatenate([np.zeros(0, np.int64), *(f for q in some for f in self._factors(q))]))
             found = found[found >= 0]
             if removed[found].any():
                 return found[removed[found]]
         return np.flatnonzero(removed)
 
 
-def _compute(op: str, left: int, right: int) -> int | None:
-    if op in ("//", "%") and right == 0:
-        return None
-    return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "//": int.__floordiv__, "%": int.__mod__}[op](
-        left, right
-    )
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
 
 
-def _attributes(expr: Expr) -> list[Attribute]:
-    if expr[0] == "attribute":
-        return [expr[1:]]
-    return [] if expr[0] in ("const", "span") else [*_attributes(expr[1]), *_attributes(expr[2])]
+def _compute(op: str, left: float, right: float) -> float:
+    """The result, nan, which equals nothing, for one that does not exist."""
+    return math.nan if op in ("//", "%") and right == 0 else OPERATIONS[op](left, right)
 
 
-def _alone(equation: Equation) -> list[Attribute]:
-    """The attribute of an equation of one lone attribute and none on its other side."""
+def _atoms(expr: Expr) -> list[Expr]:
+    return [expr] if expr[0] in ("const", "attribute", "span") else [*_atoms(expr[1]), *_atoms(expr[2])]
+
+
+def _attributes(*exprs: Expr) -> set[Attribute]:
+    return {atom[1:] for expr in exprs for atom in _atoms(expr) if atom[0] == "attribute"}
+
+
+def _alone(equation: Equation) -> list[tuple[Attribute, Expr]]:
+    """An attribute that is one side of an equation by itself, and the other side, if it is not in that too."""
     left, right = equation[:2]
-    return [a[1:] for a, b in ((left, right), (right, left)) if a[0] == "attribute" and not _attributes(b)]
+    return [
+        (a[1:], b) for a, b in ((left, right), (right, left)) if a[0] == "attribute" and a[1:] not in _attributes(b)
+    ]
 
 
 def spans_of(expr: Expr) -> list[Expr]:
     """The spans in an expression."""
-    if expr[0] == "span":
-        return [expr]
-    return [] if expr[0] in ("const", "attribute") else [*spans_of(expr[1]), *spans_of(expr[2])]
+    return [atom for atom in _atoms(expr) if atom[0] == "span"]
