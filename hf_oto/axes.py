@@ -100,10 +100,7 @@ class Algebra:
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The representative of each id's class: its smallest member."""
         root = self._parent[ids]
-        while True:
-            above = self._parent[root]
-            if np.array_equal(above, root):
-                break
+        while not np.array_equal(above := self._parent[root], root):
             root = above
         self._parent[ids] = root
         return root
@@ -162,14 +159,12 @@ class Algebra:
         """One leaf for a whole dimension of more than one position: the inverse of `factor`."""
         if len(dim) == 1:
             return dim[0]
-        zero = all(leaf.zero for leaf in dim)
-        sizes = tuple(len(leaf.ids) for leaf in dim)
-        if sum(leaf.ids.any() for leaf in dim) <= 1:  # the others never go: a position goes with its one free factor
-            return Leaf(sum(np.ix_(*(leaf.ids for leaf in dim))).reshape(-1), zero)
-        key = tuple(leaf.ids.tobytes() for leaf in dim)
+        zero, factors = all(leaf.zero for leaf in dim), tuple(leaf.ids for leaf in dim)
+        if sum(map(np.any, factors)) <= 1:  # the others never go: a position goes with its one free factor
+            return Leaf(sum(np.ix_(*factors)).reshape(-1), zero)
+        key, sizes = tuple(ids.tobytes() for ids in factors), tuple(map(len, factors))
         if key not in self._merged:
             parent = self._merged[key] = self.new(math.prod(sizes)).ids
-            factors = tuple(leaf.ids for leaf in dim)
             self.products.append(Product(parent.reshape(sizes), factors))
             self._factored[parent.tobytes(), sizes] = factors
         return Leaf(self._merged[key], zero)
@@ -212,10 +207,7 @@ class Algebra:
                     dim.append(leaves.pop(0))
                     need //= n
                 elif n % need == 0:
-                    first, *rest = self.factor(leaves[0], (need, n // need))
-                    dim.append(first)
-                    leaves[:1] = rest
-                    need = 1
+                    leaves[:1] = self.factor(leaves[0], (need, n // need))
                 else:
                     leaves[:2] = [self.merge(tuple(leaves[:2]))]
             result.append(tuple(dim))

@@ -31,14 +31,6 @@ def first(a: bool, b: bool) -> bool:
     return a
 
 
-def second(a: bool, b: bool) -> bool:
-    return b
-
-
-def never(a: bool, b: bool) -> bool:
-    return False
-
-
 class Axes:
     """The dimensions of every tensor of a trace, filled in call order.
 
@@ -132,7 +124,7 @@ class Axes:
 
 # elementwise ---------------------------------------------------------------------------------------
 
-ZEROS = {  # of two operands that broadcast against each other; of other functions the result is `never` known to be
+ZEROS = {  # of two operands that broadcast against each other; of the results of other functions it isn't known
     **dict.fromkeys("add sub maximum minimum where lerp hypot logical_or bitwise_or".split(), both),
     **dict.fromkeys("mul logical_and bitwise_and".split(), either),
     **dict.fromkeys("div floor_divide remainder fmod copy _prelu_kernel".split(), first),
@@ -141,7 +133,7 @@ ZEROS = {  # of two operands that broadcast against each other; of other functio
 
 def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
     """... , ... -> ...: operands broadcast against each other; what is zero depends on the function"""
-    refs, zero = call.refs, ZEROS.get(call.name, never)
+    refs, zero = call.refs, ZEROS.get(call.name, lambda a, b: False)
     if call.name == "where":  # the condition decides nothing about zeros
         refs = refs[1:] + refs[:1]
     if call.name == "copy":
@@ -298,19 +290,12 @@ def view_as_complex(s: Axes, call: Call) -> list[list[Dim]]:
 NUMBERED = "positions are looked up by number"
 
 
-def embedding(s: Axes, call: Call) -> list[list[Dim]]:
-    """v d, i -> i d"""
-    weight, index = call.args[:2]
-    table, d = s.of(weight)
-    s.pin(table, "rows are looked up by number")
-    s.produce(weight, [d])
-    return [[*s.of(index), d]]
-
-
 def index_(s: Axes, call: Call) -> list[list[Dim]]:
-    """x[i, j, ...]: indexed dimensions are looked up by number, the others stay"""
-    ref, index = call.args
+    """x[i, j, ...]: indexed dimensions are looked up by number, the others stay; `index_select`s have one index"""
+    ref, *which, index = call.args[: 2 + (call.name == "index_select")]
     dims, shape = s.of(ref), call.outs[0].shape
+    if isinstance(index, Ref):
+        index = [None] * (which[0] % len(dims) if which else 0) + [index]
     for dim in (dim for i in index if i is not None for dim in s.of(i)):
         s.pin(dim, "it is an index")
     used = [k for k, i in enumerate(index) if i is not None]
@@ -328,16 +313,6 @@ def index_(s: Axes, call: Call) -> list[list[Dim]]:
     new = len(shape) - len(rest)
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     return [[*rest[:at], *s.fixed(shape[at : at + new]), *rest[at:]]]
-
-
-def index_select(s: Axes, call: Call) -> list[list[Dim]]:
-    """x[:, i]"""
-    ref, d, _ = call.args
-    dims = s.of(ref)
-    s.pin(dims[d], NUMBERED)
-    dims[d] = s.algebra.fixed(call.outs[0].shape[d])
-    s.produce(ref, dims)
-    return [dims]
 
 
 def gather(s: Axes, call: Call) -> list[list[Dim]]:
@@ -399,7 +374,7 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     batch = s.unify(s.unify(dq[0], dk[0]), dv[0])
     group, each = s.algebra.reshape([dq[1]], [k.shape[1], q.shape[1] // k.shape[1]])  # each: of grouped queries
     s.algebra.mark(each, Mark.EXPANDED)
-    heads = (*s.unify(group, s.unify(dk[1], dv[1], second), second), *with_zero(each, False))
+    heads = (*s.unify(s.unify(dv[1], dk[1], first), group, first), *with_zero(each, False))
     s.algebra.mark(heads, Mark.HEADS)
     s.contract(dq[3], dk[3], 0, 0)
     for dim in (dk[2], dv[2]):
@@ -417,7 +392,7 @@ def solve_triangular(s: Axes, call: Call) -> list[list[Dim]]:
         s.produce(ref)
     for dim in (*matrix[-2:], known[-2]):
         s.pin(dim, "a linear system is solved along it")
-    batch = [s.unify(a, b, second) for a, b in zip(matrix[:-2], known[:-2], strict=True)]
+    batch = [s.unify(b, a, first) for a, b in zip(matrix[:-2], known[:-2], strict=True)]
     return [[*batch, *known[-2:]]]
 
 
@@ -508,12 +483,11 @@ def reduction(s: Axes, call: Call) -> list[list[Dim]]:
     total = name in ("sum", "linalg_vector_norm")
     if total:
         s.produce(ref)
-    why = "it is summed over, and removed positions would not be zero" if name == "sum" else ""
-    why = why or f"{'a norm' if total else 'an average'} is taken over it"
+    why = {"sum": "it is summed over, and not zero", "linalg_vector_norm": "a norm is taken over it"}
     dims = s.of(ref)
     for leaf in (leaf for d in which for leaf in dims[d]):
         if not (leaf.zero and (total or (name == "mean" and not s.weight(ref)))):
-            s.pin((leaf,), why)
+            s.pin((leaf,), why.get(name, "an average is taken over it"))
     keep = len(call.outs[0].shape) == len(dims)
     dims = [() if d in which else dim for d, dim in enumerate(dims) if keep or d not in which]
     return [dims if total or "mean" in name else [with_zero(dim, False) for dim in dims]] * len(call.outs)
@@ -572,7 +546,7 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     slice_: "slice",
     pad: "constant_pad_nd",
     weight_norm: "_weight_norm_interface",
-    index_: "index",
+    index_: "index index_select embedding",
     unknown: """scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
         one_hot histc _local_scalar_dense""",
     mm: "mm addmm bmm baddbmm mv addmv dot",
@@ -596,8 +570,8 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
         new_empty_strided""",
     stay: "arange linspace eye tril_indices triu_indices randint randperm",
 }
-LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, embedding, index_, index_select, gather)
-_SAME = (repeat, glu, pixel_shuffle, embedding, view_as_real, view_as_complex, index_select, gather)
+LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, index_, gather)
+_SAME = (repeat, glu, pixel_shuffle, view_as_real, view_as_complex, gather)
 RULES = {rule.__name__: rule for rule in _SAME} | {name: rule for rule in _NAMES for name in _NAMES[rule].split()}
 
 
@@ -636,7 +610,7 @@ def apply_rules(trace: Trace) -> Axes:
             missing.add(call.name)
             logger.info("tensors of %s are pinned: %s, in %s", call.name, problem, call.layer)
         weights = [s.weight(ref) for ref in call.refs]
-        chosen = rule in (index_, index_select, gather) or len(weights) == 1
+        chosen = call.name in ("index", "index_select", "gather") or len(weights) == 1
         weight = 2 if all(w == 2 for w in weights) else min(weights[0], 1) if chosen else 0
         for ref, dims in zip(call.outs, outs, strict=True):
             s.dims[ref.value] = dims

@@ -6,12 +6,12 @@ set of removed ZIGs gives the new attributes; a contradiction names the ZIGs tha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import operator
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,30 +21,13 @@ from .trace import Equation, Expr
 Attribute = tuple[str, str, int | None]  # module path, name, index in a list
 
 
-class Span(NamedTuple):
-    """What a cut may remove of a dimension: the ZIG of every position of each factor, -1 for those that stay."""
-
-    factors: tuple[np.ndarray, ...]
-    start: int
-    stop: int
-
-    def kept(self, removed: np.ndarray) -> int:
-        """Positions in [start, stop) that stay; `removed` is bool (num_zigs + 1,), its last entry False."""
-        alive = [~removed[factor] for factor in self.factors]
-        if self.stop - self.start == np.prod([len(a) for a in alive], dtype=np.int64):
-            return int(np.prod([a.sum() for a in alive], dtype=np.int64))
-        whole = alive[0]
-        for a in alive[1:]:
-            whole = (whole[:, None] & a).reshape(-1)
-        return int(whole[self.start : self.stop].sum())
-
-
 class Sizes:
     """The size equations of a model that a cut can touch.
 
     Args:
         equations: as traced.
-        spans: (value, dim) -> the ZIG numbers of its factors' positions; dimensions without any are left out.
+        spans: (value, dim) -> the ZIG of every position of each of its factors, -1 for those that stay; dimensions
+            without any are left out.
         values: attribute -> its value in the dense model.
     """
 
@@ -55,7 +38,7 @@ class Sizes:
         values: dict[Attribute, int],
     ) -> None:
         self.values = values
-        self.spans: dict[Expr, Span] = {}
+        self.spans: dict[Expr, tuple[np.ndarray, ...]] = {}
         self._names: dict[int, bytes] = {}
         self.equations: list[Equation] = []
         seen = set()
@@ -65,7 +48,7 @@ class Sizes:
                 continue
             seen.add((left, right))
             self.equations.append(Equation(left, right, equation.layer))
-        count = 1 + max((int(f.max()) for s in self.spans.values() for f in s.factors), default=-1)
+        count = 1 + max((int(f.max()) for factors in self.spans.values() for f in factors), default=-1)
         self.equations = [e for e in self.equations if self._holds(e, values, np.zeros(count + 1, bool))]
 
     def _bind(self, expr: Expr, spans: dict[tuple[int, int], tuple[np.ndarray, ...]]) -> Expr:
@@ -76,7 +59,7 @@ class Sizes:
             if factors is None:
                 return ("const", stop - start)
             key = ("span", *map(self._name, factors), start, stop)
-            self.spans[key] = Span(factors, start, stop)
+            self.spans[key] = factors
             return key
         if expr[0] in ("const", "attribute"):
             return expr
@@ -92,17 +75,18 @@ class Sizes:
         return self._names[id(factor)]
 
     def _value(self, expr: Expr, attributes: Mapping[Attribute, int], removed: np.ndarray) -> float:
+        """What an expression becomes; `removed` is bool (num_zigs + 1,), its last entry False."""
         if expr[0] == "const":
             return expr[1]
         if expr[0] == "attribute":
             return attributes[expr[1:]]
         if expr[0] == "span":
-            return self.spans[expr].kept(removed)
+            whole = functools.reduce(np.logical_and.outer, (~removed[factor] for factor in self.spans[expr]))
+            return int(whole.reshape(-1)[expr[-2] : expr[-1]].sum())
         return _compute(expr[0], *(self._value(e, attributes, removed) for e in expr[1:]))
 
     def _holds(self, equation: Equation, attributes: Mapping[Attribute, int], removed: np.ndarray) -> bool:
-        left, right = (self._value(e, attributes, removed) for e in equation[:2])
-        return left == right
+        return self._value(equation.left, attributes, removed) == self._value(equation.right, attributes, removed)
 
     def solve(self, removed: np.ndarray) -> tuple[dict[Attribute, int], list[Equation]]:
         """The attributes that change when ZIGs are removed, and the equations that then can't hold.
@@ -150,7 +134,7 @@ class Sizes:
         return next((n for n, trial in tries if self._holds(equation, trial, removed)), math.nan)
 
     def _factors(self, equation: Equation) -> list[np.ndarray]:
-        return [f for e in equation[:2] for s in spans_of(e) for f in self.spans[s].factors]
+        return [f for e in equation[:2] for s in spans_of(e) for f in self.spans[s]]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
         """The removed ZIGs that the equations speak of; where there are none, those of equations with the same

@@ -321,7 +321,14 @@ class _Tagger(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
         sizes: list[Size] = []
-        plain_args, plain_kwargs = _untag(args, sizes), _untag(kwargs, sizes)
+
+        def untag(value: Size | slice) -> int | slice:
+            if isinstance(value, slice):
+                return slice(*tree_map_only(Size, untag, (value.start, value.stop, value.step)))
+            sizes.append(value)
+            return plain(value)
+
+        plain_args, plain_kwargs = tree_map_only((Size, slice), untag, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if name not in SIZE_RULES:  # used as a number: it has to stay what it is
             self.equations += [Equation(n.expr, ("const", plain(n)), self.recorder.layers[-1]) for n in sizes]
@@ -336,20 +343,6 @@ class _Tagger(TorchFunctionMode):
     def _shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         ref = self.recorder.ref(tensor)
         return torch.Size([Size(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
-
-
-def _untag(value: Any, sizes: list[Size]) -> Any:
-    """Arguments without tags; those that had one are added to `sizes`."""
-    if isinstance(value, Size):
-        sizes.append(value)
-        return plain(value)
-    if type(value) in (tuple, list, torch.Size):
-        return type(value)([_untag(v, sizes) for v in value])
-    if type(value) is dict:
-        return {k: _untag(v, sizes) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_untag(v, sizes) for v in (value.start, value.stop, value.step)))
-    return value
 
 
 @contextlib.contextmanager
