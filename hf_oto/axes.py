@@ -85,9 +85,8 @@ class Algebra:
         """A leaf of n fresh ids."""
         start, self.count = self.count, self.count + n
         while self.count > len(self._parent):
-            self._parent, self._pin, self._mark = (
-                np.concatenate([a, np.zeros_like(a)]) for a in (self._parent, self._pin, self._mark)
-            )
+            for array in ("_parent", "_pin", "_mark"):
+                setattr(self, array, np.append(vars(self)[array], np.zeros_like(vars(self)[array])))
         ids = np.arange(start, self.count, dtype=ID)
         self._parent[start : self.count] = ids
         self._mark[start : self.count] = marks

@@ -273,16 +273,13 @@ def pixel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
     return [[*batch, inner[0], *s.fixed(call.outs[0].shape[-2:])]]
 
 
-def view_as_real(s: Axes, call: Call) -> list[list[Dim]]:
-    """a complex number is two positions of a new last dimension"""
-    return [[*s.of(call.args[0]), s.algebra.fixed(2)]]
-
-
-def view_as_complex(s: Axes, call: Call) -> list[list[Dim]]:
-    """the inverse"""
-    *dims, parts = s.of(call.args[0])
-    s.pin(parts, "it holds the parts of a complex number")
-    return [dims]
+def as_complex(s: Axes, call: Call) -> list[list[Dim]]:
+    """the two parts of complex numbers were, or after `view_as_real` are, a last dimension"""
+    dims = s.of(call.args[0])
+    if call.name == "view_as_real":
+        return [[*dims, s.algebra.fixed(2)]]
+    s.pin(dims[-1], "it holds the parts of a complex number")
+    return [dims[:-1]]
 
 
 # lookups -------------------------------------------------------------------------------------------
@@ -496,9 +493,8 @@ def reduction(s: Axes, call: Call) -> list[list[Dim]]:
 def along(s: Axes, call: Call) -> list[list[Dim]]:
     """normalised, ordered or accumulated along one dimension, which stays"""
     dims, d = s.of(call.args[0]), call.given["dim"]
-    if dims:
-        s.pin(dims[d], f"{call.name.strip('_')} runs along it")
-        dims[d] = s.algebra.fixed(call.outs[0].shape[d])
+    s.pin(dims[d], f"{call.name.strip('_')} runs along it")
+    dims[d] = s.algebra.fixed(call.outs[0].shape[d])
     return [[with_zero(dim, False) for dim in dims]] * len(call.outs)
 
 
@@ -542,6 +538,7 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     strided: "permute transpose t unsqueeze squeeze expand select unbind",
     split: "split split_with_sizes unsafe_split chunk unsafe_chunk split_copy split_with_sizes_copy",
     cat: "cat stack",
+    as_complex: "view_as_real view_as_complex",
     roll: "roll flip",
     slice_: "slice",
     pad: "constant_pad_nd",
@@ -570,9 +567,9 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
         new_empty_strided""",
     stay: "arange linspace eye tril_indices triu_indices randint randperm",
 }
-LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, index_, gather)
-_SAME = (repeat, glu, pixel_shuffle, view_as_real, view_as_complex, gather)
-RULES = {rule.__name__: rule for rule in _SAME} | {name: rule for rule in _NAMES for name in _NAMES[rule].split()}
+LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, as_complex, index_, gather)
+RULES = {rule.__name__: rule for rule in (repeat, glu, pixel_shuffle, gather)}
+RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 def _live(trace: Trace) -> list[Call]:
@@ -605,7 +602,7 @@ def apply_rules(trace: Trace) -> Axes:
                 if 0 not in ref.shape and tuple(map(size, dims)) != ref.shape:
                     raise ValueError(f"the rule gives {[size(dim) for dim in dims]} for {ref.shape}")
         except Exception as error:  # a rule that fails must pin, never raise and never guess
-            rule, outs, problem = unknown, unknown(s, call), f"its rule failed ({type(error).__name__}: {error})"
+            outs, problem = unknown(s, call), f"its rule failed ({type(error).__name__}: {error})"
         if problem and call.outs and call.name not in missing:
             missing.add(call.name)
             logger.info("tensors of %s are pinned: %s, in %s", call.name, problem, call.layer)

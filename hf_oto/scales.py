@@ -82,13 +82,9 @@ class Exponents:
             result = rule(self, call)
         except Exception:  # a way of calling it that the rule doesn't know
             result = none(self, call)
-        for argument in call.op._schema.arguments:
-            written, given = (
-                argument.alias_info is not None and argument.alias_info.is_write,
-                call.given[argument.name],
-            )
-            if written and isinstance(given, Ref):  # in place: the tensors that it is a view of hold it too
-                self.equate(result, self.read(given))
+        for a in call.op._schema.arguments:  # in place: the tensors that it is a view of hold it too
+            if a.alias_info and a.alias_info.is_write and isinstance(call.given[a.name], Ref):
+                self.equate(result, self.read(call.given[a.name]))
         outs = call.outs[:1] if rule is attention else call.outs  # the others are statistics
         self.of |= dict.fromkeys((ref.value for ref in outs), result)
 
@@ -186,7 +182,7 @@ def none(x: Exponents, call: Call) -> Exponent:
 
 _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
     same: """scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy lift lift_fresh add
-        sub where masked_fill neg abs sum cumsum tril triu view_as_real view_as_complex""",
+        sub where masked_fill neg abs sum cumsum tril triu""",
     product: "mul div",
     power: "pow square sqrt rsqrt reciprocal",
     mean: "mean",

@@ -19,6 +19,8 @@ from .modeling_oto import is_cut_size
 from .trace import Equation, Expr
 
 Attribute = tuple[str, str, int | None]  # module path, name, index in a list
+Values = Mapping[Attribute, int]
+Spans = dict[tuple[int, int], tuple[np.ndarray, ...]]
 
 
 class Sizes:
@@ -31,12 +33,7 @@ class Sizes:
         values: attribute -> its value in the dense model.
     """
 
-    def __init__(
-        self,
-        equations: Sequence[Equation],
-        spans: dict[tuple[int, int], tuple[np.ndarray, ...]],
-        values: dict[Attribute, int],
-    ) -> None:
+    def __init__(self, equations: Sequence[Equation], spans: Spans, values: dict[Attribute, int]) -> None:
         self.values = values
         self.spans: dict[Expr, tuple[np.ndarray, ...]] = {}
         self._names: dict[int, bytes] = {}
@@ -51,7 +48,7 @@ class Sizes:
         count = 1 + max((int(f.max()) for factors in self.spans.values() for f in factors), default=-1)
         self.equations = [e for e in self.equations if self._holds(e, values, np.zeros(count + 1, bool))]
 
-    def _bind(self, expr: Expr, spans: dict[tuple[int, int], tuple[np.ndarray, ...]]) -> Expr:
+    def _bind(self, expr: Expr, spans: Spans) -> Expr:
         """Spans that no cut touches become constants; equal ones become the same key."""
         if expr[0] == "span":
             _, value, dim, start, stop = expr
@@ -74,7 +71,7 @@ class Sizes:
             self._names[id(factor)] = hashlib.blake2b(factor.tobytes(), digest_size=16).digest()
         return self._names[id(factor)]
 
-    def _value(self, expr: Expr, attributes: Mapping[Attribute, int], removed: np.ndarray) -> float:
+    def _value(self, expr: Expr, attributes: Values, removed: np.ndarray) -> float:
         """What an expression becomes; `removed` is bool (num_zigs + 1,), its last entry False."""
         if expr[0] == "const":
             return expr[1]
@@ -85,7 +82,7 @@ class Sizes:
             return int(whole.reshape(-1)[expr[-2] : expr[-1]].sum())
         return _compute(expr[0], *(self._value(e, attributes, removed) for e in expr[1:]))
 
-    def _holds(self, equation: Equation, attributes: Mapping[Attribute, int], removed: np.ndarray) -> bool:
+    def _holds(self, equation: Equation, attributes: Values, removed: np.ndarray) -> bool:
         return self._value(equation.left, attributes, removed) == self._value(equation.right, attributes, removed)
 
     def solve(self, removed: np.ndarray) -> tuple[dict[Attribute, int], list[Equation]]:
@@ -122,9 +119,7 @@ class Sizes:
         asked = [q for q in self.equations if touched[q] or changed.keys() & _attributes(*q[:2])]
         return changed, [q for q in asked if not self._holds(q, attributes, removed)]
 
-    def _fit(
-        self, equation: Equation, attribute: Attribute, attributes: dict[Attribute, int], removed: np.ndarray
-    ) -> float:
+    def _fit(self, equation: Equation, attribute: Attribute, attributes: Values, removed: np.ndarray) -> float:
         """The value of one unknown attribute that satisfies an equation: the old one if it does, else the smallest."""
         for alone, other in _alone(equation):
             if alone == attribute:

@@ -93,9 +93,6 @@ class Trace(NamedTuple):
 class Size(int):
     """An int that remembers, as an expression, where it came from."""
 
-    expr: Expr
-    equations: list[Equation]
-
     def __new__(cls, value: int, expr: Expr, equations: list[Equation]) -> Size:
         size = super().__new__(cls, value)
         size.expr, size.equations = expr, equations  # these receive what its later uses imply
@@ -431,11 +428,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     parameters = {n for n, _ in model.named_parameters()}
     names = parameters | persistent_buffers(model).keys()  # of what is tied, the first
-    if fake:
-        weights = fake_weights(model, mode)
-        inputs = tree_map_only(torch.Tensor, mode.from_tensor, dict(inputs))
-    else:
-        weights = dict([*model.named_parameters(), *model.named_buffers()])
+    weights = fake_weights(model, mode) if fake else dict([*model.named_parameters(), *model.named_buffers()])
+    inputs = tree_map_only(torch.Tensor, mode.from_tensor, dict(inputs)) if fake else dict(inputs)
     sources = {name: recorder.add(t) for name, t in weights.items() if name in names}
     paths = {module: path for path, module in model.named_modules()}
 
@@ -450,7 +444,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     ]
     try:
         with evaluating(model), _tagged(model, equations), mode, _Tagger(recorder, equations), recorder:
-            output = torch.func.functional_call(model, weights, (), dict(inputs)) if fake else model(**inputs)
+            output = torch.func.functional_call(model, weights, (), inputs) if fake else model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
