@@ -240,7 +240,7 @@ def roll(s: Axes, call: Call) -> list[list[Dim]]:
     for d, shift in zip(dims, call.args[1], strict=True):
         index = np.arange(ref.shape[d])
         index = index[::-1] if call.name == "flip" else np.roll(index, shift)
-        result[d] = s.algebra.take(result[d], index) if result[d] else ()
+        result[d] = s.algebra.take(result[d], index)
     return [result]
 
 
@@ -612,7 +612,6 @@ def apply_rules(trace: Trace) -> Axes:
         for ref, dims in zip(call.outs, outs, strict=True):
             s.dims[ref.value] = dims
             s.weights[ref.value] = weight
-    for ref in trace.outputs:
-        for dim in s.of(ref):
-            s.algebra.pin(dim, OUTPUT)
+    for dim in (dim for ref in trace.outputs for dim in s.of(ref)):
+        s.algebra.pin(dim, OUTPUT)
     return s

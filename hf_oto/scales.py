@@ -24,7 +24,7 @@ Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tens
 
 def plus(a: Exponent, b: Exponent, times: int | Fraction = 1) -> Exponent:
     """a + times * b"""
-    return {key: n for key in a | b if (n := a.get(key, Fraction(0)) + times * b.get(key, Fraction(0)))}
+    return {key: n for key in a | b if (n := a.get(key, 0) + times * b.get(key, 0))}
 
 
 class Exponents:
@@ -48,9 +48,8 @@ class Exponents:
 
     def read(self, ref: Ref) -> Exponent:
         """The exponent of a tensor in terms of what is still unknown."""
-        if exponent := self.of.get(ref.value):
-            self.of[ref.value] = exponent = self.known(exponent)
-        return exponent or {}
+        exponent = self.of[ref.value] = self.known(self.of.get(ref.value, {}))
+        return exponent
 
     def known(self, exponent: Exponent) -> Exponent:
         """The same with solved unknowns replaced."""
@@ -203,10 +202,6 @@ def solve_scales(
     number = {name: ref.value for name, ref in traced.sources.items() if name in cut}
     cost = {value: math.prod(traced.sources[name].shape) for name, value in number.items()}
     x = Exponents(found, zig_of, [axis.size for axis in partition.axes], cost)
-    averages = [call for call in found.calls if call.name == "mean"]
-    leaves = (leaf for call in averages for d in reduced_dims(call) for leaf in found.of(call.args[0])[d])
-    if not any((x.axis_of[leaf.ids] >= 0).any() for leaf in leaves):
-        return {}, set()
     x.sums, offset = _sums(found.calls, cost)
     for call in found.calls:
         x.follow(call)

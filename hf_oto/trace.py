@@ -179,14 +179,6 @@ def _view(ref: Callable, out: Any, input: Any, *sizes: Any, shape: Any = (), siz
     return _shape(ref, out, _ints(sizes) or shape or size)
 
 
-def _unflatten(ref: Callable, out: Any, input: Any, dim: int, sizes: Sequence[int]) -> Pairs:
-    return _shape(ref, out, sizes, dim % input.dim())
-
-
-def _normalized(ref: Callable, out: Any, input: Any, normalized_shape: Sequence[int], *_: Any, **__: Any) -> Pairs:
-    return _shape(ref, out, normalized_shape, -len(normalized_shape))
-
-
 def _repeat(ref: Callable, out: Any, input: Any, *sizes: Any, repeats: Any = (), dims: Any = ()) -> Pairs:
     for d, n in enumerate(reversed(_ints(sizes) or repeats or dims), 1):
         yield n, ("//", span(ref(out), -d), span(ref(input), -d)) if d <= input.dim() else span(ref(out), -d)
@@ -256,7 +248,11 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     ),
     "full": lambda ref, out, size, *_, **__: _shape(ref, out, size),
     "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
-    "unflatten": _unflatten, "layer_norm": _normalized, "rms_norm": _normalized,
+    "unflatten": lambda ref, out, input, dim, sizes: _shape(ref, out, sizes, dim % input.dim()),
+    **dict.fromkeys(
+        ["layer_norm", "rms_norm"],
+        lambda ref, out, input, normalized_shape, *_, **__: _shape(ref, out, normalized_shape, -len(normalized_shape)),
+    ),
     "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
     "split": _split, "split_with_sizes": _split, "chunk": _chunk, "__getitem__": _slices, "narrow": _narrow,
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
@@ -282,9 +278,7 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []
 
     def ref(self, tensor: torch.Tensor) -> Ref:
-        if id(tensor) not in self._number:
-            return self.add(tensor)
-        return Ref(self._number[id(tensor)], tuple(tensor.shape))
+        return Ref(self._number[id(tensor)], tuple(tensor.shape)) if id(tensor) in self._number else self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> Ref:
         self._number[id(tensor)] = len(self._alive)
@@ -433,19 +427,14 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Tra
     sources = {name: recorder.add(t) for name, t in weights.items() if name in names}
     paths = {module: path for path, module in model.named_modules()}
 
+    def enter(module: nn.Module, _: Any) -> None:
+        recorder.layers.append(paths.get(module, recorder.layers[-1]))
+
     def leave(*_: Any) -> None:
         recorder.layers.pop()
 
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: recorder.layers.append(paths.get(module, recorder.layers[-1]))
-        ),
-        nn.modules.module.register_module_forward_hook(leave),
-    ]
-    try:
-        with evaluating(model), _tagged(model, equations), mode, _Tagger(recorder, equations), recorder:
-            output = torch.func.functional_call(model, weights, (), inputs) if fake else model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave)
+    with before, after, evaluating(model), _tagged(model, equations), mode, _Tagger(recorder, equations), recorder:
+        output = torch.func.functional_call(model, weights, (), inputs) if fake else model(**inputs)
     return Trace(recorder.calls, sources, parameters, [recorder.ref(t) for t in tensors_of(output)], equations, fake)
