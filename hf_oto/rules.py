@@ -245,13 +245,14 @@ def roll(s: Axes, call: Call) -> list[list[Dim]]:
 
 
 def pad(s: Axes, call: Call) -> list[list[Dim]]:
-    """positions added (or taken away) at both ends"""
+    """positions added at both ends; taken away (amounts below 0) they would be others after a cut"""
     ref, amounts = call.args[:2]
+    if min(amounts) < 0:
+        return unknown(s, call)
     result = s.of(ref)
-    for d, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):  # from the last dimension
-        kept = s.take(ref, -d, np.arange(max(0, -before), ref.shape[-d] + min(0, after)))[-d]
-        start, end = s.fixed([max(0, before), max(0, after)])
-        result[-d] = s.algebra.cat([part for part in (start, kept, end) if size(part)])
+    for d, ends in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):  # from the last dimension on
+        start, end = s.fixed(ends)
+        result[-d] = s.algebra.cat([part for part in (start, result[-d], end) if size(part)])
     return [result]
 
 
