@@ -161,10 +161,8 @@ def _attributes(*exprs: Expr) -> set[Attribute]:
 
 def _alone(equation: Equation) -> list[tuple[Attribute, Expr]]:
     """An attribute that is one side of an equation by itself, and the other side, if it is not in that too."""
-    left, right = equation[:2]
-    return [
-        (a[1:], b) for a, b in ((left, right), (right, left)) if a[0] == "attribute" and a[1:] not in _attributes(b)
-    ]
+    sides = equation[:2], equation[1::-1]
+    return [(a[1:], b) for a, b in sides if a[0] == "attribute" and a[1:] not in _attributes(b)]
 
 
 def spans_of(expr: Expr) -> list[Expr]:
