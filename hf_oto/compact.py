@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_oto import VERSION, OTOError, become_compact_, require, set_sizes_, sizes_of, validate
+from .modeling_oto import VERSION, OTOError, become_compact_, named_tensors, require, set_sizes_, sizes_of, validate
 from .sizes import Attribute
-from .zigs import Member, PruningPlan, ZIGPartition
+from .zigs import Member, PrunableAxis, PruningPlan, Scale, ZIGPartition
 
 logger = logging.getLogger(__name__)
-
-Cuts = dict[tuple[str, int], np.ndarray]  # (parameter, dim) -> the positions that stay
-Factors = dict[str, tuple[float, int]]  # parameter p -> (factor, offset): it becomes (p + offset) * factor - offset
 
 
 def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dict[Attribute, int]]:
@@ -46,17 +44,18 @@ def resolve(partition: ZIGPartition, plan: PruningPlan) -> tuple[np.ndarray, dic
         removed[back] = False
 
 
-def kept_positions(partition: ZIGPartition, removed: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Cuts:
-    """The positions that stay of every dimension that loses some; `removed` is bool (num_zigs,)."""
-    alive: dict[tuple[str, int], np.ndarray] = {}
+def removed_positions(partition: ZIGPartition, removed: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    """(parameter, dim) -> the positions of it that go; `removed` is bool (num_zigs,)."""
+    gone: dict[tuple[str, int], list[np.ndarray]] = {}
     for _, m, index in partition.slices(removed):
-        alive.setdefault((m.param, m.dim), np.ones(shapes[m.param][m.dim], bool))[index] = False
-    return {key: np.flatnonzero(mask) for key, mask in alive.items()}
+        gone.setdefault((m.param, m.dim), []).append(index)
+    return {key: np.concatenate(found) for key, found in gone.items()}
 
 
-def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> Factors:
-    """How parameters change for the averages taken over what is cut; `removed` is bool (num_zigs,)."""
-    factors: Factors = {}
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, tuple[float, int]]:
+    """How parameters change for the averages taken over what is cut, p -> (factor, offset) as in `scaled`; `removed`
+    is bool (num_zigs,)."""
+    factors: dict[str, tuple[float, int]] = {}
     for axis, gone in partition.split(removed):
         for name, power, offset in axis.scales if gone.any() else ():
             factor = factors.get(name, (1.0, 0))[0] * (axis.size / int((~gone).sum())) ** float(power)
@@ -70,23 +69,21 @@ def scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
     return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[Attribute, int], factors: Factors) -> None:
-    """Slices the tensors that `cuts` names, scales those that `factors` names and sets the attributes, in place;
-    tied tensors stay tied."""
-    by_param: dict[str, dict[int, np.ndarray]] = {name: {} for name in factors}
-    for (name, dim), keep in cuts.items():
-        by_param.setdefault(name, {})[dim] = keep
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    new: dict[int, torch.Tensor] = {}
-    for name, dims in by_param.items():
-        old = tensors[name]
-        cut = old.detach()
-        for dim, keep in dims.items():
-            cut = cut.index_select(dim, torch.from_numpy(keep).to(cut.device))
-        if name in factors:
-            cut = scaled(cut, *factors[name])
-        new[id(old)] = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
-    put_(model, new)
+def cut_(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, attributes: Mapping[Attribute, int]) -> None:
+    """Cuts the ZIGs in `removed`, bool (num_zigs,), out of the tensors, and sets the attributes, in place; tied
+    tensors stay tied."""
+    old = named_tensors(model)
+    new: dict[str, torch.Tensor] = {}
+    for (name, dim), gone in removed_positions(partition, removed).items():
+        cut = new.get(name, old[name].detach())
+        keep = torch.from_numpy(np.setdiff1d(np.arange(cut.shape[dim]), gone))
+        new[name] = cut.index_select(dim, keep.to(cut.device))
+    for name, (factor, offset) in scale_factors(partition, removed).items():
+        new[name] = scaled(new.get(name, old[name].detach()), factor, offset)
+    for name, cut in new.items():
+        if isinstance(old[name], nn.Parameter):
+            new[name] = nn.Parameter(cut, old[name].requires_grad)
+    put_(model, {id(old[name]): cut for name, cut in new.items()})
     resize_(model, attributes)
 
 
@@ -112,23 +109,26 @@ def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
         set_sizes_(module, own_sizes(module))
 
 
+OWN_SIZES = {  # what the first dimensions of a layer's weight are called; a subclass before its base
+    nn.Linear: ("out_features", "in_features"),
+    Conv1D: ("nx", "nf"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.modules.conv._ConvTransposeNd: ("in_channels", "out_channels"),
+    nn.modules.conv._ConvNd: ("out_channels", "in_channels"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+}
+
+
 def own_sizes(module: nn.Module) -> dict[str, int]:
     """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
-    if isinstance(module, nn.Linear):
-        return dict(zip(("out_features", "in_features"), module.weight.shape, strict=True))
-    if isinstance(module, Conv1D):
-        return dict(zip(("nx", "nf"), module.weight.shape, strict=True))
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": module.weight.shape[0], "out_channels": module.weight.shape[1] * module.groups}
+    names = next((names for layer, names in OWN_SIZES.items() if isinstance(module, layer)), None)
+    if names is None or module.weight is None:
+        return {}
+    sizes = dict(zip(names, module.weight.shape, strict=False))
     if isinstance(module, nn.modules.conv._ConvNd):
-        return {"in_channels": module.weight.shape[1] * module.groups, "out_channels": module.weight.shape[0]}
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
-        return {"num_features": module.weight.shape[0]}
-    if isinstance(module, nn.GroupNorm) and module.affine:
-        return {"num_channels": module.weight.shape[0]}
-    if isinstance(module, nn.Embedding):
-        return dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))
-    return {}
+        sizes[names[1]] *= module.groups
+    return sizes
 
 
 def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
@@ -158,38 +158,37 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
         Linear(in_features=3, out_features=3, bias=True)
     """
     removed, attributes = resolve(partition, plan)
-    tensors = partition.tensors(model)
-    before = {path: sizes_of(module) for path, module in model.named_modules()}
-    shapes = {name: t.shape for name, t in tensors.items()}
-    cuts = kept_positions(partition, removed, shapes)
-    cut_(model, cuts, attributes, scale_factors(partition, removed))
-    if isinstance(model, PreTrainedModel) and cuts:
-        become_compact_(model, _record(model, partition, removed, cuts, before))
+    partition.tensors(model)  # raises where the model is another one
+    before = _sizes(model)
+    cut_(model, partition, removed, attributes)
+    if isinstance(model, PreTrainedModel) and removed.any():
+        become_compact_(model, _record(model, partition, removed, before))
     return model
 
 
-def _record(
-    model: nn.Module, partition: ZIGPartition, removed: np.ndarray, cuts: Cuts, before: dict[str, dict[str, Any]]
-) -> dict:
+def _sizes(model: nn.Module) -> dict[tuple[str, str, str], Any]:
+    """(module path, "attributes" or "shapes", name) -> size or sizes, under every name that something tied has: a
+    model is built, and its record restored, before its weights are tied."""
+    found = {(path, "attributes", n): v for path, module in model.named_modules() for n, v in sizes_of(module).items()}
+    for name, tensor in named_tensors(model).items():
+        path, _, leaf = name.rpartition(".")
+        found[path, "shapes", leaf] = tensor.shape
+    return found
+
+
+def _record(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, before: dict[tuple, Any]) -> dict:
     """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut."""
     modules: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, module in model.named_modules():
-        changed = {n: v for n, v in sizes_of(module).items() if before[path].get(n, v) != v}
-        if changed:
-            values = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in changed.items()}
-            modules.setdefault(path, {})["attributes"] = values
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    aliases: dict[int, list[str]] = {}  # a model is built, and its record restored, before its weights are tied
-    for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    for (name, dim), keep in cuts.items():
-        for alias in aliases[id(tensors[name])]:
-            path, _, leaf = alias.rpartition(".")
-            shapes = modules.setdefault(path, {}).setdefault("shapes", {})
-            shapes.setdefault(leaf, [None] * tensors[name].dim())[dim] = len(keep)
+    for (path, part, name), now in _sizes(model).items():
+        old = before.get((path, part, name), now)
+        if now != old:
+            value = list(now) if isinstance(now, (list, tuple)) else now
+            if part == "shapes":
+                value = [n if n != o else None for n, o in zip(now, old, strict=True)]
+            modules.setdefault(path, {}).setdefault(part, {})[name] = value
     cut_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
     step = max((cut["step"] for cut in cut_before), default=-1) + 1
-    found = []
+    cuts = []
     for axis, gone in partition.split(removed):
         if gone.any():
             members = [
@@ -199,8 +198,8 @@ def _record(
             ]
             bits = int.from_bytes(np.packbits(~gone, bitorder="little").tobytes(), "little")
             scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
-            found.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
-    return {"version": VERSION, "modules": modules, "cuts": found}
+            cuts.append({"step": step, "size": axis.size, "kept": f"{bits:x}", "members": members, "scales": scales})
+    return {"version": VERSION, "modules": modules, "cuts": cuts}
 
 
 @torch.no_grad()
@@ -263,36 +262,30 @@ def _filled(
     tensors: dict[str, torch.Tensor], cuts: list[dict[str, Any]], dense: Mapping[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
     """The tensors before these cuts: scaled back, zeros where something was cut, ones where zeros would not do."""
-    gone: dict[tuple[str, int], list[np.ndarray]] = {}
-    fill: dict[tuple[str, int], int] = {}
-    factors: Factors = {}
+    axes, removed = [], []
     for cut in cuts:
-        size, bits = cut["size"], int(cut["kept"], 16)
-        members = []
-        for name, dim, value, *rest in cut["members"]:
-            layout = rest if len(rest) == 3 else [0, 1, 1, np.array(rest[0])]
-            members.append(Member(name, dim, "producer", *layout))
-            stop = members[-1].stop(size)
-            fits = name in tensors and dim < len(dense[name]) and stop <= dense[name][dim]
-            require(fits, f"the stock model has no {name}[{dim}] of {stop} positions")
-            fill[name, dim] = value
-        packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), np.uint8)
-        lost = np.unpackbits(packed, bitorder="little", count=size) == 0
-        for m in members:
-            gone.setdefault((m.param, m.dim), []).append(m.positions(size)[lost].reshape(-1))
-        for name, over, under, offset in cut["scales"]:
-            factor = factors.get(name, (1.0, 0))[0] * (size / bits.bit_count()) ** (over / under)
-            require(name in tensors and 0 < factor < np.inf, f"{name} cannot be scaled by {factor}")
-            factors[name] = factor, offset
+        size, members = cut["size"], []
+        for name, dim, one, *layout in cut["members"]:
+            layout = layout if len(layout) == 3 else [0, 1, 1, np.array(layout[0])]
+            m = Member(name, dim, "statistic" if one else "producer", *layout)
+            fits = name in tensors and dim < len(dense[name]) and m.stop(size) <= dense[name][dim]
+            require(fits, f"the stock model has no {name}[{dim}] of {m.stop(size)} positions")
+            members.append(m)
+        scales = [Scale(name, Fraction(over, under), offset) for name, over, under, offset in cut["scales"]]
+        axes.append(PrunableAxis("", "", size, tuple(members), scales=tuple(scales)))
+        packed = np.frombuffer(int(cut["kept"], 16).to_bytes(-(-size // 8), "little"), np.uint8)
+        removed.append(np.unpackbits(packed, bitorder="little", count=size) == 0)
+    partition, gone = ZIGPartition(tuple(axes), {}), np.concatenate(removed)
+    fill = {(m.param, m.dim): int(m.role == "statistic") for axis in axes for m in axis.members}
     filled = dict(tensors)
-    for name, (factor, offset) in factors.items():
+    for name, (factor, offset) in scale_factors(partition, gone).items():
+        require(name in tensors and 0 < factor < np.inf, f"{name} cannot be scaled by {factor}")
         filled[name] = scaled(filled[name], 1 / factor, offset)
-    for (name, dim), found in gone.items():
+    for (name, dim), lost in removed_positions(partition, gone).items():
         old = filled[name]
-        removed = np.concatenate(found)
-        stay = np.setdiff1d(np.arange(old.shape[dim] + len(removed)), removed)
         shape = list(old.shape)
-        shape[dim] += len(removed)
+        shape[dim] += len(lost)
+        stay = np.setdiff1d(np.arange(shape[dim]), lost)
         fits = len(stay) == old.shape[dim] and shape[dim] <= dense[name][dim]
         require(fits, f"its cuts of {name}[{dim}], of size {old.shape[dim]} now, overlap or are too many")
         new = old.new_full(shape, fill[name, dim])

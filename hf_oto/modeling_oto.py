@@ -154,6 +154,11 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
             tensor.data = tensor.data[tuple(map(slice, shape))].clone()
 
 
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, those that are tied under each of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
 def sizes_of(module: torch.nn.Module) -> dict[str, int | list | tuple]:
     """The ints, and lists and tuples of ints, that a module keeps, and the ints of its config as "config.NAME"."""
     kept = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
@@ -257,8 +262,7 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
     Args:
         partly: leave out what `model` does not have, as `from_pretrained` leaves out its weights.
     """
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    known = {name for name, _ in [*model.named_modules(remove_duplicate=False), *tensors]}
+    known = dict(model.named_modules(remove_duplicate=False)).keys() | named_tensors(model).keys()
     parts = ("members", "scales")
     names = {*record["modules"], *(entry[0] for cut in record["cuts"] for part in parts for entry in cut[part])}
     if not partly and names <= known:

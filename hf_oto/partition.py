@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .axes import Leaf
-from .compact import cut_, kept_positions, resize_, resolve, scale_factors, scaled
-from .modeling_oto import sizes_of
+from .compact import cut_, resolve, scale_factors, scaled
+from .modeling_oto import named_tensors, sizes_of
 from .rules import Axes, apply_rules, multiplications
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
-from .trace import Equation, Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
-from .zigs import OTOError, PruningPlan, Solution, Source, Width, Work, ZIGPartition, fold, solve
+from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
+from .zigs import OTOError, PrunableAxis, PruningPlan, Source, Width, Work, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +69,15 @@ def partition_zigs(
     protected = _protected(model, protect)
     inputs, traced = _first_traced(model, make_inputs(model) if inputs is None else [inputs])
     found = apply_rules(traced)
-    traced = traced._replace(equations=_living(traced, found))
+    dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
+    living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
+    traced = traced._replace(equations=living)
     buffers = persistent_buffers(model)
     sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
     for name in protected & sources.keys():
         for dim in sources[name].dims:
             found.algebra.pin(dim, "protected by the caller")
-    partition = _consistent(model, traced, found, sources)
-    return _rehearsed(model, inputs, traced, found, sources, partition)
+    return _rehearsed(model, inputs, traced, found, sources)
 
 
 def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
@@ -86,17 +87,18 @@ def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     Raises:
         OTOError: what the model reads is none of these.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else None
-    accepted = inspect.signature(model.forward).parameters
-    made = {}
-    for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
-        if config is not None and name in accepted:
-            made |= {key: _like(model, value) for key, value in _made(name, config).items()}
+    made, main = {}, ""
+    if isinstance(model, PreTrainedModel):
+        accepted, main = inspect.signature(model.forward).parameters, model.main_input_name
+        device = torch.device("cpu") if model.device.type == "meta" else model.device
+        for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
+            value = _made(name, model.config) if name in accepted else None
+            if value is not None:
+                made[name] = value.to(device, model.dtype if value.is_floating_point() else value.dtype)
     if {"input_ids", "pixel_values"} <= made.keys():
         yield from _with_images(model, made)
     if made:
         yield made
-    main = model.main_input_name if config is not None else ""
     if main not in made:
         raise OTOError(
             f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
@@ -136,32 +138,24 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
         yield batch
 
 
-def _like(model: PreTrainedModel, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the model's device and, if it is no integer, of its precision."""
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    return tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-
-
 def _find(config: PreTrainedConfig, key: str) -> Any:
     """What a config or one of its parts says, None if none does."""
     parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
     return next((found for part in parts if (found := getattr(part, key, None)) is not None), None)
 
 
-def _made(name: str, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """One input, {} if the config doesn't say how large it is."""
-    generator = torch.Generator().manual_seed(0)
+def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
+    """One input, None if the config doesn't say how large it is."""
+    generator, shape = torch.Generator().manual_seed(0), (4000,)
     if name.endswith("input_ids"):
         size = _find(config, "vocab_size")
-        return {name: torch.randint(3, size, (2, 16), generator=generator)} if size else {}
+        return torch.randint(3, size, (2, 16), generator=generator) if size else None
     if name == "pixel_values":
         size = _find(config, "image_size") or 64
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {name: torch.randn(2, _find(config, "num_channels") or 3, height, width, generator=generator)}
+        shape = (_find(config, "num_channels") or 3, *(size if isinstance(size, (list, tuple)) else (size, size)))
     if name == "input_features":
-        bins, length = _find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50)
-        return {name: torch.randn(2, bins, length, generator=generator)} if bins else {}
-    return {name: torch.randn(2, 4000, generator=generator)}
+        shape = (_find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50))
+    return torch.randn(2, *shape, generator=generator) if all(shape) else None
 
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -180,7 +174,6 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
 
 def _first_traced(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], Trace]:
     """The first batch that the model takes, and its trace."""
-    problem = None
     for inputs in batches:
         try:
             return dict(inputs), run_traced(model, inputs)
@@ -191,20 +184,17 @@ def _first_traced(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tup
 
 def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """The trace of one forward: on FakeTensors, or by one real forward where the model does not run on them."""
-    hint = ""
+    empty = any(p.is_meta for p in model.parameters())
     with _experts_at_once(model):
-        try:
-            return trace(model, inputs)
-        except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
-            logger.info("tracing on FakeTensors failed (%s): one real forward instead", str(error).split("\n")[0])
-            problem = error
-        if any(p.is_meta for p in model.parameters()):
-            hint = " (or the model can't be traced without weights: load them first)"
-        else:
+        for fake in (True,) if empty else (True, False):
             try:
-                return trace(model, inputs, fake=False)
-            except Exception as error:
+                return trace(model, inputs, fake=fake)
+            except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
                 problem = error
+                logger.info(
+                    "tracing on %s failed: %s", "FakeTensors" if fake else "weights", str(error).split("\n")[0]
+                )
+    hint = " (or the model can't be traced without weights: load them first)" if empty else ""
     shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     raise OTOError(
         f"{type(model).__name__} can't take the batch {shapes}: {type(problem).__name__}: {problem}{hint}"
@@ -226,142 +216,136 @@ def _experts_at_once(model: nn.Module) -> Iterator[None]:
             module.set_experts_implementation(before)
 
 
-def _living(traced: Trace, found: Axes) -> list[Equation]:
-    """The equations without those of results that nobody uses, whose axes are not known: the rehearsal runs them."""
-    dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()
-    return [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
-
-
 def _solved(
     model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
 ) -> tuple[ZIGPartition, np.ndarray]:
+    """The partition as the algebra has it now, and the ZIG of every id."""
     solution = solve(found.algebra.copy(), sources)
-    spans, values = {}, {}
     zigs: dict[int, np.ndarray] = {}  # many tensors share a leaf: one array for all
-    modules = dict(model.named_modules())
-    stack = [e for q in traced.equations for e in q[:2]]
-    while stack:
-        expr = stack.pop()
-        if expr[0] == "span" and expr[1:3] not in spans:
-            leaves = found.dims[expr[1]][expr[2]] if expr[1] in found.dims else ()
-            for leaf in leaves:
-                if id(leaf.ids) not in zigs:
-                    zigs[id(leaf.ids)] = solution.zig_of[leaf.ids]
-            spans[expr[1:3]] = tuple(zigs[id(leaf.ids)] for leaf in leaves)
-        elif expr[0] == "attribute" and expr[1:] not in values:
-            value = sizes_of(modules[expr[1]])[expr[2]]
-            values[expr[1:]] = value if expr[3] is None else value[expr[3]]
-        elif expr[0] not in ("const", "span", "attribute"):
-            stack += expr[1:]
-    spans = {key: factors for key, factors in spans.items() if any((f >= 0).any() for f in factors)}
-    sizes = Sizes(traced.equations, spans, values)
-    work = _work(traced, found, solution)
-    axes = tuple(dataclasses.replace(a, macs=round(n)) for a, n in zip(solution.axes, work.alone, strict=True))
-    return ZIGPartition(axes, solution.pinned, work, sizes), solution.zig_of
-
-
-def _work(traced: Trace, found: Axes, solution: Solution) -> Work:
-    """Multiply-accumulates of the trace."""
-    size = [axis.size for axis in solution.axes]
-    axis_of = np.append(np.repeat(np.arange(len(size), dtype=np.int32), size), np.int32(-1))
-    axis_of = axis_of[solution.zig_of]  # of every id
-    known: dict[int, Width] = {}  # many tensors share a leaf
+    spans = {}
+    for value, dim in {e[1:3] for q in traced.equations for side in q[:2] for e in spans_of(side)}:
+        leaves = found.dims[value][dim] if value in found.dims else ()
+        factors = tuple(zigs.setdefault(id(leaf.ids), solution.zig_of[leaf.ids]) for leaf in leaves)
+        if any((f >= 0).any() for f in factors):
+            spans[value, dim] = factors
+    values = {
+        (path, name, i): n
+        for path, module in model.named_modules()
+        for name, value in sizes_of(module).items()
+        for i, n in ([(None, value)] if isinstance(value, int) else enumerate(value))
+    }
+    axis_of = _axis_of(solution.axes, solution.zig_of)
+    known: dict[int, Width] = {}
 
     def width(leaf: Leaf) -> Width:
         if id(leaf.ids) not in known:
-            axes, counts = np.unique(axis_of[leaf.ids], return_counts=True)
-            zigs = tuple((int(a), float(n) / size[a]) for a, n in zip(axes, counts, strict=True) if a >= 0)
-            known[id(leaf.ids)] = (len(leaf.ids), zigs)
+            some, counts = (x.tolist() for x in np.unique(axis_of[leaf.ids], return_counts=True))
+            lost = tuple((a, n / solution.axes[a].size) for a, n in zip(some, counts, strict=True) if a >= 0)
+            known[id(leaf.ids)] = (len(leaf.ids), lost)
         return known[id(leaf.ids)]
 
     products = (dims for call in traced.calls for dims in multiplications(call))
-    return Work.of(([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products), len(size))
+    factors = ([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products)
+    work = Work.of(factors, len(solution.axes))
+    axes = tuple(dataclasses.replace(a, macs=round(n)) for a, n in zip(solution.axes, work.alone, strict=True))
+    return ZIGPartition(axes, solution.pinned, work, Sizes(traced.equations, spans, values)), solution.zig_of
 
 
-def _consistent(model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]) -> ZIGPartition:
-    """Solves, and pins what no scaling suits or what contradicts itself for random cuts, until nothing does."""
+def _axis_of(axes: Sequence[PrunableAxis], zig_of: np.ndarray) -> np.ndarray:
+    """The axis of every id, -1 for none."""
+    return np.append(np.repeat(np.arange(len(axes)), [axis.size for axis in axes]), -1)[zig_of]
+
+
+def _consistent(
+    model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
+) -> tuple[ZIGPartition, np.ndarray]:
+    """Solves, and pins what no scaling suits or what contradicts itself for random cuts, until nothing does; the
+    partition, and the axis of every id."""
     while True:
         partition, zig_of = _solved(model, traced, found, sources)
+        axis_of = _axis_of(partition.axes, zig_of)
         scales, unfit = solve_scales(traced, found, partition, zig_of)
         if unfit:
-            _pin_axes(partition, zig_of, found, unfit, "an average is taken over it")
+            found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, [*unfit])), "an average is taken over it")
             continue
         axes = (dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes))
         partition = dataclasses.replace(partition, axes=tuple(axes))
         for seed in range(3):
-            removed = _draw(partition, seed)
+            rng = np.random.default_rng(seed)
+            cut = [rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes]
+            removed = np.concatenate([np.zeros(0, bool), *cut])
             _, conflicts = partition.sizes.solve(removed)
             if conflicts:
                 break
         else:
-            return partition
-        zigs = partition.sizes.involved(conflicts, removed)
-        layer = next((c.layer for c in conflicts if c.layer), "")
-        _pin_axes(
-            partition,
-            zig_of,
-            found,
-            np.unique(_axis_of(partition)[zigs]),
-            f"a size used in {layer or 'forward'} can't follow it",
-        )
-
-
-def _draw(partition: ZIGPartition, seed: int) -> np.ndarray:
-    """A random cut with another width for every axis, bool (num_zigs,)."""
-    rng = np.random.default_rng(seed)
-    parts = [rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes]
-    return np.concatenate([np.zeros(0, bool), *parts])
-
-
-def _axis_of(partition: ZIGPartition) -> np.ndarray:
-    return np.repeat(np.arange(len(partition.axes)), [axis.size for axis in partition.axes])
-
-
-def _pin_axes(partition: ZIGPartition, zig_of: np.ndarray, found: Axes, axes: Iterable[int], why: str) -> None:
-    which = _axis_of(partition)
-    of_id = np.where(zig_of >= 0, np.append(which, 0)[zig_of], -1)
-    for a in axes:
-        found.algebra.pin_ids(np.flatnonzero(of_id == a), why)
+            return partition, axis_of
+        axes = axis_of[np.isin(zig_of, partition.sizes.involved(conflicts, removed))]
+        layer = next((c.layer for c in conflicts if c.layer), "forward")
+        found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), f"a size used in {layer} can't follow it")
 
 
 # rehearsal -----------------------------------------------------------------------------------------
 
 
 def _rehearsed(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    traced: Trace,
-    found: Axes,
-    sources: dict[str, Source],
-    partition: ZIGPartition,
+    model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes, sources: dict[str, Source]
 ) -> ZIGPartition:
     """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
-    tries: list[_Fake | _Numeric] = [_Fake(model, inputs, traced)] if traced.fake else []
-    if not any(t.is_meta for t in model.parameters()):
-        tries.append(_Numeric(model, inputs))
-    for attempt in tries:
-        while partition.axes and (problem := attempt(partition, None)):
+    partition, axis_of = _consistent(model, traced, found, sources)
+    for attempt in _attempts(model, inputs, traced):
+        while partition.axes and _problem(attempt, partition):
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
-            families = sorted(streams, key=lambda f: (streams[f], f))  # of two that quarrel the later one goes
-            bad = {f: p for f in families if (p := attempt(partition, {f}))}
-            if not bad:  # each alone is fine: drop the last one that breaks the growing set
-                good: set[str] = set()
-                for f in families:
-                    if p := attempt(partition, good | {f}):
-                        bad[f] = p
-                    else:
-                        good.add(f)
-            bad = bad or dict.fromkeys(families, problem)
-            for f, p in bad.items():
-                logger.info("pinned %s: %s", f, p)
-                _, zig_of = _solved(model, traced, found, sources)
-                axes = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == f]
-                _pin_axes(partition, zig_of, found, axes, f"cutting it failed in rehearsal: {p}")
-            partition = _consistent(model, traced, found, sources)
+            good: set[str] = set()
+            for family in sorted(streams, key=lambda f: (streams[f], f)):  # of two that quarrel the later one goes
+                if why := _problem(attempt, partition, good | {family}):
+                    logger.info("pinned %s: %s", family, why)
+                    bad = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == family]
+                    ids = np.flatnonzero(np.isin(axis_of, bad))
+                    found.algebra.pin_ids(ids, f"cutting it failed in rehearsal: {why}")
+                else:
+                    good.add(family)
+            partition, axis_of = _consistent(model, traced, found, sources)
     return partition
 
 
-def _half(partition: ZIGPartition, families: set[str] | None) -> PruningPlan:
+Attempt = Callable[[ZIGPartition, PruningPlan], str | None]  # what is wrong with the cut model, if anything
+
+
+def _attempts(model: nn.Module, inputs: dict[str, Any], traced: Trace) -> Iterator[Attempt]:
+    """A cut on weightless copies must run and keep the shapes of the outputs; with weights, the outputs too."""
+    if traced.fake:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        weights, fakes = fake_weights(model, mode), tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+        shapes = [ref.shape for ref in traced.outputs]
+
+        def without_weights(partition: ZIGPartition, plan: PruningPlan) -> str | None:
+            small = cut_copy(model, partition, plan, weights)
+            with mode, evaluating(small), _experts_at_once(small):
+                now = [tuple(t.shape) for t in tensors_of(small(**fakes))]
+            return None if now == shapes else f"the outputs change shape, {shapes} -> {now}"
+
+        yield without_weights
+    if not any(p.is_meta for p in model.parameters()):
+
+        def with_weights(partition: ZIGPartition, plan: PruningPlan) -> str | None:
+            difference = cut_difference(model, partition, plan, inputs)
+            fine = is_rounding(difference, model, partition, plan, inputs)
+            return None if fine else f"the outputs differ by {difference:.1e}"
+
+        yield with_weights
+
+
+def _problem(attempt: Attempt, partition: ZIGPartition, families: Collection[str] | None = None) -> str | None:
+    try:
+        return attempt(partition, _half(partition, families))
+    except DynamicOutputShapeException:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:
+    """A random half of every axis, or of those of these families alone."""
     rng = np.random.default_rng(0)
     kept = {}
     for axis in partition.axes:
@@ -370,58 +354,6 @@ def _half(partition: ZIGPartition, families: set[str] | None) -> PruningPlan:
         if families is None or fold(axis.name) in families:
             kept[axis.name] = keep
     return PruningPlan(kept)
-
-
-def _copy_structure(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
-    """The modules again, over the given tensors (by the id of the original's)."""
-    return copy.deepcopy(model, dict(tensors))
-
-
-class _Fake:
-    """A cut on weightless copies must run and keep the shapes of the outputs."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], traced: Trace) -> None:
-        self.model, self.inputs = model, inputs
-        self.shapes = [ref.shape for ref in traced.outputs]
-
-    def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        removed, attributes = resolve(partition, _half(partition, families))
-        tensors = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        shapes = {n: list(t.shape) for n, t in tensors}
-        for (name, dim), keep in kept_positions(partition, removed, shapes).items():
-            shapes[name][dim] = len(keep)
-        weights = fake_weights(self.model, mode, shapes)
-        try:
-            small = _copy_structure(self.model, {id(t): weights[n] for n, t in tensors})
-            resize_(small, attributes)
-            with mode, evaluating(small), _experts_at_once(small):
-                out = tensors_of(small(**tree_map_only(torch.Tensor, mode.from_tensor, self.inputs)))
-        except DynamicOutputShapeException:
-            return None
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        shapes = [tuple(t.shape) for t in out]
-        return None if shapes == self.shapes else f"the outputs change shape, {self.shapes} -> {shapes}"
-
-
-class _Numeric:
-    """A cut model must compute what the full one does with the same ZIGs zeroed."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        self.model, self.inputs = model, inputs
-
-    def __call__(self, partition: ZIGPartition, families: set[str] | None) -> str | None:
-        try:
-            plan = _half(partition, families)
-            difference = cut_difference(self.model, partition, plan, self.inputs)
-            fine = is_rounding(difference, self.model, partition, plan, self.inputs)
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return None if fine else f"the outputs differ by {difference:.1e}"
 
 
 def tolerance(model: nn.Module) -> float:
@@ -478,15 +410,13 @@ def _zeroed(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, nois
     tensors = partition.tensors(model)
     changed = {m.param: tensors[m.param].detach().clone() for _, m, _ in slices}
     generator = torch.Generator().manual_seed(0)
-    if noise:
-        for _, m, index in slices:
-            w = changed[m.param]
-            where = torch.from_numpy(index).to(w.device)
-            shape = w.index_select(m.dim, where).shape
-            w.index_copy_(m.dim, where, torch.randn(shape, generator=generator).to(w))
+    for _, m, index in slices if noise else ():
+        w = changed[m.param]
+        where = torch.from_numpy(index).to(w.device)
+        shape = w.index_select(m.dim, where).shape
+        w.index_copy_(m.dim, where, torch.randn(shape, generator=generator).to(w))
     for axis, m, index in slices:  # zeros win where a tensor is on both sides
-        silent = m.role == "consumer" if noise and not axis.zero_path else m in axis.group
-        if silent:
+        if m.role == "consumer" if noise and not axis.zero_path else m in axis.group:
             w = changed[m.param]
             w.index_fill_(m.dim, torch.from_numpy(index).to(w.device), 0)
     return changed
@@ -512,7 +442,7 @@ def check_zero_invariance(
         >>> check_zero_invariance(model, partition_zigs(model, batch), batch) < 1e-5
         True
     """
-    removed = (plan or _half(partition, None)).removed(partition)
+    removed = (plan or _half(partition)).removed(partition)
     quiet = _outputs(model, inputs, _zeroed(model, partition, removed, noise=False))
     loud = _outputs(model, inputs, _zeroed(model, partition, removed, noise=True))
     return _difference(quiet, loud)
@@ -525,14 +455,13 @@ def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan,
     return _difference(_outputs(model, inputs, zeroed), _outputs(cut_copy(model, partition, plan), inputs))
 
 
-def cut_copy(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
-    """A cut copy of a model, of its own class still; what is not cut, both share."""
-    removed, attributes = resolve(partition, plan)
-    tensors = [*model.parameters(), *model.buffers()]
-    small = _copy_structure(model, {id(t): t for t in tensors})
-    by_name = dict([*small.named_parameters(remove_duplicate=False), *small.named_buffers(remove_duplicate=False)])
-    cuts = kept_positions(partition, removed, {n: t.shape for n, t in by_name.items()})
-    cut_(small, cuts, attributes, scale_factors(partition, removed))
+def cut_copy(
+    model: nn.Module, partition: ZIGPartition, plan: PruningPlan, weights: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """A cut copy of a model, of its own class still, made of other weights if given; what is not cut, both share."""
+    tensors = named_tensors(model)
+    small = copy.deepcopy(model, {id(t): (weights or tensors)[name] for name, t in tensors.items()})
+    cut_(small, partition, *resolve(partition, plan))
     return small
 
 

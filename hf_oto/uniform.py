@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import kept_positions, stock_model
+from .compact import removed_positions, stock_model
 from .partition import cut_copy, outputs_differ, tolerance
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
@@ -99,13 +99,12 @@ def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path,
     steps = math.gcd(*numbers.values(), *(axis.size // axis.multiple for axis in axes))
     if not axes or steps < 2 or any(axis.size % axis.multiple for axis in axes):
         return None
-    shapes = {name: t.shape for name, t in partition.tensors(model).items()}
     for share in {Fraction(steps // 2, steps), Fraction(steps - 1, steps)}:
         removed = PruningPlan({a.name: range(int(a.size * share)) for a in axes}).removed(partition)
         expected = {name: list(shape) for name, shape in old.items()}
-        for (name, dim), keep in kept_positions(partition, removed, shapes).items():
+        for (name, dim), gone in removed_positions(partition, removed).items():
             if name in expected:
-                expected[name][dim] = len(keep)
+                expected[name][dim] -= len(gone)
         if _shapes(model, numbers, share) != {name: torch.Size(shape) for name, shape in expected.items()}:
             return None
     return Tie(numbers, tuple(axis.name for axis in axes), steps)

@@ -74,13 +74,6 @@ class Member:
         """What `dim` must have at least, for an axis of `size`."""
         return self.start + self.outer * size * self.inner if self.index is None else int(self.index.max()) + 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `from_dict` reads it."""
-        data: dict[str, Any] = {"param": self.param, "dim": self.dim, "role": self.role}
-        if self.index is not None:
-            return data | {"index": self.index.tolist()}
-        return data | {"start": self.start, "outer": self.outer, "inner": self.inner}
-
 
 class Scale(NamedTuple):
     """Cutting an axis makes a parameter p into (p + offset) * (size / kept) ** power - offset (scales.py)."""
@@ -122,21 +115,6 @@ class PrunableAxis:
         """The members whose slices are the ZIG: once they are zero, the position contributes exactly zero."""
         roles = ("producer",) if self.zero_path else ("producer", "consumer")
         return tuple(m for m in self.members if m.role in roles)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for machines."""
-        members = [m.to_dict() for m in self.members]
-        data = {
-            "name": self.name,
-            "kind": self.kind,
-            "size": self.size,
-            "params": self.params,
-            "macs": self.macs,
-            "multiple": self.multiple,
-            "zero_path": self.zero_path,
-            "scales": [[s.param, *s.power.as_integer_ratio(), s.offset] for s in self.scales],
-        }
-        return data | {"members": members}
 
 
 Width = tuple[int, tuple[tuple[int, float], ...]]  # positions, and how many of them one ZIG of an (axis, n) takes
@@ -367,7 +345,13 @@ class ZIGPartition:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for machines."""
-        return {"axes": [axis.to_dict() for axis in self.axes], "pinned": dict(self.pinned)}
+        axes = []
+        for axis in self.axes:
+            given = [{k: v for k, v in vars(m).items() if v is not None} for m in axis.members]
+            members = [m | {"index": m["index"].tolist()} if "index" in m else m for m in given]
+            scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
+            axes.append(vars(axis) | {"members": members, "scales": scales})
+        return {"axes": axes, "pinned": dict(self.pinned)}
 
 
 PINNED = "pinned (kept whole), why, and what would lift it"
@@ -509,14 +493,10 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
         return [k for k, factor in enumerate(factors) if (reason[factor] == 0).any()]
 
     spread()
-    settled = False
-    while not settled:
-        settled = True
-        for _, factors in products:
-            for k in free(factors)[1:]:
-                settled = False
-                reason[factors[k][reason[factors[k]] == 0]] = inner
-        spread()
+    for _, factors in products:
+        for k in free(factors)[1:]:
+            reason[factors[k][reason[factors[k]] == 0]] = inner
+    spread()  # what is free gets less only: no product has two free factors again
     kept = [free(factors)[0] if free(factors) else None for _, factors in products]
     expanded = np.zeros(len(root), bool)
     np.logical_or.at(expanded, root, (algebra.marks & Mark.EXPANDED) > 0)

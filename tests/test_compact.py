@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_oto import PruningPlan, compact, partition_zigs, to_dense
-from hf_oto.compact import cut_, kept_positions, own_sizes, resolve, scale_factors
+from hf_oto.compact import cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.sizes import Sizes
 from hf_oto.trace import Equation, tensors_of
@@ -31,9 +31,7 @@ def pruned(case, draw_plan, outputs):
 def cut_part(model, partition, plan, attributes=None):
     """Cuts with attributes other than those that were solved for."""
     removed, solved = resolve(partition, plan)
-    shapes = {name: t.shape for name, t in partition.tensors(model).items()}
-    cuts, attributes = kept_positions(partition, removed, shapes), solved if attributes is None else attributes
-    cut_(model, cuts, attributes, scale_factors(partition, removed))
+    cut_(model, partition, removed, solved if attributes is None else attributes)
     return model
 
 

@@ -1,5 +1,7 @@
 """Averages over a cut axis: exact with the weights scaled, or pinned; never wrong."""
 
+import dataclasses
+import sys
 from typing import ClassVar
 
 import pytest
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 import hf_oto
 from hf_oto import PruningPlan, check_zero_invariance, compact, partition_zigs, to_dense
-from hf_oto.compact import cut_, kept_positions, resolve
+from hf_oto.compact import cut_, resolve
 
 TOLERANCE = 1e-5
 EPS = 0.1  # so large that a wrong one shows
@@ -119,10 +121,9 @@ def test_a_cut_without_the_scales_shows(norm, outputs, difference):
         plan = PruningPlan({axis.name: range(1, axis.size, 2)})
         partition.zero_(model, plan)
         zeroed = outputs(model, text(2))
-        removed, attributes = resolve(partition, plan)
-        cuts = kept_positions(partition, removed, {n: t.shape for n, t in partition.tensors(model).items()})
-        factors = {name: (2.0 ** float(wrong(name, power)), offset) for name, power, offset in axis.scales}
-        cut_(model, cuts, attributes, factors)
+        scales = tuple(s._replace(power=wrong(s.param, s.power)) for s in axis.scales)
+        axes = tuple(dataclasses.replace(a, scales=scales) if a is axis else a for a in partition.axes)
+        cut_(model, dataclasses.replace(partition, axes=axes), *resolve(partition, plan))
         assert difference(zeroed, outputs(model, text(2))) > 1e-3
 
 
@@ -210,7 +211,8 @@ def test_the_rehearsal_knows_rounding_from_a_wrong_scale(wrong, monkeypatch):
     def factors(partition, removed, right=hf_oto.partition.scale_factors):
         return {name: (f ** (0.99 if wrong else 1), offset) for name, (f, offset) in right(partition, removed).items()}
 
-    monkeypatch.setattr(hf_oto.partition, "scale_factors", factors)
+    for module in ("hf_oto.partition", "hf_oto.compact"):
+        monkeypatch.setattr(sys.modules[module], "scale_factors", factors)
     partition = partition_zigs(model, text(2))
     assert bool(streams_of(partition)) is not wrong
     assert ("in rehearsal" in partition.pinned.get("embed.weight[1]", "")) is wrong
