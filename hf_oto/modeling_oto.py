@@ -31,7 +31,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short  # of what may be long, or nested deeply
 from typing import Any
@@ -90,10 +90,9 @@ def validate(record: Any) -> None:
             ok = isinstance(shape, list) and all(n is None or (_is_int(n) and n >= 1) for n in shape)
             require(ok, f"the shape of {path}.{name} is {short(shape)}, not a list of sizes >= 1 and nulls")
     for i, cut in enumerate(record["cuts"]):
-        form = (
-            "{'step': int, 'size': int, 'kept': hex, 'members': [[name, dim, ...], ...], 'scales': [[name, ...], ...]}"
+        require(
+            _is_cut(cut), f"cuts[{i}] is not {{'step': int, 'size': int, 'kept': hex, 'members': [], 'scales': []}}"
         )
-        require(_is_cut(cut), f"cuts[{i}] is not {form}")
     require(record["sha256"] == sealed(record)["sha256"], "it isn't what was saved, by its sha256: it was changed")
 
 
@@ -146,12 +145,9 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
     Raises:
         OTOError: the record does not fit the model; nothing has been changed then.
     """
-    attributes, tensors = list(_attributes(model, record)), list(_tensors(model, record))
-    for _, module, name, _, new in attributes:
-        set_sizes_(module, {name: new})
-    for _, tensor, shape in tensors:
-        if tensor.shape != shape:
-            tensor.data = tensor.data[tuple(map(slice, shape))].clone()
+    for _, now, new, set_ in list(_changes(model, record)):
+        if now != new:
+            set_()
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -218,42 +214,37 @@ def config_view(config: PreTrainedConfig, values: Mapping[str, int]) -> PreTrain
     return view
 
 
-def _modules(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, dict[str, Any]]]:
-    """(path, module, entry) for every module of the record."""
+def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Callable[[], None]]]:
+    """(label, value now, value in the record, what sets it) of every attribute and of every shape of a parameter or
+    persistent buffer, checked against each other."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, entry in record["modules"].items():
         here = f"{type(model).__name__} of transformers {transformers.__version__}"
         require(path in modules, f"it names the module {path!r}, which {here} does not have")
-        yield path, modules[path], entry
-
-
-def _attributes(
-    model: torch.nn.Module, record: dict[str, Any]
-) -> Iterator[tuple[str, torch.nn.Module, str, Any, Any]]:
-    """(path, module, name, value now, value in the record) of every attribute, checked against each other."""
-    for path, module, entry in _modules(model, record):
-        known = sizes_of(module)
+        module = modules[path]
+        known, kind = sizes_of(module), type(module).__name__
         for name, new in entry.get("attributes", {}).items():
             label = f"{path}.{name}"
-            require(name in known, f"{type(module).__name__} keeps no size {name!r} ({label})")
+            require(name in known, f"{kind} keeps no size {name!r} ({label})")
             old = known[name]
             olds, news = (old, new) if isinstance(old, (list, tuple)) and isinstance(new, list) else ([old], [new])
             fits = len(olds) == len(news) and all(map(is_cut_size, olds, news))
             require(fits, f"{label} is {short(old)}, the record has {short(new)}")
-            yield path, module, name, old, type(old)(new)
-
-
-def _tensors(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
-    """(label, parameter or persistent buffer, shape in the record), checked against each other."""
-    for path, module, entry in _modules(model, record):
-        persistent = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+            new = type(old)(new)
+            yield label, old, new, functools.partial(set_sizes_, module, {name: new})
+        saved = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, sizes in entry.get("shapes", {}).items():
-            label, tensor = f"{path}.{name}", (module._parameters | persistent).get(name)
-            require(tensor is not None, f"{type(module).__name__} has no weight or saved buffer {name!r} ({label})")
-            dense = tuple(tensor.shape)
+            label, tensor = f"{path}.{name}", (module._parameters | saved).get(name)
+            require(tensor is not None, f"{kind} has no weight or saved buffer {name!r} ({label})")
+            dense = tensor.shape
             fits = len(sizes) == len(dense) and all(n is None or n <= d for n, d in zip(sizes, dense, strict=True))
-            require(fits, f"{label} has shape {dense}, of which the record keeps {short(sizes)}")
-            yield label, tensor, torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
+            require(fits, f"{label} has shape {tuple(dense)}, of which the record keeps {short(sizes)}")
+            shape = torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
+            yield label, dense, shape, functools.partial(_shrink_, tensor, shape)
+
+
+def _shrink_(tensor: torch.Tensor, shape: torch.Size) -> None:
+    tensor.data = tensor.data[tuple(map(slice, shape))].clone()
 
 
 def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) -> dict[str, Any]:
@@ -272,12 +263,11 @@ def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) ->
     of_head = any(f"{name}.".startswith(body) for name in names)
 
     def translate(name: str) -> str | None:
+        inside = f"{body}{name}".removesuffix(".")
         if of_head and not has_body:
-            short = f"{name}."[len(body) : -1] if f"{name}.".startswith(body) else None
-            return short if short in known or not partly else None
-        in_body = f"{body}{name}".removesuffix(".")
-        if has_body and not of_head and in_body in known and (partly or name not in known):
-            return in_body
+            name = f"{name}."[len(body) : -1] if f"{name}.".startswith(body) else None
+        elif has_body and not of_head and inside in known and (partly or name not in known):
+            name = inside
         return name if name in known or not partly else None
 
     if partly and has_body and any(not name.startswith(body) for name, _ in model.named_parameters()):
@@ -332,7 +322,7 @@ class CompactMixin:
 
     _oto_stock: type[PreTrainedModel]
 
-    def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if "oto" not in vars(config):
             super().__init__(config, *args, **kwargs)
             return
@@ -355,7 +345,7 @@ class CompactMixin:
     ) -> None:
         """`PreTrainedModel.save_pretrained`, and beside the weights the code that `trust_remote_code=True` needs."""
         if "oto" in vars(self.config) and _is_in_transformers(self._oto_stock) and not self._hf_peft_config_loaded:
-            self.config.auto_map = _foreign_auto_map(self.config) | _auto_map(self._oto_stock, self.config)
+            self.config.auto_map = _auto_map(self._oto_stock, self.config)
             if self.should_save_on_this_rank(is_main_process):
                 os.makedirs(save_directory, exist_ok=True)
                 shutil.copyfile(__file__, Path(save_directory) / FILE_NAME)
@@ -415,10 +405,8 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
         record = _merged(model.config.oto, record)
     record = sealed(record)
     validate(record)
-    for path, _, name, now, new in _attributes(model, record):
-        require(now == new, f"{path}.{name} is {now!r}, the record has {new!r}")
-    for label, tensor, shape in _tensors(model, record):
-        require(tensor.shape == shape, f"{label} has shape {tuple(tensor.shape)}, the record has {tuple(shape)}")
+    for label, now, new, _ in _changes(model, record):
+        require(now == new, f"{label} is {now}, the record has {new}")
     model.config.oto = record
     model.__class__ = compact_class(type(model))
     model.config.architectures = [model._oto_stock.__name__]  # the class that the paths belong to
@@ -434,24 +422,18 @@ def _is_in_transformers(stock: type[PreTrainedModel]) -> bool:
     return getattr(transformers, stock.__name__, None) is stock
 
 
-def _foreign_auto_map(config: transformers.PreTrainedConfig) -> dict[str, str]:
-    """The entries of `auto_map` that are not ours ("[repo--]modeling_oto.Class")."""
-    ours = f"{Path(FILE_NAME).stem}."
-    auto_map = vars(config).get("auto_map") or {}
-    return {auto: ref for auto, ref in auto_map.items() if not str(ref).split("--")[-1].startswith(ours)}
-
-
-def _auto_map(stock: type[PreTrainedModel], config: transformers.PreTrainedConfig) -> dict[str, str]:
+def _auto_map(stock: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
     """{"AutoModelFor...": "modeling_oto.Class"} for every Auto class that knows the config: `stock`, where it is a
-    choice, else the family's other classes, so that the body can be loaded alone or under another head."""
-    entries = {}
+    choice, else the family's other classes, so that the body can be loaded alone or under another head. What is there
+    and not ours ("[repo--]modeling_oto.Class") stays."""
+    ours, there = f"{Path(FILE_NAME).stem}.", vars(config).get("auto_map") or {}
+    entries = {auto: ref for auto, ref in there.items() if not str(ref).split("--")[-1].startswith(ours)}
     for auto in vars(modeling_auto).values():
         mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
-        if mapping is None or type(config) not in mapping:
-            continue
-        choices = mapping[type(config)]
-        choices = choices if isinstance(choices, (list, tuple)) else [choices]
-        chosen = stock if stock in choices else choices[0]
-        if _is_in_transformers(chosen) and chosen.config_class is type(config):
-            entries[auto.__name__] = f"{Path(FILE_NAME).stem}.{chosen.__name__}"
+        if mapping is not None and type(config) in mapping:
+            choices = mapping[type(config)]
+            choices = choices if isinstance(choices, (list, tuple)) else [choices]
+            chosen = stock if stock in choices else choices[0]
+            if _is_in_transformers(chosen) and chosen.config_class is type(config):
+                entries[auto.__name__] = f"{ours}{chosen.__name__}"
     return entries

@@ -73,7 +73,7 @@ def partition_zigs(
     living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
     traced = traced._replace(equations=living)
     buffers = persistent_buffers(model)
-    sources = {name: Source(found.of(ref), name in buffers, ref.shape) for name, ref in traced.sources.items()}
+    sources = {name: Source(found.of(ref), name in buffers) for name, ref in traced.sources.items()}
     for name in protected & sources.keys():
         for dim in sources[name].dims:
             found.algebra.pin(dim, "protected by the caller")
@@ -247,8 +247,10 @@ def _solved(
     products = (dims for call in traced.calls for dims in multiplications(call))
     factors = ([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products)
     work = Work.of(factors, len(solution.axes))
-    axes = tuple(dataclasses.replace(a, macs=round(n)) for a, n in zip(solution.axes, work.alone, strict=True))
-    return ZIGPartition(axes, solution.pinned, work, Sizes(traced.equations, spans, values)), solution.zig_of
+    partition = ZIGPartition(solution.axes, solution.pinned, work, Sizes(traced.equations, spans, values))
+    amounts = zip(solution.axes, partition.params(model).alone, work.alone, strict=True)
+    axes = tuple(dataclasses.replace(axis, params=round(p), macs=round(n)) for axis, p, n in amounts)
+    return dataclasses.replace(partition, axes=axes), solution.zig_of
 
 
 def _axis_of(axes: Sequence[PrunableAxis], zig_of: np.ndarray) -> np.ndarray:

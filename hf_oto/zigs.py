@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .axes import Algebra, Dim, Mark
-from .modeling_oto import OTOError
+from .modeling_oto import OTOError, named_tensors
 
 Role = Literal["producer", "consumer", "statistic"]
 
@@ -186,11 +186,15 @@ class PruningPlan:
     @classmethod
     def from_zeros(cls, model: torch.nn.Module, partition: ZIGPartition) -> PruningPlan:
         """The plan that removes every ZIG that is exactly zero; an axis never goes empty: one zero stays."""
-        kept = {}
-        for axis, zero in partition.zero_zigs(model):
-            if zero.any():
-                alive = np.flatnonzero(~zero)
-                kept[axis.name] = alive.tolist() or [0]
+        kept, tensors = {}, partition.tensors(model)
+        for axis in partition.axes:
+            alive = np.zeros(axis.size, bool)
+            for m in axis.group:
+                t = tensors[m.param]
+                some = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1).any(1).cpu().numpy()  # (n,)
+                alive |= some[m.positions(axis.size)].any(1)
+            if not alive.all():
+                kept[axis.name] = np.flatnonzero(alive).tolist() or [0]
         return cls(kept)
 
     def removed(self, partition: ZIGPartition) -> np.ndarray:
@@ -240,9 +244,7 @@ class ZIGPartition:
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The model's parameters and persistent buffers that members name, by name."""
         names = {m.param for axis in self.axes for m in axis.members}
-        found = {
-            n: t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()] if n in names
-        }
+        found = {name: t for name, t in named_tensors(model).items() if name in names}
         if missing := names - found.keys():
             raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
         for axis in self.axes:
@@ -285,18 +287,6 @@ class ZIGPartition:
             if m in axis.group:
                 t = tensors[m.param]
                 t.index_fill_(m.dim, torch.from_numpy(index).to(t.device), 0)
-
-    @torch.no_grad()
-    def zero_zigs(self, model: torch.nn.Module) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
-        """Yields (axis, bool array (size,)): which of its ZIGs are exactly zero."""
-        tensors = self.tensors(model)
-        for axis in self.axes:
-            zero = np.ones(axis.size, bool)
-            for m in axis.group:
-                t = tensors[m.param]
-                alive = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1).any(1).cpu().numpy()  # (n,)
-                zero &= ~alive[m.positions(axis.size)].any(1)
-            yield axis, zero
 
     def __str__(self) -> str:
         """A table: one line per family of axes (layers of equal structure folded), then the pins by reason."""
@@ -405,7 +395,6 @@ class Source(NamedTuple):
 
     dims: list[Dim]
     is_buffer: bool
-    shape: tuple[int, ...]
 
 
 class Solution(NamedTuple):
@@ -513,42 +502,37 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
     made, used = np.zeros(algebra.count, bool), np.zeros(algebra.count, bool)
     dims: list[tuple[str, int, Role, np.ndarray]] = []
     for name, source in sources.items():
-        for d, dim in enumerate(source.dims):
-            for leaf in dim:
-                raw = algebra.marks[leaf.ids]
-                role: Role = "producer" if (raw & Mark.PRODUCER).any() else "consumer"
-                if source.is_buffer or (raw & Mark.FOLLOWER).any():
-                    role = "statistic"
-                dims.append((name, d, role, root[leaf.ids]))
-                if role == "producer":
-                    made[root[leaf.ids]] = True
-                if not source.is_buffer and (raw & Mark.CONSUMER).any():
-                    used[root[leaf.ids]] = True
-    for missing, text in ((~made, "no parameter makes it"), (~used, "no parameter consumes it")):
-        number = len(algebra.reasons)
-        algebra.reasons.append(text)
-        reason[missing & (reason == 0)] = number
+        for d, leaf in ((d, leaf) for d, dim in enumerate(source.dims) for leaf in dim):
+            raw, roots = algebra.marks[leaf.ids], root[leaf.ids]
+            role: Role = "producer" if (raw & Mark.PRODUCER).any() else "consumer"
+            if source.is_buffer or (raw & Mark.FOLLOWER).any():
+                role = "statistic"
+            dims.append((name, d, role, roots))
+            made[roots] |= role == "producer"
+            used[roots] |= not source.is_buffer and bool((raw & Mark.CONSUMER).any())
 
+    def pin(ids: np.ndarray, why: str) -> None:
+        reason[ids] = len(algebra.reasons)
+        algebra.reasons.append(why)
+
+    pin(~made & (reason == 0), "no parameter makes it")
+    pin(~used & (reason == 0), "no parameter consumes it")
     rng = np.random.default_rng(0)
     signature = np.zeros(algebra.count, np.uint64)
     for _, _, _, roots in dims:
         which, counts = np.unique(roots[reason[roots] == 0], return_counts=True)
         signature[which] += rng.integers(1, 1 << 63, dtype=np.uint64) * counts.astype(np.uint64)
     classes = np.flatnonzero(signature)  # roots are the smallest ids, so this is the order of the first parameter
-    _, first_at, group = np.unique(signature[classes], return_index=True, return_inverse=True)
-    order = np.argsort(first_at[group], kind="stable")
-    groups = np.split(classes[order], np.flatnonzero(np.diff(first_at[group][order])) + 1) if len(classes) else []
-    alone = len(algebra.reasons)
-    algebra.reasons.append("it is the only one of its axis")
+    _, firsts, group = np.unique(signature[classes], return_index=True, return_inverse=True)
+    order = np.argsort(firsts[group], kind="stable")
+    groups = np.split(classes[order], np.flatnonzero(np.diff(firsts[group][order])) + 1)
+    pin(np.array([ids[0] for ids in groups if len(ids) == 1], int), "it is the only one of its axis")
+    groups = [ids for ids in groups if len(ids) > 1]
+    starts = np.cumsum([0, *map(len, groups)])
     zig_of = np.full(algebra.count, -1, np.int32)
-    starts, members = [0], []  # of every axis: its first ZIG; (its roots, its members)
-    for ids in groups:
-        if len(ids) == 1:
-            reason[ids] = alone
-            continue
-        zig_of[ids] = np.arange(starts[-1], starts[-1] + len(ids))
-        starts.append(starts[-1] + len(ids))
-        members.append((ids, []))
+    for ids, start in zip(groups, starts, strict=False):
+        zig_of[ids] = np.arange(start, start + len(ids))
+    members: list[list[Member]] = [[] for _ in groups]
     pinned = {}
     for name, d, role, roots in dims:
         zig = zig_of[roots]
@@ -559,28 +543,23 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         for a in np.unique(axis[axis >= 0]):
             where = np.flatnonzero(axis == a)
             order = where[np.argsort(zig[where], kind="stable")]
-            members[a][1].append(_member(name, d, role, order.reshape(len(members[a][0]), -1)))
-    axes, names = [], {}
-    for ids, found in members:
+            members[a].append(_member(name, d, role, order.reshape(len(groups[a]), -1)))
+    axes, names = [], Counter()
+    for ids, found in zip(groups, members, strict=True):
         makers = [m for m in found if m.role == "producer"]
-        first = next((m for m in makers if len(sources[m.param].shape) > 1), makers[0])
+        first = next((m for m in makers if len(sources[m.param].dims) > 1), makers[0])
         name = f"{first.param}[{first.dim}]"
-        names[name] = names.get(name, 0) + 1
+        names[name] += 1
         name += f"#{names[name]}" if names[name] > 1 else ""
         known = marks[ids[0]]
+        kind = "channels" if known & Mark.CHANNELS else "units"
         if known & Mark.HEADS:
             kind = "kv_groups" if known & Mark.SHARED else "heads"
         elif known & Mark.GROUPS:
             kind = "groups"
-        else:
-            kind = "channels" if known & Mark.CHANNELS else "units"
-        params = 0
-        for m in found:
-            _, is_buffer, shape = sources[m.param]
-            params += 0 if is_buffer else m.positions(len(ids)).shape[1] * math.prod(shape) // shape[m.dim]
         zero_path = not (marks[ids] & Mark.NOT_ZERO).any()
         multiple = 8 if known & Mark.EXPERTS else 1
-        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), params, multiple=multiple, zero_path=zero_path))
+        axes.append(PrunableAxis(name, kind, len(ids), tuple(found), multiple=multiple, zero_path=zero_path))
     return Solution(tuple(axes), pinned, zig_of[root])
 
 
@@ -588,12 +567,7 @@ def _member(name: str, dim: int, role: Role, index: np.ndarray) -> Member:
     """A member by its positions (size, k), as an even stride where it is one."""
     size, k = index.shape
     start = int(index[0, 0])
-    inner = 1
-    while inner < k and index[0, inner] == start + inner:
-        inner += 1
+    inner = next((i for i in range(1, k) if index[0, i] != start + i), k)
     even = Member(name, dim, role, start, k // inner, inner)
-    return (
-        even
-        if k % inner == 0 and np.array_equal(even.positions(size), index)
-        else Member(name, dim, role, index=index)
-    )
+    is_even = k % inner == 0 and np.array_equal(even.positions(size), index)
+    return even if is_even else Member(name, dim, role, index=index)

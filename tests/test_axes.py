@@ -24,7 +24,7 @@ def source(algebra, shape):
 
 def zigs_of(algebra, *sources):
     """The ZIG of every id, -1 for those that stay."""
-    named = {f"w{i}": Source(dims, False, tuple(map(size, dims))) for i, dims in enumerate(sources)}
+    named = {f"w{i}": Source(dims, False) for i, dims in enumerate(sources)}
     solution = solve(algebra.copy(), named)
     return solution, solution.zig_of
 
