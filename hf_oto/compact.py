@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_oto import VERSION, OTOError, become_compact_, named_tensors, require, set_sizes_, sizes_of, validate
+from .modeling_oto import VERSION, OTOError, become_compact_, named_tensors, require, set_size_, sizes_of, validate
 from .sizes import Attribute
 from .zigs import Member, PrunableAxis, PruningPlan, Scale, ZIGPartition
 
@@ -104,9 +104,10 @@ def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
             values = list(vars(module)[name])
             values[index] = value
             value = type(vars(module)[name])(values)
-        set_sizes_(module, {name: value})
+        set_size_(module, name, value)
     for module in model.modules():
-        set_sizes_(module, own_sizes(module))
+        for name, value in own_sizes(module).items():
+            setattr(module, name, value)
 
 
 OWN_SIZES = {  # what the first dimensions of a layer's weight are called; a subclass before its base
@@ -233,9 +234,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     cuts = vars(config).pop("oto", {"cuts": []})["cuts"]
     vars(config).pop("auto_map", None)
     state = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}  # what is tied has several names, and the record knows the first
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
+    first = {id(t): name for name, t in reversed(state.items())}  # of what is tied the record knows the first name
     tensors = {name: state[name].detach() for name in first.values()}
     dense = stock_model(model, config)
     shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}

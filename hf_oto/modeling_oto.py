@@ -175,14 +175,12 @@ def is_cut_size(old: int, new: int) -> bool:
     return new == old or (_is_int(old) and _is_int(new) and 1 <= new <= old)
 
 
-def set_sizes_(module: torch.nn.Module, sizes: Mapping[str, Any]) -> None:
+def set_size_(module: torch.nn.Module, name: str, value: Any) -> None:
     """Sets what `sizes_of` names, in place."""
-    of_config = {name.removeprefix("config."): value for name, value in sizes.items() if name.startswith("config.")}
-    if of_config:
-        module.config = config_view(module.config, of_config)
-    for name, value in sizes.items():
-        if not name.startswith("config."):
-            setattr(module, name, value)
+    if name.startswith("config."):
+        module.config = config_view(module.config, {name.removeprefix("config."): value})
+    else:
+        setattr(module, name, value)
 
 
 class _View:
@@ -231,7 +229,7 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
             fits = len(olds) == len(news) and all(map(is_cut_size, olds, news))
             require(fits, f"{label} is {short(old)}, the record has {short(new)}")
             new = type(old)(new)
-            yield label, old, new, functools.partial(set_sizes_, module, {name: new})
+            yield label, old, new, functools.partial(set_size_, module, name, new)
         saved = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, sizes in entry.get("shapes", {}).items():
             label, tensor = f"{path}.{name}", (module._parameters | saved).get(name)

@@ -121,9 +121,7 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
         size = pixels.shape[1] * (_find(model.config, "temporal_patch_size") or 1) * patch**2
         grid = torch.tensor([[1, merge, merge]] * 2, device=pixels.device)
         forms.insert(0, {"pixel_values": pixels.new_ones(2 * merge**2, size), "image_grid_thw": grid})
-    for images in forms:
-        if not images.keys() <= inspect.signature(encode).parameters.keys():
-            continue
+    for images in (form for form in forms if form.keys() <= inspect.signature(encode).parameters.keys()):
         try:
             with evaluating(model):
                 features = encode(**images)
@@ -191,9 +189,7 @@ def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 return trace(model, inputs, fake=fake)
             except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
                 problem = error
-                logger.info(
-                    "tracing on %s failed: %s", "FakeTensors" if fake else "weights", str(error).split("\n")[0]
-                )
+                logger.info("the trace with fake=%s failed: %s", fake, str(error).split("\n")[0])
     hint = " (or the model can't be traced without weights: load them first)" if empty else ""
     shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     raise OTOError(
@@ -394,15 +390,11 @@ def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     where nothing is finite."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape:
+        finite = torch.isfinite(x)
+        if not torch.equal(finite, torch.isfinite(y)) or (x.numel() and not finite.any()):  # then nothing is compared
             return float("inf")
-        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-            finite = torch.isfinite(x)
-            if not (finite.any() and torch.equal(finite, torch.isfinite(y))):  # where none is, nothing is compared
-                return float("inf")
-            x, y = x[finite], y[finite]
         if x.numel():
-            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
+            worst = max(worst, float((x - y)[finite].abs().max() / x[finite].abs().max().clamp_min(1e-3)))
     return worst
 
 

@@ -58,11 +58,7 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Mapping[s
 
 
 def plain(
-    small: PreTrainedModel,
-    partition: ZIGPartition,
-    plan: PruningPlan,
-    ties: Sequence[Tie],
-    inputs: Mapping[str, Any],
+    small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Mapping[str, Any]
 ) -> PreTrainedModel | None:
     """A stock model with the weights of a cut one, whose config says its widths; None if it isn't the same model."""
     config = copy.deepcopy(small.config)

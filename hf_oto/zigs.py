@@ -5,6 +5,7 @@ Stands between the axis algebra, which finds the axes, and everything that uses 
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 import json
@@ -314,7 +315,7 @@ class ZIGPartition:
         rows = [("axis", "kind", "ZIGs", "parameters", "MACs")]
         total = (self.work.left(np.zeros(len(self.axes))) if self.work else 0) or 1
         for (_, kind, size), axes in families.items():
-            params, macs = (sum(n * size for n in ns) for ns in ([a.params for a in axes], [a.macs for a in axes]))
+            params, macs = size * sum(a.params for a in axes), size * sum(a.macs for a in axes)
             share = f"{100 * macs / total:.0f} %"
             rows.append((_together([a.name for a in axes]), kind, f"{len(axes)} x {size}", f"{params:,}", share))
         return rows
@@ -386,9 +387,6 @@ def _together(names: Sequence[str]) -> str:
 
 # solving -------------------------------------------------------------------------------------------
 
-UNUSED = "the traced forward never used it"
-INNER = "it is a position inside a group (a head, say) that is pruned as a whole"
-
 
 class Source(NamedTuple):
     """A parameter or buffer as the algebra knows it."""
@@ -415,15 +413,11 @@ def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
     for source in sources.values():
         for leaf in (leaf for dim in source.dims for leaf in dim):
             if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER | Mark.FOLLOWER)).any():
-                algebra.pin_ids(leaf.ids, UNUSED)
+                algebra.pin_ids(leaf.ids, "the traced forward never used it")
     root = algebra.roots()
     reason = _earliest(root, algebra.pins)
-    reason[0] = len(algebra.reasons)  # id 0 is pinned; _settle_products adds the text
-    kept = _settle_products(algebra, root, reason)
-    for product, factor in zip(algebra.products, kept, strict=True):
-        if factor is not None:
-            ids = np.broadcast_to(_along(product.factors[factor], factor, product.parent.ndim), product.parent.shape)
-            algebra.union(product.parent, ids)
+    reason[0] = algebra.reason("it meets a position that can't go")  # id 0 is pinned
+    _settle_products(algebra, root, reason)
     reason = _earliest(algebra.roots(), reason[root])
     return _axes(algebra, sources, reason)
 
@@ -445,38 +439,29 @@ def _spread_marks(algebra: Algebra) -> None:
     """What is known of a product is known of its factors, and the other way round."""
     marks, spread = algebra.marks, Mark.PRODUCER | Mark.CONSUMER | Mark.NOT_ZERO
     for product in [*algebra.products, *reversed(algebra.products)]:
-        ndim = product.parent.ndim
         for k, factor in enumerate(product.factors):
-            others = tuple(i for i in range(ndim) if i != k)
+            others = tuple(i for i in range(product.parent.ndim) if i != k)
             marks[factor] |= np.bitwise_or.reduce(marks[product.parent], axis=others) & spread
         for k, factor in enumerate(product.factors):
-            marks[product.parent] |= _along(marks[factor], k, ndim) & spread
+            marks[product.parent] |= _along(marks[factor], k, product.parent.ndim) & spread
 
 
-def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> list[int | None]:
-    """Spreads pins through the products and pins all free factors of each but the outermost: which one that is."""
+def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> None:
+    """Spreads pins through the products and pins all free factors of each but the outermost, which it then equals."""
     products = [(root[p.parent], [root[f] for f in p.factors]) for p in algebra.products]
-    algebra.reasons.append("it meets a position that can't go")  # reason[0]
-    inner = len(algebra.reasons)
-    algebra.reasons.append(INNER)
+    inner = algebra.reason("it is a position inside a group (a head, say) that is pruned as a whole")
 
     def spread() -> None:
-        changed = True
-        while changed:
-            changed = False
+        count = -1
+        while count < np.count_nonzero(reason):
+            count = np.count_nonzero(reason)
             for parent, factors in products:
                 for k, factor in enumerate(factors):
-                    others = tuple(i for i in range(parent.ndim) if i != k)
-                    why = reason[parent].max(axis=others)
+                    why = reason[parent].max(axis=tuple(i for i in range(parent.ndim) if i != k))
                     new = (why > 0) & (reason[factor] == 0)
                     reason[factor[new]] = why[new]
-                    changed |= bool(new.any())
-                why = np.minimum.reduce(
-                    np.broadcast_arrays(*[_along(reason[f], k, parent.ndim) for k, f in enumerate(factors)])
-                )
-                new = (why > 0) & (reason[parent] == 0)
-                reason[parent[new]] = inner
-                changed |= bool(new.any())
+                stay = [_along(reason[f] > 0, k, parent.ndim) for k, f in enumerate(factors)]
+                reason[parent[functools.reduce(np.logical_and, stay) & (reason[parent] == 0)]] = inner
 
     def free(factors: list[np.ndarray]) -> list[int]:
         return [k for k, factor in enumerate(factors) if (reason[factor] == 0).any()]
@@ -486,13 +471,14 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
         for k in free(factors)[1:]:
             reason[factors[k][reason[factors[k]] == 0]] = inner
     spread()  # what is free gets less only: no product has two free factors again
-    kept = [free(factors)[0] if free(factors) else None for _, factors in products]
     expanded = np.zeros(len(root), bool)
     np.logical_or.at(expanded, root, (algebra.marks & Mark.EXPANDED) > 0)
-    for product, (_, factors), k in zip(algebra.products, products, kept, strict=True):
-        if k is not None and any(expanded[f].any() for i, f in enumerate(factors) if i != k):
-            algebra.marks[product.factors[k]] |= Mark.SHARED
-    return kept
+    for product, (parent, factors) in zip(algebra.products, products, strict=True):
+        for k in free(factors):
+            if any(expanded[f].any() for i, f in enumerate(factors) if i != k):
+                algebra.marks[product.factors[k]] |= Mark.SHARED
+            ids = _along(product.factors[k], k, parent.ndim)
+            algebra.union(product.parent, np.broadcast_to(ids, parent.shape))
 
 
 def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -> Solution:
@@ -511,12 +497,8 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
             made[roots] |= role == "producer"
             used[roots] |= not source.is_buffer and bool((raw & Mark.CONSUMER).any())
 
-    def pin(ids: np.ndarray, why: str) -> None:
-        reason[ids] = len(algebra.reasons)
-        algebra.reasons.append(why)
-
-    pin(~made & (reason == 0), "no parameter makes it")
-    pin(~used & (reason == 0), "no parameter consumes it")
+    reason[~made & (reason == 0)] = algebra.reason("no parameter makes it")
+    reason[~used & (reason == 0)] = algebra.reason("no parameter consumes it")
     rng = np.random.default_rng(0)
     signature = np.zeros(algebra.count, np.uint64)
     for _, _, _, roots in dims:
@@ -526,7 +508,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
     _, firsts, group = np.unique(signature[classes], return_index=True, return_inverse=True)
     order = np.argsort(firsts[group], kind="stable")
     groups = np.split(classes[order], np.flatnonzero(np.diff(firsts[group][order])) + 1)
-    pin(np.array([ids[0] for ids in groups if len(ids) == 1], int), "it is the only one of its axis")
+    reason[[ids[0] for ids in groups if len(ids) == 1]] = algebra.reason("it is the only one of its axis")
     groups = [ids for ids in groups if len(ids) > 1]
     starts = np.cumsum([0, *map(len, groups)])
     zig_of = np.full(algebra.count, -1, np.int32)
