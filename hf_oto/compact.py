@@ -76,7 +76,7 @@ def cut_(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, attribu
     new: dict[str, torch.Tensor] = {}
     for (name, dim), gone in removed_positions(partition, removed).items():
         cut = new.get(name, old[name].detach())
-        keep = torch.from_numpy(np.setdiff1d(np.arange(cut.shape[dim]), gone))
+        keep = torch.from_numpy(np.delete(np.arange(cut.shape[dim]), gone))
         new[name] = cut.index_select(dim, keep.to(cut.device))
     for name, (factor, offset) in scale_factors(partition, removed).items():
         new[name] = scaled(new.get(name, old[name].detach()), factor, offset)
@@ -84,20 +84,6 @@ def cut_(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, attribu
         if isinstance(old[name], nn.Parameter):
             new[name] = nn.Parameter(cut, old[name].requires_grad)
     put_(model, {id(old[name]): cut for name, cut in new.items()})
-    resize_(model, attributes)
-
-
-def put_(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
-    """Puts new tensors in the place of old ones, wherever these (by their id) are parameters or buffers."""
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if id(tensor) in new:
-                    store[name] = new[id(tensor)]
-
-
-def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
-    """Sets the attributes, and what torch's own layers keep of the shapes of their weights."""
     for (path, name, index), value in attributes.items():
         module = model.get_submodule(path)
         if index is not None:
@@ -108,6 +94,15 @@ def resize_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
     for module in model.modules():
         for name, value in own_sizes(module).items():
             setattr(module, name, value)
+
+
+def put_(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
+    """Puts new tensors in the place of old ones, wherever these (by their id) are parameters or buffers."""
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if id(tensor) in new:
+                    store[name] = new[id(tensor)]
 
 
 OWN_SIZES = {  # what the first dimensions of a layer's weight are called; a subclass before its base

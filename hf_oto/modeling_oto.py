@@ -31,7 +31,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short  # of what may be long, or nested deeply
 from typing import Any
@@ -90,9 +90,7 @@ def validate(record: Any) -> None:
             ok = isinstance(shape, list) and all(n is None or (_is_int(n) and n >= 1) for n in shape)
             require(ok, f"the shape of {path}.{name} is {short(shape)}, not a list of sizes >= 1 and nulls")
     for i, cut in enumerate(record["cuts"]):
-        require(
-            _is_cut(cut), f"cuts[{i}] is not {{'step': int, 'size': int, 'kept': hex, 'members': [], 'scales': []}}"
-        )
+        require(_is_cut(cut), f"cuts[{i}] is not {{'step', 'size', 'kept', 'members', 'scales'}} of the right kinds")
     require(record["sha256"] == sealed(record)["sha256"], "it isn't what was saved, by its sha256: it was changed")
 
 
@@ -145,9 +143,11 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
     Raises:
         OTOError: the record does not fit the model; nothing has been changed then.
     """
-    for _, now, new, set_ in list(_changes(model, record)):
-        if now != new:
-            set_()
+    for _, now, new, holder, name in list(_changes(model, record)):
+        if isinstance(holder, torch.nn.Module):
+            set_size_(holder, name, new)
+        elif now != new:
+            holder.data = holder.data[tuple(map(slice, new))].clone()
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -212,9 +212,9 @@ def config_view(config: PreTrainedConfig, values: Mapping[str, int]) -> PreTrain
     return view
 
 
-def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Callable[[], None]]]:
-    """(label, value now, value in the record, what sets it) of every attribute and of every shape of a parameter or
-    persistent buffer, checked against each other."""
+def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Any, str]]:
+    """(label, value now, value in the record, module or tensor, name) of every attribute and of every shape of a
+    parameter or persistent buffer, checked against each other."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, entry in record["modules"].items():
         here = f"{type(model).__name__} of transformers {transformers.__version__}"
@@ -228,8 +228,7 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
             olds, news = (old, new) if isinstance(old, (list, tuple)) and isinstance(new, list) else ([old], [new])
             fits = len(olds) == len(news) and all(map(is_cut_size, olds, news))
             require(fits, f"{label} is {short(old)}, the record has {short(new)}")
-            new = type(old)(new)
-            yield label, old, new, functools.partial(set_size_, module, name, new)
+            yield label, old, type(old)(new), module, name
         saved = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, sizes in entry.get("shapes", {}).items():
             label, tensor = f"{path}.{name}", (module._parameters | saved).get(name)
@@ -238,11 +237,7 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
             fits = len(sizes) == len(dense) and all(n is None or n <= d for n, d in zip(sizes, dense, strict=True))
             require(fits, f"{label} has shape {tuple(dense)}, of which the record keeps {short(sizes)}")
             shape = torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
-            yield label, dense, shape, functools.partial(_shrink_, tensor, shape)
-
-
-def _shrink_(tensor: torch.Tensor, shape: torch.Size) -> None:
-    tensor.data = tensor.data[tuple(map(slice, shape))].clone()
+            yield label, dense, shape, tensor, name
 
 
 def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) -> dict[str, Any]:
@@ -403,7 +398,7 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
         record = _merged(model.config.oto, record)
     record = sealed(record)
     validate(record)
-    for label, now, new, _ in _changes(model, record):
+    for label, now, new, *_ in _changes(model, record):
         require(now == new, f"{label} is {now}, the record has {new}")
     model.config.oto = record
     model.__class__ = compact_class(type(model))

@@ -29,8 +29,8 @@ from .modeling_oto import named_tensors, sizes_of
 from .rules import Axes, apply_rules, multiplications
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
-from .trace import Trace, evaluating, fake_weights, persistent_buffers, tensors_of, trace
-from .zigs import OTOError, PrunableAxis, PruningPlan, Source, Width, Work, ZIGPartition, fold, solve
+from .trace import Trace, evaluating, fake_weights, tensors_of, trace
+from .zigs import OTOError, PruningPlan, Source, Width, Work, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ def partition_zigs(
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
     living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
     traced = traced._replace(equations=living)
-    buffers = persistent_buffers(model)
-    sources = {name: Source(found.of(ref), name in buffers) for name, ref in traced.sources.items()}
+    sources = {name: Source(found.of(ref), name not in traced.parameters) for name, ref in traced.sources.items()}
     for name in protected & sources.keys():
         for dim in sources[name].dims:
             found.algebra.pin(dim, "protected by the caller")
@@ -214,8 +213,8 @@ def _experts_at_once(model: nn.Module) -> Iterator[None]:
 
 def _solved(
     model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
-) -> tuple[ZIGPartition, np.ndarray]:
-    """The partition as the algebra has it now, and the ZIG of every id."""
+) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
+    """The partition as the algebra has it now, and the ZIG and the axis of every id, -1 for none."""
     solution = solve(found.algebra.copy(), sources)
     zigs: dict[int, np.ndarray] = {}  # many tensors share a leaf: one array for all
     spans = {}
@@ -230,7 +229,8 @@ def _solved(
         for name, value in sizes_of(module).items()
         for i, n in ([(None, value)] if isinstance(value, int) else enumerate(value))
     }
-    axis_of = _axis_of(solution.axes, solution.zig_of)
+    of_zig = np.repeat(np.arange(len(solution.axes)), [axis.size for axis in solution.axes])
+    axis_of = np.append(of_zig, -1)[solution.zig_of]
     known: dict[int, Width] = {}
 
     def width(leaf: Leaf) -> Width:
@@ -246,12 +246,7 @@ def _solved(
     partition = ZIGPartition(solution.axes, solution.pinned, work, Sizes(traced.equations, spans, values))
     amounts = zip(solution.axes, partition.params(model).alone, work.alone, strict=True)
     axes = tuple(dataclasses.replace(axis, params=round(p), macs=round(n)) for axis, p, n in amounts)
-    return dataclasses.replace(partition, axes=axes), solution.zig_of
-
-
-def _axis_of(axes: Sequence[PrunableAxis], zig_of: np.ndarray) -> np.ndarray:
-    """The axis of every id, -1 for none."""
-    return np.append(np.repeat(np.arange(len(axes)), [axis.size for axis in axes]), -1)[zig_of]
+    return dataclasses.replace(partition, axes=axes), solution.zig_of, axis_of
 
 
 def _consistent(
@@ -260,8 +255,7 @@ def _consistent(
     """Solves, and pins what no scaling suits or what contradicts itself for random cuts, until nothing does; the
     partition, and the axis of every id."""
     while True:
-        partition, zig_of = _solved(model, traced, found, sources)
-        axis_of = _axis_of(partition.axes, zig_of)
+        partition, zig_of, axis_of = _solved(model, traced, found, sources)
         scales, unfit = solve_scales(traced, found, partition, zig_of)
         if unfit:
             found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, [*unfit])), "an average is taken over it")
@@ -290,12 +284,21 @@ def _rehearsed(
 ) -> ZIGPartition:
     """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
     partition, axis_of = _consistent(model, traced, found, sources)
+
+    def problem(attempt: Callable[..., str | None], families: Collection[str] | None = None) -> str | None:
+        try:
+            return attempt(partition, _half(partition, families))
+        except DynamicOutputShapeException:
+            return None
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
     for attempt in _attempts(model, inputs, traced):
-        while partition.axes and _problem(attempt, partition):
+        while partition.axes and problem(attempt):
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
             good: set[str] = set()
             for family in sorted(streams, key=lambda f: (streams[f], f)):  # of two that quarrel the later one goes
-                if why := _problem(attempt, partition, good | {family}):
+                if why := problem(attempt, good | {family}):
                     logger.info("pinned %s: %s", family, why)
                     bad = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == family]
                     ids = np.flatnonzero(np.isin(axis_of, bad))
@@ -306,11 +309,9 @@ def _rehearsed(
     return partition
 
 
-Attempt = Callable[[ZIGPartition, PruningPlan], str | None]  # what is wrong with the cut model, if anything
-
-
-def _attempts(model: nn.Module, inputs: dict[str, Any], traced: Trace) -> Iterator[Attempt]:
-    """A cut on weightless copies must run and keep the shapes of the outputs; with weights, the outputs too."""
+def _attempts(model: nn.Module, inputs: dict[str, Any], traced: Trace) -> Iterator[Callable[..., str | None]]:
+    """Functions of a partition and a plan that say what is wrong with the cut model: on weightless copies it must run
+    and keep the shapes of the outputs; with weights, the outputs too."""
     if traced.fake:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         weights, fakes = fake_weights(model, mode), tree_map_only(torch.Tensor, mode.from_tensor, inputs)
@@ -331,15 +332,6 @@ def _attempts(model: nn.Module, inputs: dict[str, Any], traced: Trace) -> Iterat
             return None if fine else f"the outputs differ by {difference:.1e}"
 
         yield with_weights
-
-
-def _problem(attempt: Attempt, partition: ZIGPartition, families: Collection[str] | None = None) -> str | None:
-    try:
-        return attempt(partition, _half(partition, families))
-    except DynamicOutputShapeException:
-        return None
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:

@@ -46,8 +46,13 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Mapping[s
         several = itertools.combinations([path for path, tie in singles.items() if tie is None], 2)
         pairs = (_tie(model, partition, {path: numbers[path] for path in pair}) for pair in several)
         for tie in filter(None, itertools.chain(singles.values(), pairs)):
-            new = not {*tie.axes} & {name for other in found for name in other.axes}
-            if new and (model.device.type == "meta" or _says_it(model, partition, tie, inputs)):
+            if {*tie.axes} & {name for other in found for name in other.axes}:
+                continue
+            half = {
+                a.name: range(a.size * (tie.steps // 2) // tie.steps) for a in partition.axes if a.name in tie.axes
+            }
+            cut = partition, PruningPlan(half)
+            if model.device.type == "meta" or plain(cut_copy(model, *cut), *cut, [tie], inputs) is not None:
                 found.append(tie)
     if not found:
         raise OTOError(
@@ -73,13 +78,6 @@ def plain(
     except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
         return None
     return stock if outputs_differ(small, stock, inputs) <= tolerance(small) else None
-
-
-def _says_it(model: PreTrainedModel, partition: ZIGPartition, tie: Tie, inputs: Mapping[str, Any]) -> bool:
-    """Whether the stock model of the new numbers computes what the cut one does, half of it gone."""
-    sizes = {axis.name: axis.size for axis in partition.axes}
-    plan = PruningPlan({name: range(sizes[name] * (tie.steps // 2) // tie.steps) for name in tie.axes})
-    return plain(cut_copy(model, partition, plan), partition, plan, [tie], inputs) is not None
 
 
 def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path, int]) -> Tie | None:
