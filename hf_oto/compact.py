@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_oto import VERSION, OTOError, become_compact_, named_tensors, require, set_size_, sizes_of, validate
+from .modeling_oto import VERSION, OTOError, become_compact_, named_tensors, require, set_sizes_, sizes_of, validate
 from .sizes import Attribute
 from .zigs import Member, PrunableAxis, PruningPlan, Scale, ZIGPartition
 
@@ -90,10 +90,9 @@ def cut_(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, attribu
             values = list(vars(module)[name])
             values[index] = value
             value = type(vars(module)[name])(values)
-        set_size_(module, name, value)
+        set_sizes_(module, {name: value})
     for module in model.modules():
-        for name, value in own_sizes(module).items():
-            setattr(module, name, value)
+        set_sizes_(module, own_sizes(module))
 
 
 def put_(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:

@@ -145,7 +145,7 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
     """
     for _, now, new, holder, name in list(_changes(model, record)):
         if isinstance(holder, torch.nn.Module):
-            set_size_(holder, name, new)
+            set_sizes_(holder, {name: new})
         elif now != new:
             holder.data = holder.data[tuple(map(slice, new))].clone()
 
@@ -175,12 +175,13 @@ def is_cut_size(old: int, new: int) -> bool:
     return new == old or (_is_int(old) and _is_int(new) and 1 <= new <= old)
 
 
-def set_size_(module: torch.nn.Module, name: str, value: Any) -> None:
+def set_sizes_(module: torch.nn.Module, sizes: Mapping[str, Any]) -> None:
     """Sets what `sizes_of` names, in place."""
-    if name.startswith("config."):
-        module.config = config_view(module.config, {name.removeprefix("config."): value})
-    else:
-        setattr(module, name, value)
+    for name, value in sizes.items():
+        if name.startswith("config."):
+            module.config = config_view(module.config, {name.removeprefix("config."): value})
+        else:
+            setattr(module, name, value)
 
 
 class _View:
