@@ -30,7 +30,7 @@ from .rules import Axes, apply_rules, multiplications
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
 from .trace import Trace, evaluating, fake_weights, tensors_of, trace
-from .zigs import OTOError, PruningPlan, Source, Width, Work, ZIGPartition, fold, solve
+from .zigs import OTOError, PruningPlan, Width, Work, ZIGPartition, fold, solve
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,10 @@ def partition_zigs(
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
     living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
     traced = traced._replace(equations=living)
-    sources = {name: Source(found.of(ref), name not in traced.parameters) for name, ref in traced.sources.items()}
-    for name in protected & sources.keys():
-        for dim in sources[name].dims:
+    for name in protected & traced.sources.keys():
+        for dim in found.of(traced.sources[name]):
             found.algebra.pin(dim, "protected by the caller")
-    return _rehearsed(model, inputs, traced, found, sources)
+    return _rehearsed(model, inputs, traced, found)
 
 
 def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
@@ -211,16 +210,15 @@ def _experts_at_once(model: nn.Module) -> Iterator[None]:
             module.set_experts_implementation(before)
 
 
-def _solved(
-    model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
-) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
+def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
     """The partition as the algebra has it now, and the ZIG and the axis of every id, -1 for none."""
-    solution = solve(found.algebra.copy(), sources)
+    sources = {name: found.of(ref) for name, ref in traced.sources.items()}
+    partition, zig_of = solve(found.algebra.copy(), sources, sources.keys() - traced.parameters)
     zigs: dict[int, np.ndarray] = {}  # many tensors share a leaf: one array for all
     spans = {}
     for value, dim in {e[1:3] for q in traced.equations for side in q[:2] for e in spans_of(side)}:
         leaves = found.dims[value][dim] if value in found.dims else ()
-        factors = tuple(zigs.setdefault(id(leaf.ids), solution.zig_of[leaf.ids]) for leaf in leaves)
+        factors = tuple(zigs.setdefault(id(leaf.ids), zig_of[leaf.ids]) for leaf in leaves)
         if any((f >= 0).any() for f in factors):
             spans[value, dim] = factors
     values = {
@@ -229,33 +227,31 @@ def _solved(
         for name, value in sizes_of(module).items()
         for i, n in ([(None, value)] if isinstance(value, int) else enumerate(value))
     }
-    of_zig = np.repeat(np.arange(len(solution.axes)), [axis.size for axis in solution.axes])
-    axis_of = np.append(of_zig, -1)[solution.zig_of]
+    size = [axis.size for axis in partition.axes]
+    axis_of = np.append(np.repeat(np.arange(len(size)), size), -1)[zig_of]
     known: dict[int, Width] = {}
 
     def width(leaf: Leaf) -> Width:
         if id(leaf.ids) not in known:
             some, counts = (x.tolist() for x in np.unique(axis_of[leaf.ids], return_counts=True))
-            lost = tuple((a, n / solution.axes[a].size) for a, n in zip(some, counts, strict=True) if a >= 0)
+            lost = tuple((a, n / size[a]) for a, n in zip(some, counts, strict=True) if a >= 0)
             known[id(leaf.ids)] = (len(leaf.ids), lost)
         return known[id(leaf.ids)]
 
     products = (dims for call in traced.calls for dims in multiplications(call))
     factors = ([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products)
-    work = Work.of(factors, len(solution.axes))
-    partition = ZIGPartition(solution.axes, solution.pinned, work, Sizes(traced.equations, spans, values))
-    amounts = zip(solution.axes, partition.params(model).alone, work.alone, strict=True)
+    work = Work.of(factors, len(size))
+    amounts = zip(partition.axes, partition.params(model).alone, work.alone, strict=True)
     axes = tuple(dataclasses.replace(axis, params=round(p), macs=round(n)) for axis, p, n in amounts)
-    return dataclasses.replace(partition, axes=axes), solution.zig_of, axis_of
+    sizes = Sizes(traced.equations, spans, values)
+    return dataclasses.replace(partition, axes=axes, work=work, sizes=sizes), zig_of, axis_of
 
 
-def _consistent(
-    model: nn.Module, traced: Trace, found: Axes, sources: dict[str, Source]
-) -> tuple[ZIGPartition, np.ndarray]:
+def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition, np.ndarray]:
     """Solves, and pins what no scaling suits or what contradicts itself for random cuts, until nothing does; the
     partition, and the axis of every id."""
     while True:
-        partition, zig_of, axis_of = _solved(model, traced, found, sources)
+        partition, zig_of, axis_of = _solved(model, traced, found)
         scales, unfit = solve_scales(traced, found, partition, zig_of)
         if unfit:
             found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, [*unfit])), "an average is taken over it")
@@ -279,11 +275,9 @@ def _consistent(
 # rehearsal -----------------------------------------------------------------------------------------
 
 
-def _rehearsed(
-    model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes, sources: dict[str, Source]
-) -> ZIGPartition:
+def _rehearsed(model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes) -> ZIGPartition:
     """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
-    partition, axis_of = _consistent(model, traced, found, sources)
+    partition, axis_of = _consistent(model, traced, found)
 
     def problem(attempt: Callable[..., str | None], families: Collection[str] | None = None) -> str | None:
         try:
@@ -305,7 +299,7 @@ def _rehearsed(
                     found.algebra.pin_ids(ids, f"cutting it failed in rehearsal: {why}")
                 else:
                     good.add(family)
-            partition, axis_of = _consistent(model, traced, found, sources)
+            partition, axis_of = _consistent(model, traced, found)
     return partition
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -388,30 +388,24 @@ def _together(names: Sequence[str]) -> str:
 # solving -------------------------------------------------------------------------------------------
 
 
-class Source(NamedTuple):
-    """A parameter or buffer as the algebra knows it."""
-
-    dims: list[Dim]
-    is_buffer: bool
-
-
-class Solution(NamedTuple):
-    """Axes and pins; `zig_of[id]` is the number of the ZIG an index id belongs to, -1 for none, shape (count,)."""
-
-    axes: tuple[PrunableAxis, ...]
-    pinned: dict[str, str]
-    zig_of: np.ndarray
-
-
-def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
+def solve(
+    algebra: Algebra, sources: Mapping[str, Sequence[Dim]], buffers: Container[str] = ()
+) -> tuple[ZIGPartition, np.ndarray]:
     """Solves the algebra into prunable axes, leaf by leaf.
+
+    Args:
+        sources: the dimensions of every parameter and buffer.
+        buffers: which of them are buffers.
+
+    Returns:
+        axes and pins; the number of the ZIG that every index id belongs to, -1 for none, shape (count,).
 
     Pins spread through the products; of the factors that are still free the outermost goes (heads, not head_dim) and
     the inner ones are pinned; then a product is as good as an equation. Classes with the same members form one axis.
     """
     _spread_marks(algebra)
-    for source in sources.values():
-        for leaf in (leaf for dim in source.dims for leaf in dim):
+    for dims in sources.values():
+        for leaf in (leaf for dim in dims for leaf in dim):
             if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER | Mark.FOLLOWER)).any():
                 algebra.pin_ids(leaf.ids, "the traced forward never used it")
     root = algebra.roots()
@@ -419,7 +413,7 @@ def solve(algebra: Algebra, sources: Mapping[str, Source]) -> Solution:
     reason[0] = algebra.reason("it meets a position that can't go")  # id 0 is pinned
     _settle_products(algebra, root, reason)
     reason = _earliest(algebra.roots(), reason[root])
-    return _axes(algebra, sources, reason)
+    return _axes(algebra, sources, buffers, reason)
 
 
 def _earliest(root: np.ndarray, pins: np.ndarray) -> np.ndarray:
@@ -481,21 +475,23 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
             algebra.union(product.parent, np.broadcast_to(ids, parent.shape))
 
 
-def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -> Solution:
+def _axes(
+    algebra: Algebra, sources: Mapping[str, Sequence[Dim]], buffers: Container[str], reason: np.ndarray
+) -> tuple[ZIGPartition, np.ndarray]:
     root = algebra.roots()
     marks = np.zeros(algebra.count, np.uint16)
     np.bitwise_or.at(marks, root, algebra.marks)
     made, used = np.zeros(algebra.count, bool), np.zeros(algebra.count, bool)
     dims: list[tuple[str, int, Role, np.ndarray]] = []
-    for name, source in sources.items():
-        for d, leaf in ((d, leaf) for d, dim in enumerate(source.dims) for leaf in dim):
+    for name in sources:
+        for d, leaf in ((d, leaf) for d, dim in enumerate(sources[name]) for leaf in dim):
             raw, roots = algebra.marks[leaf.ids], root[leaf.ids]
             role: Role = "producer" if (raw & Mark.PRODUCER).any() else "consumer"
-            if source.is_buffer or (raw & Mark.FOLLOWER).any():
+            if name in buffers or (raw & Mark.FOLLOWER).any():
                 role = "statistic"
             dims.append((name, d, role, roots))
             made[roots] |= role == "producer"
-            used[roots] |= not source.is_buffer and bool((raw & Mark.CONSUMER).any())
+            used[roots] |= name not in buffers and bool((raw & Mark.CONSUMER).any())
 
     reason[~made & (reason == 0)] = algebra.reason("no parameter makes it")
     reason[~used & (reason == 0)] = algebra.reason("no parameter consumes it")
@@ -519,7 +515,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
     for name, d, role, roots in dims:
         zig = zig_of[roots]
         axis = np.searchsorted(starts, zig, side="right") - 1  # -1 for those that stay
-        if (axis < 0).any() and not sources[name].is_buffer:
+        if (axis < 0).any() and name not in buffers:
             first = int(reason[roots[axis < 0]][0])
             pinned[f"{name}[{d}]"] = algebra.reasons[first] + ("" if (axis < 0).all() else SOME)
         for a in np.unique(axis[axis >= 0]):
@@ -529,7 +525,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
     axes, names = [], Counter()
     for ids, found in zip(groups, members, strict=True):
         makers = [m for m in found if m.role == "producer"]
-        first = next((m for m in makers if len(sources[m.param].dims) > 1), makers[0])
+        first = next((m for m in makers if len(sources[m.param]) > 1), makers[0])
         name = f"{first.param}[{first.dim}]"
         names[name] += 1
         name += f"#{names[name]}" if names[name] > 1 else ""
@@ -542,7 +538,7 @@ def _axes(algebra: Algebra, sources: Mapping[str, Source], reason: np.ndarray) -
         zero_path = not (marks[ids] & Mark.NOT_ZERO).any()
         multiple = 8 if known & Mark.EXPERTS else 1
         axes.append(PrunableAxis(name, kind, len(ids), tuple(found), multiple=multiple, zero_path=zero_path))
-    return Solution(tuple(axes), pinned, zig_of[root])
+    return ZIGPartition(tuple(axes), pinned), zig_of[root]
 
 
 def _member(name: str, dim: int, role: Role, index: np.ndarray) -> Member:

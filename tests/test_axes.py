@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_oto.axes import Algebra, Leaf, Mark, size
-from hf_oto.zigs import Source, solve
+from hf_oto.zigs import solve
 
 laws = settings(derandomize=True, max_examples=60, deadline=None)
 
@@ -24,9 +24,7 @@ def source(algebra, shape):
 
 def zigs_of(algebra, *sources):
     """The ZIG of every id, -1 for those that stay."""
-    named = {f"w{i}": Source(dims, False) for i, dims in enumerate(sources)}
-    solution = solve(algebra.copy(), named)
-    return solution, solution.zig_of
+    return solve(algebra.copy(), {f"w{i}": dims for i, dims in enumerate(sources)})
 
 
 def kept(dims, zig_of, removed):
