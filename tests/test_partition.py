@@ -348,6 +348,30 @@ def test_a_rule_that_is_wrong_is_caught_in_rehearsal(monkeypatch):
         assert check_zero_invariance(model, partition_zigs(model, inputs), inputs) <= 1e-5
 
 
+def test_when_several_families_fail_only_these_are_pinned(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in "abc":
+                setattr(self, name, nn.Linear(16, 12))
+                setattr(self, f"{name}2", nn.Linear(12, 16))
+
+        def forward(self, x):
+            for up, down in ((self.a, self.a2), (self.b, self.b2)):
+                h = up(x)
+                x = down(h * h.flip(-1))
+            return self.c2(self.c(x).relu())
+
+    monkeypatch.setitem(hf_oto.rules.RULES, "flip", lambda s, call: [s.of(call.args[0])])
+    partition = partition_zigs(randomise_(Net()), {"x": waves(2, 7, 16)})
+    pinned = {name: why for name, why in partition.pinned.items() if "in rehearsal" in why}
+    assert pinned.keys() == {f"{n}.{leaf}" for n in "ab" for leaf in ("weight[0]", "bias[0]")} | {
+        "a2.weight[1]", "b2.weight[1]",
+    }  # fmt: skip
+    assert not any("some positions" in why for why in pinned.values())
+    assert {axis.name for axis in partition.axes} == {"a2.weight[0]", "b2.weight[0]", "c.weight[0]"}
+
+
 def test_what_the_forward_never_uses_is_pinned():
     partition = partition_zigs(randomise_(TwoLayers(torch.relu)), {"x": waves(2, 7, 16)})
     assert len(partition.axes) == 5
