@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .modeling_oto import set_sizes_, sizes_of
+from .modeling_oto import named_tensors, set_sizes_, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -396,18 +396,13 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def fake_weights(
-    model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, torch.Tensor]:
-    """Weightless stand-ins of every parameter and buffer, of other shapes if given; what is tied stays tied."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    device = next((t.device for _, t in tensors if t.device.type != "meta"), torch.device("cpu"))
-    fakes: dict[int, torch.Tensor] = {}
-    for name, t in tensors:
-        if id(t) not in fakes:
-            empty = torch.empty(t.shape if shapes is None else shapes[name], dtype=t.dtype, device="meta")
-            fakes[id(t)] = FakeTensor(mode, empty, device if t.is_meta else t.device)
-    return {name: fakes[id(t)] for name, t in tensors}
+def fake_weights(model: nn.Module, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+    """Weightless stand-ins of every parameter and buffer; what is tied stays tied."""
+    tensors = named_tensors(model)
+    device = next((t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu"))
+    empty = {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors.values()}
+    fakes = {id(t): FakeTensor(mode, empty[id(t)], device if t.is_meta else t.device) for t in tensors.values()}
+    return {name: fakes[id(t)] for name, t in tensors.items()}
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Trace:
