@@ -396,12 +396,18 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def fake_weights(model: nn.Module, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
-    """Weightless stand-ins of every parameter and buffer; what is tied stays tied."""
+def fake_weights(
+    model: nn.Module, mode: FakeTensorMode, like: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Weightless stand-ins of every parameter and buffer, with the shapes of `like`, if given; ties stay."""
     tensors = named_tensors(model)
+    like = like or tensors
     device = next((t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu"))
-    empty = {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors.values()}
-    fakes = {id(t): FakeTensor(mode, empty[id(t)], device if t.is_meta else t.device) for t in tensors.values()}
+    fakes: dict[int, torch.Tensor] = {}
+    for name, t in tensors.items():
+        if id(t) not in fakes:
+            empty = torch.empty(like[name].shape, dtype=t.dtype, device="meta")
+            fakes[id(t)] = FakeTensor(mode, empty, device if t.is_meta else t.device)
     return {name: fakes[id(t)] for name, t in tensors.items()}
 
 
