@@ -29,7 +29,6 @@ SAMPLES = 5  # of the salience before each event
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 EMA = 0.9
 SHRINKS = 2  # from one event to the next
-CHUNK = 2**18  # numbers that are multiplied at a time: larger results are fresh memory at every sample
 NORMED = 0.01  # how little of the salience of its ZIGs an axis as a whole has whose scale changes nothing
 
 
@@ -416,16 +415,12 @@ class DHSPG(torch.optim.Optimizer):
     def _sample(self, now: int) -> None:
         """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
         grads = {n: p.grad for n, p in self._by_name().items()}
-
-        def parts() -> Iterator[tuple[Slice, None, Tensor]]:
-            for s, p in self._here(self.schedule.group):
-                if (grad := grads[s.param]) is not None:
-                    rows = max(1, CHUNK * p.shape[s.dim] // max(1, p.numel()))
-                    pieces = zip(p.split(rows, s.dim), _local(grad).split(rows, s.dim), strict=True)
-                    for owner, (x, g) in zip(s.owner.split(rows), pieces, strict=True):
-                        yield s._replace(owner=owner), None, x * g
-
-        zigs = self._sum(parts()).double()
+        parts = (
+            (s, None, p * _local(grads[s.param]))
+            for s, p in self._here(self.schedule.group)
+            if grads[s.param] is not None
+        )
+        zigs = self._sum(parts).double()
         axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
         first = now == min(_sample_steps(self.schedule.events))
         for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
