@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = 5  # of the salience before each event
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
+PIECE = 2**20  # elements that are multiplied at a time
 EMA = 0.9
 SHRINKS = 2  # from one event to the next
 NORMED = 0.01  # how little of the salience of its ZIGs an axis as a whole has whose scale changes nothing
@@ -414,18 +415,24 @@ class DHSPG(torch.optim.Optimizer):
 
     def _sample(self, now: int) -> None:
         """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
-        grads = {n: p.grad for n, p in self._by_name().items()}
-        parts = (
-            (s, None, p * _local(grads[s.param]))
-            for s, p in self._here(self.schedule.group)
-            if grads[s.param] is not None
-        )
-        zigs = self._sum(parts).double()
+        zigs = self._sum(self._products()).double()
         axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
         first = now == min(_sample_steps(self.schedule.events))
         for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
             new = torch.nan_to_num(taylor**2, nan=math.inf)
             self._own[name] = new if first else EMA * self._own[name].cpu() + (1 - EMA) * new
+
+    def _products(self) -> Iterator[tuple[Slice, None, Tensor]]:
+        """Weight times gradient, in pieces, each in the memory of the one before: fresh memory is slower than both."""
+        grads, memory = {n: p.grad for n, p in self._by_name().items()}, {}
+        for s, p in self._here(self.schedule.group):
+            if grads[s.param] is None or not p.numel():
+                continue
+            out = memory.setdefault((p.device, p.dtype), torch.empty_like(p[:0]))
+            rows = max(1, PIECE * p.shape[s.dim] // p.numel())
+            pieces = (t.split(rows, dim) for t, dim in ((s.owner, 0), (p, s.dim), (_local(grads[s.param]), s.dim)))
+            for owner, x, grad in zip(*pieces, strict=True):
+                yield s._replace(owner=owner), None, torch.mul(x, grad, out=out.resize_(0))
 
     def _choose(self, share: float) -> Tensor:
         """The least salient living ZIGs for their cost, so that `share` of the way to the target is gone with them and
@@ -500,7 +507,7 @@ class DHSPG(torch.optim.Optimizer):
             found: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
             for s, index, values in parts:
                 over = [dim for dim in range(values.dim()) if dim != s.dim]
-                rows = values.sum(over, dtype=dtype) if over else values.to(dtype)  # (n,)
+                rows = values.sum(over, dtype=dtype) if over else values.to(dtype, copy=True)  # (n,)
                 found[layouts[s.param]].append((s.owner if index is None else s.owner[index.cpu()], rows))
             for layout, pairs in found.items():
                 if pairs:  # one sum is faster than one for each slice
@@ -515,24 +522,22 @@ class DHSPG(torch.optim.Optimizer):
             dist.broadcast(total, 0)  # replicas may round otherwise
         return total[:, :-1].cpu()
 
-    def _scale(self, mask: Tensor, factor: float, freeze: bool = False) -> None:
-        """Multiplies the ZIGs of a mask, to freeze them also what reads them and the base optimizer's state of both:
-        a whole multiply per tensor is faster than one by index."""
+    def _scale(self, mask: Tensor, factor: float) -> None:
+        """Multiplies the ZIGs of a mask: a whole multiply per tensor is faster than one by index."""
         table = torch.ones(self.schedule.size + 1)
         table[:-1][mask] = factor
-        params = self._by_name()
-        for s, p in self._here(self.schedule.group + self.schedule.readers * freeze):
+        for s, p in self._here(self.schedule.group):
             factors = table.index_select(0, s.owner)
-            if (factors == 1).all():
-                continue
-            factors = factors.view([-1 if d == s.dim else 1 for d in range(p.dim())])
-            for t in (p, *(self.state[params[s.param]].values() if freeze else ())):
-                if isinstance(t, Tensor) and t.is_floating_point() and _local(t).shape == p.shape:
-                    _local(t).mul_(factors.to(_local(t).device, t.dtype))
+            if (factors != 1).any():
+                p.mul_(factors.view([-1 if d == s.dim else 1 for d in range(p.dim())]).to(p.device, p.dtype))
 
     def _freeze(self, mask: Tensor) -> None:
-        """Makes ZIGs zero for good."""
-        self._scale(mask, 0.0, freeze=True)
+        """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
+        params = self._by_name()
+        for s, p, index in _positions(mask, self._here(self.schedule.group + self.schedule.readers)):
+            for t in (p, *self.state[params[s.param]].values()):
+                if isinstance(t, Tensor) and t.is_floating_point() and _local(t).shape == p.shape:
+                    _local(t).index_fill_(s.dim, index.to(t.device), 0)
         self._own["zero"] = (self.zero | mask).to(torch.uint8)
 
     def _guard(self) -> None:
