@@ -25,7 +25,7 @@ from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 5  # of the salience before each event
+SAMPLES = 20  # of the salience, before each event as many as its part of what is chosen
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 PIECE = 2**20  # elements that are multiplied at a time
 EMA = 0.9
@@ -369,8 +369,7 @@ class DHSPG(torch.optim.Optimizer):
                 self._freeze(redundant)
                 redundant.fill_(False)
         if now in plan.events[:-1]:
-            count = len(plan.events) - 1
-            redundant = self._choose(1 - (1 - (plan.events.index(now) + 1) / count) ** 3)
+            redundant = self._choose(_chosen(plan.events.index(now) + 1, plan.events))
         if redundant is not None:
             own["redundant"] = redundant.to(torch.uint8)
         self._guard()
@@ -417,10 +416,9 @@ class DHSPG(torch.optim.Optimizer):
         """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
         zigs = self._sum(self._products()).double()
         axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
-        first = now == min(_sample_steps(self.schedule.events))
         for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
             new = torch.nan_to_num(taylor**2, nan=math.inf)
-            self._own[name] = new if first else EMA * self._own[name].cpu() + (1 - EMA) * new
+            self._own[name] = EMA * self._own[name].cpu() + (1 - EMA) * new  # from 0 on, which is the same for all
 
     def _products(self) -> Iterator[tuple[Slice, None, Tensor]]:
         """Weight times gradient, in pieces, each in the memory of the one before: fresh memory is slower than both."""
@@ -430,7 +428,9 @@ class DHSPG(torch.optim.Optimizer):
                 continue
             out = memory.setdefault((p.device, p.dtype), torch.empty_like(p[:0]))
             rows = max(1, PIECE * p.shape[s.dim] // p.numel())
-            pieces = (t.split(rows, dim) for t, dim in ((s.owner, 0), (p, s.dim), (_local(grads[s.param]), s.dim)))
+            pieces = [[s.owner], [p], [_local(grads[s.param])]]
+            if rows < p.shape[s.dim]:
+                pieces = [t.split(rows, dim) for (t,), dim in zip(pieces, (0, s.dim, s.dim), strict=True)]
             for owner, x, grad in zip(*pieces, strict=True):
                 yield s._replace(owner=owner), None, torch.mul(x, grad, out=out.resize_(0))
 
@@ -700,13 +700,19 @@ def _events(total_steps: int, window: tuple[float, float], count: int) -> tuple[
     return tuple(begin + round(i * (end - begin) / count) for i in range(count + 1))
 
 
+def _chosen(i: int, events: tuple[int, ...]) -> float:
+    """How much of the way to the target is chosen by the i-th event."""
+    return 1 - (1 - i / (len(events) - 1)) ** 3
+
+
 @functools.cache
 def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
-    """The steps at which salience is sampled: up to SAMPLES, evenly, before each choice."""
+    """The steps at which salience is sampled, evenly before each choice."""
     steps: set[int] = set()
-    for previous, event in zip((0, *events), events[:-1], strict=False):
-        count = min(SAMPLES, event - previous)
-        steps |= {event - i * (event - previous) // count for i in range(count)}
+    for i, (previous, event) in enumerate(zip((0, *events), events[:-1], strict=False)):
+        part = _chosen(i + 1, events) - _chosen(i, events)
+        count = min(max(1, round(SAMPLES * part)), event - previous)
+        steps |= {event - k * (event - previous) // count for k in range(count)}
     return frozenset(steps)
 
 
