@@ -30,6 +30,7 @@ SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget,
 PIECE = 2**20  # elements that are multiplied at a time
 EMA = 0.9
 SHRINKS = 2  # from one event to the next
+SPARSITIES = ("target_group_sparsity", "target_per_axis")  # targets that are fractions of what goes, not of what stays
 NORMED = 0.01  # how little of the salience of its ZIGs an axis as a whole has whose scale changes nothing
 
 
@@ -193,20 +194,9 @@ class DHSPG(torch.optim.Optimizer):
             )  # fmt: skip
         sizes = np.array([axis.size for axis in axes], int)
         total = int(sizes.sum())
-        sparsity = kind in ("target_group_sparsity", "target_per_axis")
-        prune = wanted not in (0, {}) if sparsity else wanted < 1
-        if prune and not axes:
+        if wanted not in (({}, 0) if kind in SPARSITIES else (1,)) and not axes:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
-        most = [axis.size - max(1, math.ceil((min_keep if mode == "scheduled" else 0) * axis.size)) for axis in axes]
-        if kind == "target_per_axis":
-            asked = [_asked(axis, wanted) for axis in axes]
-            for axis, n, limit in zip(axes, asked, most, strict=True):
-                if n > limit:
-                    raise ValueError(
-                        f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
-                        f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
-                    )
-            most = asked
+        most = _most(axes, min_keep if mode == "scheduled" else 0, wanted if kind == "target_per_axis" else None)
         # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
         counted = kind == "target_group_sparsity" and group_divisible in (None, 1) and tied is None
         multiple = [1 if counted and group_divisible else _multiple(axis, group_divisible) for axis in axes]
@@ -217,22 +207,10 @@ class DHSPG(torch.optim.Optimizer):
             if whole is None:
                 raise ValueError("this partition doesn't know its MACs: target_macs needs one of partition_zigs")
             work = whole._replace(lost=whole.lost[:, [partition.axes.index(axis) for axis in axes]])
-        dense, least = work.left(np.zeros(len(axes))), work.left(room)
-        target = {
-            "target_group_sparsity": lambda: dense - round(wanted * dense),
-            "target_per_axis": lambda: least,
-        }.get(kind, lambda: wanted * dense)()
-        if target < least:
-            bound = math.floor(1000 * (1 - least / dense)) if sparsity else math.ceil(1000 * least / dense)
-            raise ValueError(
-                f"{kind}={wanted} is not feasible: with min_keep={min_keep} it can be "
-                f"at {'most' if sparsity else 'least'} {bound / 1000}"
-            )
+        dense, target = work.left(np.zeros(len(axes))), _goal(kind, wanted, work, room, min_keep)
         events: tuple[int, ...] = ()
         if target < dense and mode == "paper":
-            events = (max(1, round(start * total_steps)),)
-            if events[0] >= total_steps:
-                raise ValueError(f"total_steps is {total_steps}, fewer training steps than the warm-up ({events[0]})")
+            events = _events(total_steps, (start, 1.0), 1)[:1]
         elif target < dense:
             events = _events(total_steps, window, num_events or (16 if round(target / dense, 2) <= 0.2 else 8))
         sgd = issubclass(base, torch.optim.SGD)
@@ -610,16 +588,40 @@ def the_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both given: one target at a time")
     name, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
-    sparsity = name in ("target_group_sparsity", "target_per_axis")
     for one in value.values() if name == "target_per_axis" else [value]:
-        if not (0 <= one < 1 if sparsity else 0 < one <= 1):
-            raise ValueError(f"{name} is {value}: it must be in {'[0, 1)' if sparsity else '(0, 1]'}")
+        if not (0 <= one < 1 if name in SPARSITIES else 0 < one <= 1):
+            raise ValueError(f"{name} is {value}: it must be in {'[0, 1)' if name in SPARSITIES else '(0, 1]'}")
     return name, value
 
 
-def _asked(axis: PrunableAxis, wanted: Mapping[str, float]) -> int:
-    """How many ZIGs of an axis are to go."""
-    return round(next((t for pattern, t in wanted.items() if re.search(pattern, axis.name)), 0) * axis.size)
+def _most(axes: Sequence[PrunableAxis], min_keep: float, wanted: Mapping[str, float] | None) -> list[int]:
+    """How many ZIGs of every axis may go: all above the floor, or as many as {regular expression: target} wants."""
+    most = [axis.size - max(1, math.ceil(min_keep * axis.size)) for axis in axes]
+    if wanted is None:
+        return most
+    asked = [round(next((t for p, t in wanted.items() if re.search(p, axis.name)), 0) * axis.size) for axis in axes]
+    for axis, n, limit in zip(axes, asked, most, strict=True):
+        if n > limit:
+            raise ValueError(
+                f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
+                f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
+            )
+    return asked
+
+
+def _goal(kind: str, wanted: Any, work: Work, room: np.ndarray, min_keep: float) -> float:
+    """How much of the work is left in the end."""
+    dense, least = work.left(0 * room), work.left(room)
+    if kind == "target_per_axis":
+        return least
+    goal = dense - round(wanted * dense) if kind == "target_group_sparsity" else wanted * dense
+    if goal < least:
+        bound = math.floor(1000 * (1 - least / dense)) if kind in SPARSITIES else math.ceil(1000 * least / dense)
+        raise ValueError(
+            f"{kind}={wanted} is not feasible: with min_keep={min_keep} it can be "
+            f"at {'most' if kind in SPARSITIES else 'least'} {bound / 1000}"
+        )
+    return goal
 
 
 def _multiple(axis: PrunableAxis, divisible: int | None) -> int:
