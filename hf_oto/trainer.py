@@ -224,11 +224,12 @@ class OTOMixin:
         elif optimizer is not None:
             logs["oto/group_sparsity"] = optimizer.group_sparsity
             logs |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
+            text = f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.training_bar.set_postfix_str(
-                        f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
-                    )
+                    callback.training_bar.set_postfix_str(text)
+                elif (table := vars(callback).get("training_tracker")) is not None:  # in a notebook
+                    table.prefix = text
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -217,6 +218,25 @@ def test_the_progress_bar_shows_group_sparsity_and_phase(tmp_path, more, phases)
     assert [phase for phase, _ in itertools.groupby(text.split(", ")[1] for text in shown)] == phases
     assert shown[0] == f"group sparsity 0.00, {phases[0]}"
     assert shown[-1] == f"group sparsity {trainer.report['group_sparsity']:.2f}, {phases[-1]}"
+
+
+def test_the_progress_bar_of_a_notebook_shows_them_too(tmp_path):
+    pytest.importorskip("IPython")
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    shown = []
+
+    class Bar(NotebookProgressCallback):
+        def on_log(self, *args, **kwargs):
+            super().on_log(*args, **kwargs)
+            if self.training_tracker is not None:
+                self.training_tracker.display()
+                shown.append(self.training_tracker.html_code)
+
+    args = arguments(tmp_path, logging_steps=1, disable_tqdm=True)
+    OTOTrainer(bert(), args, train_dataset=sentences(), callbacks=[Bar()]).train()
+    phases = [re.search(r"group sparsity 0\.\d\d, ([a-z -]+)", html)[1].strip() for html in shown]
+    assert [phase for phase, _ in itertools.groupby(phases)] == ["warm-up", "pruning", "training the rest"]
 
 
 def test_phases_of_the_paper():
