@@ -25,7 +25,7 @@ from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 20  # of the salience, before each event as many as its part of what is chosen
+SAMPLES = 6  # of the salience before the first choice, and before others as they are smaller
 SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 PIECE = 2**20  # elements that are multiplied at a time
 EMA = 0.9
@@ -712,7 +712,7 @@ def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
     """The steps at which salience is sampled, evenly before each choice."""
     steps: set[int] = set()
     for i, (previous, event) in enumerate(zip((0, *events), events[:-1], strict=False)):
-        part = _chosen(i + 1, events) - _chosen(i, events)
+        part = (_chosen(i + 1, events) - _chosen(i, events)) / _chosen(1, events)
         count = min(max(1, round(SAMPLES * part)), event - previous)
         steps |= {event - k * (event - previous) // count for k in range(count)}
     return frozenset(steps)

@@ -27,6 +27,7 @@ import transformers as tf
 from models import LENGTH, TABLE, VOCAB, text
 from PIL import Image
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_DECISION_MAPPING_NAMES
 
 FOLDER, OUT, GROUP = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 TRUST = {"trust_remote_code": True} if GROUP == "trusted" else {}
@@ -237,10 +238,12 @@ def generate(path: Path, name: str, kind: str) -> Any:
 
 
 def tasks(name: str) -> list[str]:
-    """The pipelines whose Auto class chooses the checkpoint's own class; `decision` wraps it in another."""
-    own = OWN[config_of(FOLDER / name / "stock")["architectures"][0]]
-    supported = tf.pipelines.SUPPORTED_TASKS.items()
-    return [task for task, of in supported if task != "decision" and own & {auto.__name__ for auto in of["pt"]}]
+    """The pipelines whose Auto class chooses the checkpoint's own class; not those that wrap it in a default Jev."""
+    config = config_of(FOLDER / name / "stock")
+    own, supported = OWN[config["architectures"][0]], dict(tf.pipelines.SUPPORTED_TASKS)
+    if config["model_type"] in MODEL_FOR_DECISION_MAPPING_NAMES:
+        del supported["decision"]
+    return [task for task, of in supported.items() if own & {auto.__name__ for auto in of["pt"]}]
 
 
 PICTURE = Image.fromarray((np.arange(32 * 32 * 3) * 7 % 256).astype("uint8").reshape(32, 32, 3))
@@ -250,6 +253,7 @@ TASKS = {
     "fill-mask": (f"{SENTENCE} [MASK]", {}),
     "text-classification": (SENTENCE, {"top_k": None}),
     "zero-shot-classification": (SENTENCE, {"candidate_labels": ["w7", "w8"], "hypothesis_template": "w1 {}"}),
+    "decision": ({"state": SENTENCE, "questions": {"?": {"type": "noul"}}}, {}),
     "text-generation": (SENTENCE, {"max_new_tokens": 4, "do_sample": False}),
     "image-classification": (PICTURE, {}),
     "zero-shot-image-classification": (PICTURE, {"candidate_labels": ["w7", "w8"], "hypothesis_template": "w1 {}"}),

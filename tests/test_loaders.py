@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import transformers as tf
 from models import LENGTH, TABLE, VOCAB, make, randomise_
+from transformers.decision import DecisionConfig
 
 import hf_oto
 from hf_oto.modeling_oto import OTOError
@@ -47,6 +48,7 @@ def processors(name, folder):
     inputs = TABLE[name].inputs(1)
     if inputs.keys() & {"input_ids", "decoder_input_ids", "input_values"}:
         tokenizer(name).save_pretrained(folder)
+        DecisionConfig(labels={"noul": ["w7", "w8"]}, chat_template="{{ state }}").save_pretrained(folder)
     if name == "clip":
         images = tf.CLIPImageProcessorPil(size=size, do_center_crop=False)
         tf.CLIPProcessor(images, tokenizer(name)).save_pretrained(folder)
