@@ -228,7 +228,7 @@ class OTOMixin:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix_str(text)
-                elif (table := vars(callback).get("training_tracker")) is not None:  # in a notebook
+                elif (table := getattr(callback, "training_tracker", None)) is not None:  # in a notebook
                     table.prefix = text
         super().log(logs, *args, **kwargs)
 
