@@ -13,7 +13,7 @@ import transformers as tf
 from dhspg_reference import Group, Reference
 from torch import nn
 
-from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
+from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, dhspg, partition_zigs
 from hf_oto.report import macs
 from hf_oto.zigs import Member, OTOError, PrunableAxis
 
@@ -480,6 +480,24 @@ def pruned(steps=40, **settings):
     compact(model, partition, plan)
     kept = {axis.name: len(plan.kept.get(axis.name, range(axis.size))) for axis in partition.axes}
     return partition, kept, (sum(p.numel() for p in model.parameters()) / before[0], macs(model, inputs) / before[1])
+
+
+@pytest.mark.parametrize("piece", [2**20, 7])
+def test_salience_is_a_mean_over_batches(monkeypatch, piece):
+    """Of <x, gradient>^2, by hand in float64; no single batch is like it."""
+    monkeypatch.setattr(dhspg, "PIECE", piece)
+    model = net()
+    optimizer, terms = make(model), []
+
+    def watch(*_):
+        rows = [(p.double() * p.grad).reshape(len(p), -1).sum(1) for p in model.parameters()]
+        terms.append(torch.cat([sum(rows[:4]), sum(rows[4:6])]).detach() ** 2)
+
+    optimizer.register_step_pre_hook(watch)
+    run(model, optimizer, 6)  # the first choice comes after the sixth step
+    mean = sum(0.1 * 0.9 ** (5 - i) * term for i, term in enumerate(terms))
+    torch.testing.assert_close(optimizer.param_groups[0]["salience"], mean, rtol=1e-3, atol=1e-12)
+    assert all(torch.cosine_similarity(mean, term, dim=0) < 0.97 for term in terms)
 
 
 def test_axes_under_norms_lose_alike():
