@@ -94,7 +94,7 @@ def test_optimizer_across_processes(tmp_path):
     assert distance(ranks[0]["fsdp2, broken"], one[""]) == float("inf")
 
     traffic = ranks[0]["traffic"]
-    assert traffic["decisions"] > 4
+    assert traffic["decisions"] > 2
     assert traffic["sent"] == [worker.PARTITION.num_zigs + 1] * traffic["decisions"]
 
     for rank in four:
