@@ -377,15 +377,16 @@ def _outputs(
 
 
 def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to the largest entry of each output; inf where shapes or infinities differ, or
-    where nothing is finite."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
+    """Largest difference relative to the largest entry of each output, or for a scalar (a loss, a small difference of
+    what stands beside it) of all outputs; inf where shapes or infinities differ, or where nothing is finite."""
+    worst, largest = 0.0, [float(x[torch.isfinite(x)].abs().max()) if torch.isfinite(x).any() else 0.0 for x in a]
+    for x, y, scale in zip(a, b, largest, strict=True):
         finite = torch.isfinite(x)
         if not torch.equal(finite, torch.isfinite(y)) or (x.numel() and not finite.any()):  # then nothing is compared
             return float("inf")
         if x.numel():
-            worst = max(worst, float((x - y)[finite].abs().max() / x[finite].abs().max().clamp_min(1e-3)))
+            scale = scale if x.dim() else max(largest)
+            worst = max(worst, float((x - y)[finite].abs().max()) / max(scale, 1e-3))
     return worst
 
 

@@ -26,6 +26,7 @@ import hf_oto.rules
 from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
 from hf_oto.compact import resolve
 from hf_oto.modeling_oto import OTOError
+from hf_oto.partition import _difference
 from hf_oto.report import macs
 
 SWITCHES_ATTENTION = ["vit", "swin", "bert", "distilbert", "gpt2", "llama", "whisper", "clip"]
@@ -685,3 +686,11 @@ def test_a_reader_that_cannot_be_zero_pins_what_is_not_zero(reader, offered):
     net = randomise_(Net())
     for model in (net, copy.deepcopy(net).to("meta")):
         assert bool(partition_zigs(model, {"x": waves(2, 7, 16)}).axes) is offered
+
+
+def test_a_small_loss_is_measured_on_the_scale_of_the_logits():
+    """Where a model is sure of itself, rounding shows in its loss a hundredfold; control: logits that do differ."""
+    logits = torch.tensor([[20.0, 5.0, -3.0]])
+    loss = torch.tensor(3e-3)
+    assert _difference([loss, logits], [loss + 2e-6, logits + 2e-6]) < 1e-5 < _difference([loss], [loss + 2e-6])
+    assert _difference([loss, logits], [loss, logits + 1e-3]) > 1e-5
