@@ -396,7 +396,7 @@ class DHSPG(torch.optim.Optimizer):
         axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
         for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
             new = torch.nan_to_num(taylor**2, nan=math.inf)
-            self._own[name] = EMA * self._own[name].cpu() + (1 - EMA) * new  # from 0 on, which is the same for all
+            self._own[name] = EMA * self._own[name].cpu() + (1 - EMA) * new  # to begin at 0 makes all too small alike
 
     def _products(self) -> Iterator[tuple[Slice, None, Tensor]]:
         """Weight times gradient, in pieces, each in the memory of the one before: fresh memory is slower than both."""
