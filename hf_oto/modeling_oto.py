@@ -306,6 +306,36 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 # The class
 
+_finish = getattr(PreTrainedModel, "_finalize_model_loading", None)  # the end of Transformers' `from_pretrained`
+
+
+def finish_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+    """Transformers' own, but sizes that the record cut are never taken for a new head, to be initialised anew.
+
+    Raises:
+        OTOError: the weights have other sizes than the record says, whatever `ignore_mismatched_sizes` is, or other
+            sizes than the stock model where it says nothing, and that is False.
+    """
+    if not (is_compact(type(model)) and "oto" in vars(model.config)):
+        return _finish(model, load_config, loading_info)
+    modules = model.config.oto["modules"]
+    for key, saved, built in sorted(loading_info.mismatched_keys):
+        path, _, name = key.rpartition(".")
+        cut = modules.get(path, {}).get("shapes", {}).get(name, [])
+        fits = all(n is None or s == n for s, n in zip(saved, cut, strict=False))
+        require(
+            fits, f"{key} has shape {tuple(saved)} in the checkpoint, {tuple(built)} by the record: not its weights"
+        )
+    try:
+        return _finish(model, load_config, loading_info)
+    except RuntimeError as error:
+        if not (loading_info.mismatched_keys or loading_info.conversion_errors or loading_info.error_msgs):
+            raise
+        names = short(sorted(key for key, *_ in loading_info.mismatched_keys))
+        raise OTOError(
+            f"the weights do not fit what config.json and its hf_oto record say of {names}: {error}"
+        ) from error
+
 
 class CompactMixin:
     """What a compact class adds to its stock class: it builds, saves and pickles itself by the record in its config.
@@ -315,6 +345,7 @@ class CompactMixin:
     """
 
     _oto_stock: type[PreTrainedModel]
+    _finalize_model_loading = staticmethod(finish_loading)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if "oto" not in vars(config):

@@ -1,8 +1,9 @@
 """Makes stock classes honour the record: after `import hf_oto`, a config with `oto` in it builds a compact model.
 
-Stands beside modeling_oto.py and holds the one thing that must not travel with a checkpoint. The hook sits where a
-model object comes into being, `PreTrainedModel.__new__`: `from_pretrained`, `from_config` and `Cls(config)`, of Auto
-and concrete classes, all pass there with the resolved config in hand, so none of them is wrapped or repeated.
+Stands beside modeling_oto.py and holds what must not travel with a checkpoint. The hook sits where a model object
+comes into being, `PreTrainedModel.__new__`: `from_pretrained`, `from_config` and `Cls(config)`, of Auto and concrete
+classes, all pass there with the resolved config in hand, so none of them is wrapped or repeated. A second one says at
+the end of `from_pretrained` which weights the record doesn't fit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .modeling_oto import compact_class
+from .modeling_oto import compact_class, finish_loading
 
 
 def _new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -26,5 +27,6 @@ def _new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedMod
 
 
 def install_hook() -> None:
-    """Installs the hook; installing it again changes nothing. Configs without a record are built as ever."""
+    """Installs the hooks; installing them again changes nothing. Configs without a record are built as ever."""
     PreTrainedModel.__new__ = staticmethod(_new)
+    PreTrainedModel._finalize_model_loading = staticmethod(finish_loading)

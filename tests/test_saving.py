@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -587,14 +589,21 @@ def test_wrong_record_is_an_error_before_any_weight_is_used(compact_bert, saved,
 
 
 def test_record_that_does_not_fit_the_weights(saved, tmp_path):
-    """A record that fits the class but not the weights: Transformers says which sizes differ."""
+    """A record that fits the class but not the weights, here and without hf_oto: no layer is initialised anew."""
     config = json.loads((saved / "bert" / "config.json").read_text())
     module(config["oto"])["shapes"]["weight"] = [14, None]
     config["oto"] = sealed(config["oto"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((saved / "bert" / "model.safetensors").read_bytes())
-    with pytest.raises(RuntimeError, match="mismatch"):
-        tf.BertForSequenceClassification.from_pretrained(tmp_path)
+    words = r"intermediate.dense.weight has shape \(15, 32\) in the checkpoint, \(14, 32\) by the record"
+    with pytest.raises(OTOError, match=words):
+        tf.BertForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    shutil.copy(saved / "bert" / "modeling_oto.py", tmp_path)
+    load = f"AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
+    found = subprocess.run(
+        [sys.executable, "-c", f"from transformers import *; {load}"], capture_output=True, text=True
+    )
+    assert re.search(f"OTOError: .*{words}", found.stderr), found.stderr
 
 
 def test_become_compact_checks_the_model():
