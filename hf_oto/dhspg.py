@@ -109,8 +109,9 @@ class DHSPG(torch.optim.Optimizer):
             has the first whose pattern matches its name somewhere, and else stays whole.
         mode: "scheduled" or "paper".
         params: parameter groups, their "params" as (name, parameter) pairs; None: all that require gradients.
-        window: scheduled: fractions of the run at which pruning starts and ends.
-        num_events: scheduled: choices in the window; None: 8, or 16 for targets from 0.8.
+        window: scheduled: fractions of the run at which pruning starts and ends. None: (0.1, 0.6), or where at most a
+            fifth is left (0.1, 0.25), up to 0.6 in a run too short for that: there what stays needs the time.
+        num_events: scheduled: choices in the window; None: 8, or 16 where at most a fifth is left.
         min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
         group_divisible: scheduled: the width that is left of every axis, in channels or units, is a multiple of this;
             an axis that can't lose so many stays whole. None: 8 for widths from 64 on, as kernels like it (only a
@@ -159,7 +160,7 @@ class DHSPG(torch.optim.Optimizer):
         target_macs: float | None = None,
         target_per_axis: Mapping[str, float] | None = None,
         params: Iterable[dict[str, Any]] | None = None,
-        window: tuple[float, float] = (0.1, 0.6),
+        window: tuple[float, float] | None = None,
         num_events: int | None = None,
         min_keep: float = 0.1,
         group_divisible: int | None = None,
@@ -212,7 +213,10 @@ class DHSPG(torch.optim.Optimizer):
         if target < dense and mode == "paper":
             events = _events(total_steps, (start, 1.0), 1)[:1]
         elif target < dense:
-            events = _events(total_steps, window, num_events or (16 if round(target / dense, 2) <= 0.2 else 8))
+            few = round(target / dense, 2) <= 0.2
+            count = num_events or (16 if few else 8)
+            end = min(0.6, max(0.25, 0.1 + (count + 2) / max(1, total_steps))) if few else 0.6
+            events = _events(total_steps, window or (0.1, end), count)
         sgd = issubclass(base, torch.optim.SGD)
         elements = []  # parameters of one ZIG of each axis
         for axis in axes:

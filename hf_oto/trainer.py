@@ -59,8 +59,9 @@ class OTOTrainingArguments(TrainingArguments):
         pruning_mode (`str`, *optional*, defaults to `"scheduled"`):
             `"scheduled"` reaches the target whatever the learning rate; `"paper"` is OTOv2's own update
             (arXiv 2303.06862), which reaches it only if the learning rate and the number of steps allow.
-        pruning_window (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.6)`):
-            First and last moment of pruning as fractions of the optimizer steps (scheduled mode).
+        pruning_window (`list[float]`, *optional*):
+            First and last moment of pruning as fractions of the optimizer steps (scheduled mode): (0.1, 0.6), or
+            (0.1, 0.25) where at most a fifth is left.
         min_keep (`float`, *optional*, defaults to 0.1):
             Fraction of every axis, at least one ZIG, that is never removed (scheduled mode).
         group_divisible (`int`, *optional*):
@@ -85,7 +86,9 @@ class OTOTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Fractions of ZIGs to remove, by regular expression on the axis, as JSON."}
     )
     pruning_mode: str = field(default="scheduled", metadata={"help": "scheduled or paper."})
-    pruning_window: tuple[float, float] = field(default=(0.1, 0.6), metadata={"help": "Pruning starts and ends at."})
+    pruning_window: list[float] | None = field(
+        default=None, metadata={"help": "Pruning starts and ends at these fractions of the steps."}
+    )
     min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays."})
     group_divisible: int | None = field(
         default=None, metadata={"help": "What stays of an axis is a multiple of this."}
@@ -197,7 +200,7 @@ class OTOMixin:
         self._works = {name: work for name, work in works.items() if work is not None}
         mode = self._setting("pruning_mode")
         scheduled = {name: self._setting(name) for name in ("min_keep", "group_divisible")}
-        scheduled["window"] = tuple(self._setting("pruning_window"))
+        scheduled["window"] = self._setting("pruning_window")
         self.optimizer = DHSPG(
             model,
             self.partition,

@@ -224,6 +224,16 @@ def test_the_released_rule_misses_its_target_at_a_fine_tuning_rate():
 # the schedule -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("target", "steps", "count", "end"),
+    [(0.5, 1000, 8, 600), (0.9, 1000, 16, 250), (0.9, 60, 16, 24), (0.9, 32, 16, 19)],
+)
+def test_where_little_is_left_it_is_chosen_early(target, steps, count, end):
+    """What is to stay then has most of the run for itself; a short run takes the steps that the choices need."""
+    events = make(net(), total_steps=steps, target_group_sparsity=target).schedule.events
+    assert (len(events), events[0], events[-1]) == (count + 1, round(steps / 10), end)
+
+
 @BASES
 @pytest.mark.parametrize("target", [0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("lr", [1e-6, 1e-3, 1e-1, "linear", "cosine"])

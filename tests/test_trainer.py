@@ -319,8 +319,10 @@ def test_one_target_at_a_time(tmp_path):
 
 def test_arguments_from_a_command_line(tmp_path):
     line = ["--output_dir", str(tmp_path), "--target_per_axis", '{"mlp": 0.5}', "--group_divisible", "8"]
+    line += ["--pruning_window", "0.2", "0.5"]
     (args,) = tf.HfArgumentParser(OTOTrainingArguments).parse_args_into_dataclasses(line)
     assert (args.target_per_axis, args.group_divisible, args.target_group_sparsity) == ({"mlp": 0.5}, 8, None)
+    assert args.pruning_window == [0.2, 0.5]
 
 
 @pytest.mark.parametrize("target", [-0.1, 1.0, 7])
