@@ -306,7 +306,7 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 # The class
 
-_finish = getattr(PreTrainedModel, "_finalize_model_loading", None)  # the end of Transformers' `from_pretrained`
+_finish = getattr(PreTrainedModel, "_finalize_model_loading", None)  # private: without it errors are only less clear
 
 
 def finish_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:

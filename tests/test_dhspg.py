@@ -232,6 +232,8 @@ def test_where_little_is_left_it_is_chosen_early(target, steps, count, end):
     """What is to stay then has most of the run for itself; a short run takes the steps that the choices need."""
     events = make(net(), total_steps=steps, target_group_sparsity=target).schedule.events
     assert (len(events), events[0], events[-1]) == (count + 1, round(steps / 10), end)
+    asked = make(net(), total_steps=steps, target_group_sparsity=target, window=(0.2, 0.8)).schedule.events
+    assert (asked[0], asked[-1]) == (round(0.2 * steps), round(0.8 * steps))  # control: a window that is given stays
 
 
 @BASES
