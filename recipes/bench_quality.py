@@ -6,10 +6,11 @@
 
 Methods: dense; scheduled, the package's default; paper, OTOv2's update; magnitude, one shot at 10 % of the steps by
 squared norm per parameter; hesso, score and schedule of HESSO (arXiv 2409.09085) without its corrective cycle; random
-ZIGs on the default's schedule. All but paper share budget, floors and freezing. Paper knows group sparsity alone and
-can miss it: compare it by what is left, or give all the same --sparsities by `--budget groups`. Accuracy is that of
-the compact model on the test set, or, to select settings by, on held-out training examples (`--validation`). Each run
-appends a JSON line to --out; runs already there are skipped.
+ZIGs on the default's schedule; distilled, the default taught by the dense model of the same seed, whose training comes
+on top (Hinton et al., arXiv 1503.02531). All but paper share budget, floors and freezing. Paper knows group sparsity
+alone and can miss it: compare it by what is left, or give all the same --sparsities by `--budget groups`. Accuracy is
+that of the compact model on the test set, or, to select settings by, on held-out training examples (`--validation`).
+Each run appends a JSON line to --out; runs already there are skipped.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from datasets import Dataset, load_dataset
 from models import SmallResNetForImageClassification
 from quickstart import SIZE, digits, vit
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import kl_div, log_softmax, normalize
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -42,7 +43,8 @@ from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
 from hf_oto.report import macs
 
 UNRELATED = ("seeds", "methods", "targets", "sparsities", "out")  # options that a single run does not depend on
-METHODS = ("dense", "scheduled", "paper", "magnitude", "hesso", "random")
+METHODS = ("dense", "scheduled", "paper", "magnitude", "hesso", "random", "distilled")
+TEACHING, TEMPERATURE = 0.7, 2.0  # the teacher's part of the loss, and how soft both predictions are
 LEARNING_RATES = {"resnet": (2e-3, 0.1), "vit": (1e-3, 0.05), "text": (3e-5, 1e-2)}  # of AdamW and SGD
 
 
@@ -104,6 +106,7 @@ def optimizer_of(model: PreTrainedModel, partition: ZIGPartition, setting: dict[
         return base(model.parameters(), **common)
     cls, arguments = {
         "scheduled": (DHSPG, {}),
+        "distilled": (DHSPG, {}),
         "paper": (DHSPG, {"mode": "paper", "epsilon": 0.95}),  # as in its tutorials
         "magnitude": (Magnitude, {"window": (0.1, 0.1 + 1 / steps), "num_events": 1}),
         "hesso": (HESSO, {"window": (0.1, 0.25), "num_events": 10}),  # its tutorials: from 1/10 to 1/5 or 1/4
@@ -170,13 +173,14 @@ def inputs_of(x: Tensor, generator: torch.Generator | None = None) -> dict[str, 
     return {"pixel_values": pixels}
 
 
-def run(task: Task, partition: ZIGPartition, setting: dict[str, Any]) -> dict[str, float]:
-    """Trains one model, cuts it, and scores what is left."""
-    start, steps, size = process_time(), setting["steps"], setting["batch_size"]
+def train(
+    task: Task, partition: ZIGPartition, setting: dict[str, Any], teacher: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """A model as a method trains it, not cut yet."""
+    steps, size = setting["steps"], setting["batch_size"]
     set_seed(setting["seed"])
-    build, (x, y), test = task
-    model, probe = build().train(), inputs_of(x[:1])
-    dense = model.num_parameters(), macs(model, probe)
+    build, (x, y), _ = task
+    model = build().train()
     optimizer, generator = optimizer_of(model, partition, setting), torch.Generator().manual_seed(setting["seed"])
     rate = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     order = torch.cat([torch.randperm(len(y), generator=generator) for _ in range(steps * size // len(y) + 1)])
@@ -188,9 +192,27 @@ def run(task: Task, partition: ZIGPartition, setting: dict[str, Any]) -> dict[st
         batches = order[: steps * size].split(size)
     for batch in batches:
         optimizer.zero_grad()
-        model(**inputs_of(x[batch], generator), labels=y[batch]).loss.backward()
+        inputs = inputs_of(x[batch], generator)
+        output = model(**inputs, labels=y[batch])
+        loss = output.loss
+        if teacher is not None:
+            with torch.no_grad():
+                taught = log_softmax(teacher(**inputs).logits / TEMPERATURE, 1)
+            soft = kl_div(log_softmax(output.logits / TEMPERATURE, 1), taught, reduction="batchmean", log_target=True)
+            loss = (1 - TEACHING) * loss + TEACHING * TEMPERATURE**2 * soft
+        loss.backward()
         optimizer.step()
         rate.step()
+    return model
+
+
+def run(task: Task, partition: ZIGPartition, setting: dict[str, Any]) -> dict[str, float]:
+    """Trains one model, cuts it, and scores what is left."""
+    start, (_, (x, _), test) = process_time(), task
+    distilled = setting["method"] == "distilled"
+    teacher = train(task, partition, setting | {"method": "dense"}).eval() if distilled else None
+    model, probe = train(task, partition, setting, teacher), inputs_of(x[:1])
+    dense = model.num_parameters(), macs(model, probe)
     plan = PruningPlan.from_zeros(model, partition)
     compact(model, partition, plan).eval()
     with torch.no_grad():
