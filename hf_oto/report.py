@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import statistics
@@ -43,32 +44,45 @@ class _Memory(TorchDispatchMode):
         return out
 
 
-def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> dict[str, Any]:
-    """What a model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of one
+def measure(*models: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> list[dict[str, Any]]:
+    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of one
     forward in bytes; its `latency` in seconds, the median, and the `quartiles`; and `measured_on` what.
 
     Memory is that of weights, inputs, and the results of operations that are held at a time, at most; what a kernel
-    takes for itself is not seen, on any device.
+    takes for itself is not seen, on any device. Models run in turn for their latencies, so that what else the machine
+    does slows them all alike.
 
     Args:
-        seconds: how long to measure the latency; at least 3 and at most 50 forwards after one that warms up.
+        seconds: how long to measure the latencies, for each model; 3 to 50 forwards of each after one that warms up.
     """
+    latencies: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        while (n := len(latencies[0])) < 4 or (n <= 50 and sum(map(sum, latencies)) < seconds * len(models)):
+            for model, each in zip(models, latencies, strict=True):
+                each.append(_latency(model, inputs))
+    return [_measured(model, inputs, each[1:]) for model, each in zip(models, latencies, strict=True)]
+
+
+def _latency(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Seconds of one forward."""
+    device = next(model.parameters()).device
+    start = time.perf_counter()
+    model(**inputs)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _measured(model: nn.Module, inputs: Mapping[str, Any], latencies: list[float]) -> dict[str, Any]:
     saved = {id(t): t for t in [*model.parameters(), *persistent_buffers(model).values()]}.values()
     given = tensors_of(inputs)
     known = {t.untyped_storage() for t in [*model.parameters(), *model.buffers(), *given]}
-    device = next(model.parameters()).device
-    latency: list[float] = []
-    with evaluating(model):
-        while len(latency) < 4 or (len(latency) <= 50 and sum(latency) < seconds):
-            start = time.perf_counter()
-            model(**inputs)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            latency.append(time.perf_counter() - start)
-        with _Memory(known) as memory:
-            model(**inputs)
-    low, median, high = statistics.quantiles(latency[1:])
-    largest = max(given, key=torch.Tensor.numel)
+    with evaluating(model), _Memory(known) as memory:
+        model(**inputs)
+    low, median, high = statistics.quantiles(latencies)
+    largest, device = max(given, key=torch.Tensor.numel), next(model.parameters()).device
     where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     return {
         "params": sum(p.numel() for p in model.parameters()),

@@ -32,7 +32,7 @@ from .compact import compact, put_
 from .dhspg import DHSPG, the_target
 from .figures import save_figures
 from .modeling_oto import FILE_NAME
-from .partition import check_zero_invariance, cut_difference, is_rounding, partition_zigs, tolerance
+from .partition import check_zero_invariance, cut_copy, cut_difference, is_rounding, partition_zigs, tolerance
 from .report import Report, measure, scores
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
@@ -273,7 +273,6 @@ class OTOMixin:
         state, batch = self.state, self._first_batch()
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
         zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
-        before = _of_rank_zero(lambda: measure(model, batch))
         self.plan, difference, exact = _of_rank_zero(lambda: self._certified(model, batch))
         if not exact:
             path = os.path.join(self.args.output_dir, "dense")
@@ -282,6 +281,7 @@ class OTOMixin:
                 f"the certificate failed: zeroed full and compact model differ by {difference:.1e} on a real batch "
                 f"(allowed: {tolerance(model):.0e}). The model was not cut; the full one is saved in {path}"
             )
+        before, after = _of_rank_zero(lambda: measure(model, cut_copy(model, self.partition, self.plan), inputs=batch))
         model = compact(model, self.partition, self.plan)
         if self._ties is not None:
             stock = plain(model, self.partition, self.plan, self._ties, batch)  # the same on every rank
@@ -293,7 +293,6 @@ class OTOMixin:
         self.model_wrapped = model
         self.accelerator.free_memory()
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
-        after = _of_rank_zero(lambda: measure(model, batch))
         self.report = Report(
             before=before,
             after=after,

@@ -11,6 +11,7 @@ What OTO adds to a loop: the partition before `prepare`, DHSPG as the optimizer,
 """
 
 import argparse
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,13 +100,12 @@ def main() -> None:
         test = collate(list(data["test"]))
         few = {name: tensor[:8] for name, tensor in test.items()}
         print(f"certificate: outputs move by {check_zero_invariance(whole, partition, few, plan):.1e}")
-        before = measure(whole, few)
-        whole = compact(whole, partition, plan).eval()
+        small = compact(copy.deepcopy(whole), partition, plan).eval()
         with torch.no_grad():
-            right = whole(test["pixel_values"]).logits.argmax(-1) == test["labels"]
-        print(table(before, measure(whole, few)))
+            right = small(test["pixel_values"]).logits.argmax(-1) == test["labels"]
+        print(table(*measure(whole, small, inputs=few)))
         print(f"accuracy of the compact model: {right.float().mean():.4f}")
-        whole.save_pretrained(options.out / "compact")
+        small.save_pretrained(options.out / "compact")
     accelerator.end_training()
 
 

@@ -54,13 +54,23 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_memory_and_sizes_by_hand(inplace):
-    found = measure(Net(inplace), {"x": torch.zeros(10, 4)}, seconds=0)
+    (found,) = measure(Net(inplace), inputs={"x": torch.zeros(10, 4)}, seconds=0)
     params = 4 * 100 + 100 + 100 * 3 + 3
     hidden = 10 * 100 if inplace else 2 * 10 * 100  # what the ReLU reads and what it writes are held together
     held = max(hidden, 10 * 100 + 10 * 3)
     assert found["params"] == params and found["bytes"] == 4 * params
     assert found["memory"] == 4 * (params + 7 + 10 * 4 + held)
     assert found["macs"] == 10 * (4 * 100 + 100 * 3)
+
+
+def test_latencies_are_taken_in_turn():
+    """What else the machine does then slows both alike."""
+    calls, models = [], [Net(False), Net(True)]
+    for model in models:
+        model.register_forward_pre_hook(lambda module, args: calls.append(models.index(module)))
+    measure(*models, inputs={"x": torch.zeros(10, 4)}, seconds=0)
+    assert calls[:8] == [0, 1] * 4
+    assert models[0].training and models[1].training
 
 
 def test_bytes_are_those_of_the_file(trained, tmp_path):
