@@ -73,6 +73,14 @@ def test_latencies_are_taken_in_turn():
     assert models[0].training and models[1].training
 
 
+def test_the_numbers_are_those_of_the_model_that_is_left(trained):
+    """They are taken of a copy, while the full model is still there."""
+    (again,) = measure(trained.model, inputs=trained._first_batch(), seconds=0)
+    sizes = ("params", "macs", "bytes", "memory", "measured_on")
+    assert {k: trained.report["after"][k] for k in sizes} == {k: again[k] for k in sizes}
+    assert all(trained.report["before"][k] > again[k] for k in sizes[:4])
+
+
 def test_bytes_are_those_of_the_file(trained, tmp_path):
     trained.model.save_pretrained(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
