@@ -3,9 +3,11 @@
 Importing it makes `from_pretrained` of stock Transformers classes load compact models.
 """
 
-from .compact import compact, to_dense
+from .certificate import check_zero_invariance
+from .cut import compact
+from .dense import to_dense
 from .dhspg import DHSPG
-from .partition import check_zero_invariance, partition_zigs
+from .partition import partition_zigs
 from .saving import install_hook
 from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
 from .zigs import PruningPlan, ZIGPartition

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import is_matplotlib_available
 
-from .compact import resolve
+from .cut import resolve
 from .zigs import PruningPlan, ZIGPartition
 
 COLOURS = {
@@ -38,7 +38,7 @@ def widths(partition: ZIGPartition, plan: PruningPlan) -> Any:
     from matplotlib.figure import Figure
 
     kinds: dict[str, list[tuple[str, int, int]]] = {}
-    for axis, gone in partition.split(resolve(partition, plan)[0]):
+    for axis, gone in partition.split(resolve(partition, plan).removed):
         kinds.setdefault(axis.kind, []).append((axis.name, axis.size, int((~gone).sum())))
     named = {kind: _short([name for name, _, _ in rows]) for kind, rows in kinds.items()}
     inches = sum(0.06 * (max(map(len, labels)) + max(52, len(frame))) for frame, labels in named.values())

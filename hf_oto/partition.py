@@ -1,16 +1,16 @@
 """The front door: from a model to its ZIG partition, rehearsed before anybody trains on it.
 
-Trace, rules, solve, sizes; then the cut is tried on weightless copies, and on the real weights where there are some:
-what can't be rebuilt exactly is pinned with that reason.
+Trace, rules, solve, sizes; then the cut is put on the model, without weights and with them, where there are some, and
+taken off again: what can't be rebuilt exactly is pinned with that reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
+import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,33 +18,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from .axes import Leaf
-from .compact import cut_, put_, resolve, scale_factors, scaled
-from .modeling_oto import named_tensors, sizes_of
-from .rules import Axes, apply_rules, multiplications
+from .calls import Forward, Inputs, as_forwards, make_inputs, raise_if_out_of_memory, tensors_of
+from .certificate import cut_difference, refuse_random
+from .cut import Cut, cut_, resolve
+from .modeling_oto import OTOError, named_tensors, sizes_of
+from .restore import evaluating, replace_tensors_, restored
+from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
-from .trace import Trace, evaluating, fake_weights, tensors_of, trace
-from .zigs import OTOError, PruningPlan, Width, Work, ZIGPartition, fold, solve
+from .trace import Fakes, Trace, experts_at_once_, trace
+from .zigs import Width, Work, ZIGPartition, fold, random_half, solve
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5  # relative; exact models stay below 1.4e-6 in float32, off-by-one cuts are mostly above 1e-4
 
-
-def partition_zigs(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None, protect: Sequence[str] = ()
-) -> ZIGPartition:
+def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
+
+    The model runs on the inputs in eval mode and in train mode, without dropout; both count. It is left as it was.
 
     Args:
         model: any `nn.Module`; on the meta device too.
-        inputs: one small batch, the keyword arguments of forward; None: made from the config.
+        inputs: one small batch, the keyword arguments of forward, or several calls, a list of such: whatever training
+            does with the model. None: made from the config.
         protect: regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a
             module it is in.
 
@@ -52,7 +52,7 @@ def partition_zigs(
         the partition; its `pinned` says for every other parameter dimension why it stays.
 
     Raises:
-        OTOError: the model can't run on the inputs.
+        OTOError: the model can't run on the inputs, or gives other outputs every time.
         ValueError: a pattern of `protect` that matches nothing.
 
     Example:
@@ -67,7 +67,9 @@ def partition_zigs(
             "accelerator.prepare; of a model too large for that, on the meta device"
         )
     protected = _protected(model, protect)
-    inputs, traced = _first_traced(model, make_inputs(model) if inputs is None else [inputs])
+    given = ([batch] for batch in make_inputs(model)) if inputs is None else [inputs]
+    forwards, traced = _first_traced(model, map(as_forwards, given))
+    traced = without_repeats(traced)
     found = apply_rules(traced)
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
     living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
@@ -75,83 +77,8 @@ def partition_zigs(
     for name in protected & traced.sources.keys():
         for dim in found.of(traced.sources[name]):
             found.algebra.pin(dim, "protected by the caller")
-    return _rehearsed(model, inputs, traced, found)
-
-
-def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Small batches made from a Transformers config, of text, images or sound: first of all its forward takes, so that
-    every tower runs (images have their places in the text, where the model wants that), then of its main input alone.
-
-    Raises:
-        OTOError: what the model reads is none of these.
-    """
-    made, main = {}, ""
-    if isinstance(model, PreTrainedModel):
-        accepted, main = inspect.signature(model.forward).parameters, model.main_input_name
-        device = torch.device("cpu") if model.device.type == "meta" else model.device
-        for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
-            value = _made(name, model.config) if name in accepted else None
-            if value is not None:
-                made[name] = value.to(device, model.dtype if value.is_floating_point() else value.dtype)
-    if {"input_ids", "pixel_values"} <= made.keys():
-        yield from _with_images(model, made)
-    if made:
-        yield made
-    if main not in made:
-        raise OTOError(
-            f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
-        )
-    yield {name: value for name, value in made.items() if name in (main, "decoder_input_ids")}
-    yield {main: made[main]}
-
-
-def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches whose texts begin with a token for every feature of their image: to count these the images are encoded,
-    in each of the forms that models take them in."""
-    token, encode = _find(model.config, "image_token_id"), getattr(model, "get_image_features", None)
-    if token is None or encode is None or model.device.type == "meta":
-        return
-    pixels, text = made["pixel_values"], made["input_ids"]
-    forms = [{"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)}]
-    forms += [{"pixel_values": pixels}, {"pixel_values": pixels[:, None]}]
-    patch, merge = _find(model.config, "patch_size"), 2 * (_find(model.config, "spatial_merge_size") or 1)
-    if isinstance(patch, int):
-        size = pixels.shape[1] * (_find(model.config, "temporal_patch_size") or 1) * patch**2
-        grid = torch.tensor([[1, merge, merge]] * 2, device=pixels.device)
-        forms.insert(0, {"pixel_values": pixels.new_ones(2 * merge**2, size), "image_grid_thw": grid})
-    for images in (form for form in forms if form.keys() <= inspect.signature(encode).parameters.keys()):
-        try:
-            with evaluating(model):
-                features = encode(**images)
-        except Exception:  # not its form
-            continue
-        features = tensors_of(getattr(features, "pooler_output", features))
-        count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]
-        text = torch.where(text == token, text - 1, text)
-        batch = made | images | {"input_ids": torch.cat([text.new_full((2, count // 2), token), text], 1)}
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
-        yield batch
-
-
-def _find(config: PreTrainedConfig, key: str) -> Any:
-    """What a config or one of its parts says, None if none does."""
-    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
-    return next((found for part in parts if (found := getattr(part, key, None)) is not None), None)
-
-
-def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
-    """One input, None if the config doesn't say how large it is."""
-    generator, shape = torch.Generator().manual_seed(0), (4000,)
-    if name.endswith("input_ids"):
-        size = _find(config, "vocab_size")
-        return torch.randint(3, size, (2, 16), generator=generator) if size else None
-    if name == "pixel_values":
-        size = _find(config, "image_size") or 64
-        shape = (_find(config, "num_channels") or 3, *(size if isinstance(size, (list, tuple)) else (size, size)))
-    if name == "input_features":
-        shape = (_find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50))
-    return torch.randn(2, *shape, generator=generator) if all(shape) else None
+    _pin_around_what_never_ran(traced, found)
+    return _rehearsed(model, forwards, traced, found)
 
 
 def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -168,46 +95,54 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
     return found
 
 
-def _first_traced(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], Trace]:
-    """The first batch that the model takes, and its trace."""
-    for inputs in batches:
+def _first_traced(model: nn.Module, several: Iterable[list[Forward]]) -> tuple[list[Forward], Trace]:
+    """The first calls that the model takes, and their trace."""
+    for forwards in several:
         try:
-            return dict(inputs), run_traced(model, inputs)
+            return forwards, trace(model, forwards)
         except OTOError as error:
             problem = error
     raise problem
 
 
-def run_traced(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """The trace of one forward: on FakeTensors, or by one real forward where the model does not run on them."""
-    empty = any(p.is_meta for p in model.parameters())
-    with _experts_at_once(model):
-        for fake in (True,) if empty else (True, False):
-            try:
-                return trace(model, inputs, fake=fake)
-            except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
-                problem = error
-                logger.info("the trace with fake=%s failed: %s", fake, str(error).split("\n")[0])
-    hint = " (or the model can't be traced without weights: load them first)" if empty else ""
-    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    raise OTOError(
-        f"{type(model).__name__} can't take the batch {shapes}: {type(problem).__name__}: {problem}{hint}"
-    ) from problem
+def _pin_around_what_never_ran(traced: Trace, found: Axes) -> None:
+    """Pins whatever a parameter that no call touched might read, or add to, when it runs one day: an auxiliary head,
+    another task's, a tower without data.
 
-
-@contextlib.contextmanager
-def _experts_at_once(model: nn.Module) -> Iterator[None]:
-    """While open, experts run as one batched product: the implementation whose shapes don't depend on the data."""
-    undo = []
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not any(module in other.modules() for other, _ in undo):
-            undo.append((module, module.get_experts_implementation()))
-            module.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        for module, before in undo:
-            module.set_experts_implementation(before)
+    Its module is called, if ever, where the forward of the module around it runs, on what that has in hand: so there
+    every run of dimensions that is as wide as one of the parameter's own stays. (64 channels around an unused
+    Linear(64, 10) do, 32 around it need not.)
+    """
+    used = {ref.value for call in found.calls for ref in call.refs}
+    idle = [name for name in traced.sources if name in traced.parameters and traced.sources[name].value not in used]
+    if not idle:
+        return
+    working = {f"{name}." for name in traced.parameters - set(idle)}
+    around: dict[str, dict[int, str]] = {}  # path -> the widths that something there never used has -> its name
+    for name in idle:
+        path = name.rpartition(".")[0]
+        # the largest module around it in which nothing worked is what would be called
+        while path and not any(other.startswith(f"{path}.") for other in working):
+            path = path.rpartition(".")[0]
+        while path and path not in traced.in_hand:  # a list of modules has no forward: what holds it calls them
+            path = path.rpartition(".")[0]
+        widths = around.setdefault(path, {})
+        for n in traced.sources[name].shape:
+            if n > 1:
+                widths.setdefault(n, name)
+    in_hand = {path: set(values) for path, values in traced.in_hand.items()}
+    for call in found.calls:
+        in_hand.setdefault(call.layer, set()).update(ref.value for ref in (*call.refs, *call.outs))
+    weights = {ref.value for ref in traced.sources.values()}
+    for path, widths in around.items():
+        for value in (in_hand.get(path, set()) & found.dims.keys()) - weights:
+            dims = found.dims[value]
+            sizes = [math.prod(len(leaf.ids) for leaf in dim) for dim in dims]
+            for start in range(len(dims)):
+                for stop in range(start + 1, len(dims) + 1):
+                    name = widths.get(math.prod(sizes[start:stop]))
+                    for dim in dims[start:stop] if name else ():
+                        found.algebra.pin(dim, f"{fold(name)}, which never ran, may read it")
 
 
 def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
@@ -239,7 +174,7 @@ def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition,
             known[id(leaf.ids)] = (len(leaf.ids), lost)
         return known[id(leaf.ids)]
 
-    products = (dims for call in traced.calls for dims in multiplications(call))
+    products = (dims for call in traced.calls[: traced.evaluated] for dims in multiplications(call))
     factors = ([width(leaf) for ref, d in dims for leaf in found.of(ref)[d]] for dims in products)
     work = Work.of(factors, len(size))
     amounts = zip(partition.axes, partition.params(model).alone, work.alone, strict=True)
@@ -276,20 +211,23 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
 # rehearsal -----------------------------------------------------------------------------------------
 
 
-def _rehearsed(model: nn.Module, inputs: dict[str, Any], traced: Trace, found: Axes) -> ZIGPartition:
+def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: Axes) -> ZIGPartition:
     """Tries the cut; families of axes that can't be cut alone, or together with the rest, are pinned."""
     partition, axis_of = _consistent(model, traced, found)
 
-    def problem(attempt: Callable[..., str | None], families: Collection[str] | None = None) -> str | None:
+    def problem(attempt: Callable[[Cut], str | None], families: Collection[str] | None = None) -> str | None:
         try:
-            return attempt(partition, _half(partition, families))
+            return attempt(resolve(partition, random_half(partition, families)))
         except DynamicOutputShapeException:
             return None
         except Exception as error:
+            raise_if_out_of_memory(error)
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    for attempt in _attempts(model, inputs, traced):
+    for attempt in _attempts(model, forwards, traced):
         while partition.axes and problem(attempt):
+            if attempt.func is _differs:
+                refuse_random(model, forwards)  # no cut is to blame for what differs by itself
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
             good: set[str] = set()
             for family in sorted(streams, key=lambda f: (streams[f], f)):  # of two that quarrel the later one goes
@@ -304,153 +242,47 @@ def _rehearsed(model: nn.Module, inputs: dict[str, Any], traced: Trace, found: A
     return partition
 
 
-def _attempts(model: nn.Module, inputs: dict[str, Any], traced: Trace) -> Iterator[Callable[..., str | None]]:
-    """Functions of a partition and a plan that say what is wrong with the cut model: on weightless copies it must run
-    and keep the shapes of the outputs; with weights, the outputs too."""
-    if traced.fake:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        empty = {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in named_tensors(model).values()}
-        meta = {name: empty[id(t)] for name, t in named_tensors(model).items()}
-        fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-        shapes = [ref.shape for ref in traced.outputs]
-
-        def without_weights(partition: ZIGPartition, plan: PruningPlan) -> str | None:
-            small = cut_copy(model, partition, plan, meta)  # several times as fast as cutting fakes
-            cut = named_tensors(small)
-            put_(small, {id(cut[name]): fake for name, fake in fake_weights(model, mode, cut).items()})
-            with mode, evaluating(small), _experts_at_once(small):
-                now = [tuple(t.shape) for t in tensors_of(small(**fakes))]
-            return None if now == shapes else f"the outputs change shape, {shapes} -> {now}"
-
-        yield without_weights
+def _attempts(model: nn.Module, forwards: list[Forward], traced: Trace) -> Iterator[functools.partial[str | None]]:
+    """Functions of a cut that say what is wrong with the cut model: it must run in every mode that was traced and
+    keep the shapes of its outputs, and where there are weights, the outputs themselves in eval mode."""
+    shapes = {training: [ref.shape for ref in returned] for training, returned in traced.returned.items()}
+    on_fakes = {training: shapes[training] for training, fake in traced.fake.items() if fake}
+    on_weights = {training: shapes[training] for training, fake in traced.fake.items() if training and not fake}
+    if on_fakes:
+        yield functools.partial(_changes_shapes, model, forwards, on_fakes, True)
     if not any(p.is_meta for p in model.parameters()):
-
-        def with_weights(partition: ZIGPartition, plan: PruningPlan) -> str | None:
-            difference = cut_difference(model, partition, plan, inputs)
-            fine = is_rounding(difference, model, partition, plan, inputs)
-            return None if fine else f"the outputs differ by {difference:.1e}"
-
-        yield with_weights
+        yield functools.partial(_differs, model, forwards)
+        if on_weights:
+            yield functools.partial(_changes_shapes, model, forwards, on_weights, False)
 
 
-def _half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:
-    """A random half of every axis, or of those of these families alone."""
-    rng = np.random.default_rng(0)
-    kept = {}
-    for axis in partition.axes:
-        # at least half: with less, deep networks forget their input, and any cut looks right
-        keep = np.sort(rng.permutation(axis.size)[: rng.integers((axis.size + 1) // 2, axis.size)])
-        if families is None or fold(axis.name) in families:
-            kept[axis.name] = keep
-    return PruningPlan(kept)
+def _changes_shapes(
+    model: nn.Module, forwards: list[Forward], shapes: Mapping[bool, Sequence[Any]], on_fakes: bool, cut: Cut
+) -> str | None:
+    """Whether the outputs of the cut model have other shapes in some mode; `shapes`: by mode, training or not."""
+    fakes = Fakes(model)
+    with restored(model):
+        if on_fakes:  # cut without weights, which is several times as fast as cutting fakes
+            replace_tensors_(model, {id(t): _without_weight(t) for t in named_tensors(model).values()})
+        cut_(model, cut)
+        weights = fakes.weights(model) if on_fakes else None
+        for training, before in shapes.items():
+            with evaluating(model, training, weights), fakes.mode if on_fakes else contextlib.nullcontext():
+                experts_at_once_(model)
+                tensor = fakes.of if on_fakes else torch.clone
+                outputs = [t for forward in forwards for t in tensors_of(forward.run(model, tensor))]
+            now = [tuple(t.shape) for t in outputs]
+            if now != before:
+                return f"the outputs change shape, {before} -> {now}"
+    return None
 
 
-def tolerance(model: nn.Module) -> float:
-    """The largest relative difference that rounding explains: 1e-5 in float32, which norms of wider models use too."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | {torch.float32}
-    return max(TOLERANCE * torch.finfo(d).eps / torch.finfo(torch.float32).eps for d in dtypes)
+def _without_weight(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def is_rounding(
-    difference: float, model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]
-) -> bool:
-    """Whether rounding explains the difference that a cut makes: it is within `tolerance` or, in a model less stable
-    than most, within four times what scaling the same weights, and scaling them back, does to it."""
-    if difference <= tolerance(model):
-        return True
-    removed, _ = resolve(partition, plan)
-    zeroed = _zeroed(model, partition, removed, noise=False)
-    again = partition.tensors(model) | zeroed
-    for name, (factor, offset) in scale_factors(partition, removed).items():
-        again[name] = scaled(scaled(again[name].detach(), factor, offset), 1 / factor, offset)
-    return difference < 4 * _difference(_outputs(model, inputs, zeroed), _outputs(model, inputs, again))
-
-
-def _outputs(
-    model: nn.Module, inputs: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
-) -> list[torch.Tensor]:
-    with evaluating(model):
-        torch.manual_seed(0)
-        inputs = tree_map_only(torch.Tensor, torch.clone, dict(inputs))
-        out = model(**inputs) if weights is None else torch.func.functional_call(model, dict(weights), (), inputs)
-        return [t for t in tensors_of(out) if t.is_floating_point()]
-
-
-def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to the largest entry of each output, or for a scalar (a loss, a small difference of
-    what stands beside it) of all outputs; inf where shapes or infinities differ, or where nothing is finite."""
-    worst, largest = 0.0, [float(x[torch.isfinite(x)].abs().max()) if torch.isfinite(x).any() else 0.0 for x in a]
-    for x, y, scale in zip(a, b, largest, strict=True):
-        finite = torch.isfinite(x)
-        if not torch.equal(finite, torch.isfinite(y)) or (x.numel() and not finite.any()):  # then nothing is compared
-            return float("inf")
-        if x.numel():
-            scale = scale if x.dim() else max(largest)
-            worst = max(worst, float((x - y)[finite].abs().max()) / max(scale, 1e-3))
-    return worst
-
-
-def _zeroed(model: nn.Module, partition: ZIGPartition, removed: np.ndarray, noise: bool) -> dict[str, torch.Tensor]:
-    """Copies of the weights with ZIGs zeroed, bool (num_zigs,), and, if `noise`, their other side filled at random."""
-    slices = [s for s in partition.slices(removed) if s[1].role != "statistic"]
-    tensors = partition.tensors(model)
-    changed = {m.param: tensors[m.param].detach().clone() for _, m, _ in slices}
-    generator = torch.Generator().manual_seed(0)
-    for _, m, index in slices if noise else ():
-        w = changed[m.param]
-        where = torch.from_numpy(index).to(w.device)
-        shape = w.index_select(m.dim, where).shape
-        w.index_copy_(m.dim, where, torch.randn(shape, generator=generator).to(w))
-    for axis, m, index in slices:  # zeros win where a tensor is on both sides
-        if m.role == "consumer" if noise and not axis.zero_path else m in axis.group:
-            w = changed[m.param]
-            w.index_fill_(m.dim, torch.from_numpy(index).to(w.device), 0)
-    return changed
-
-
-def check_zero_invariance(
-    model: nn.Module, partition: ZIGPartition, inputs: Mapping[str, Any], plan: PruningPlan | None = None
-) -> float:
-    """The certificate: zero ZIGs, then fill what reads them once with zeros and once with noise; nothing may change.
-
-    Two forwards prove every group of the plan at once, independent of the rules that found them. The model is not
-    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.)
-
-    Args:
-        plan: the ZIGs to test; None: a random half of every axis.
-
-    Returns:
-        the largest difference of the outputs, relative to their largest entry: below 1e-5 in float32 if it holds.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> batch = {"input": torch.ones(1, 3)}
-        >>> check_zero_invariance(model, partition_zigs(model, batch), batch) < 1e-5
-        True
-    """
-    removed = (plan or _half(partition)).removed(partition)
-    quiet = _outputs(model, inputs, _zeroed(model, partition, removed, noise=False))
-    loud = _outputs(model, inputs, _zeroed(model, partition, removed, noise=True))
-    return _difference(quiet, loud)
-
-
-def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan, inputs: Mapping[str, Any]) -> float:
-    """How far a cut copy is from the zeroed full model, measured as in `check_zero_invariance`; changes nothing."""
-    removed, _ = resolve(partition, plan)
-    zeroed = _zeroed(model, partition, removed, noise=False)
-    return _difference(_outputs(model, inputs, zeroed), _outputs(cut_copy(model, partition, plan), inputs))
-
-
-def cut_copy(
-    model: nn.Module, partition: ZIGPartition, plan: PruningPlan, weights: Mapping[str, torch.Tensor] | None = None
-) -> nn.Module:
-    """A cut copy of a model, of its own class still, made of other weights if given; what is not cut, both share."""
-    tensors = named_tensors(model)
-    small = copy.deepcopy(model, {id(t): (weights or tensors)[name] for name, t in tensors.items()})
-    cut_(small, partition, *resolve(partition, plan))
-    return small
-
-
-def outputs_differ(a: nn.Module, b: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """How far the outputs of two models are from each other, measured as in `check_zero_invariance`."""
-    return _difference(_outputs(a, inputs), _outputs(b, inputs))
+def _differs(model: nn.Module, forwards: list[Forward], cut: Cut) -> str | None:
+    """How far the outputs of the cut model are from those of the zeroed one, if they are not the same."""
+    difference, tolerance = cut_difference(model, cut, forwards)
+    return None if difference <= tolerance else f"the outputs differ by {difference:.1e}"

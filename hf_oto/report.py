@@ -8,24 +8,26 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .partition import run_traced
+from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy, tensors_of
+from .cut import TrialCut
+from .restore import evaluating
 from .rules import multiplications
-from .trace import evaluating, persistent_buffers, tensors_of
+from .trace import persistent_buffers, trace
 from .zigs import as_html
 
 # numbers -------------------------------------------------------------------------------------------
 
 
-def macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Multiply-accumulates of one forward on `inputs`: matrix products, convolutions, attention."""
-    calls = run_traced(model, inputs).calls
+def macs(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-accumulates of the forwards on `inputs`: matrix products, convolutions, attention."""
+    calls = trace(model, as_forwards(inputs), modes=[False]).calls
     return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
 
 
@@ -44,49 +46,60 @@ class _Memory(TorchDispatchMode):
         return out
 
 
-def measure(*models: nn.Module, inputs: Mapping[str, Any], seconds: float = 1.0) -> list[dict[str, Any]]:
-    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of one
-    forward in bytes; its `latency` in seconds, the median, and the `quartiles`; and `measured_on` what.
+def measure(*models: nn.Module | TrialCut, inputs: Inputs, seconds: float = 1.0) -> list[dict[str, Any]]:
+    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of the
+    forwards in bytes; their `latency` in seconds, the median, and the `quartiles`; and `measured_on` what.
 
     Memory is that of weights, inputs, and the results of operations that are held at a time, at most; what a kernel
     takes for itself is not seen, on any device. Models run in turn for their latencies, so that what else the machine
     does slows them all alike.
 
     Args:
-        seconds: how long to measure the latencies, for each model; 3 to 50 forwards of each after one that warms up.
+        models: models, or a cut that is put on its model while that is measured.
+        inputs: one batch, the keyword arguments of forward, or several calls.
+        seconds: how long to measure the latencies, for each model; 3 to 50 runs of each after one that warms up.
     """
+    forwards = as_forwards(inputs)
+    opened = [m if isinstance(m, TrialCut) else contextlib.nullcontext(m) for m in models]
     latencies: list[list[float]] = [[] for _ in models]
-    with contextlib.ExitStack() as stack:
-        for model in models:
-            stack.enter_context(evaluating(model))
-        while (n := len(latencies[0])) < 4 or (n <= 50 and sum(map(sum, latencies)) < seconds * len(models)):
-            for model, each in zip(models, latencies, strict=True):
-                each.append(_latency(model, inputs))
-    return [_measured(model, inputs, each[1:]) for model, each in zip(models, latencies, strict=True)]
+    while (n := len(latencies[0])) < 4 or (n <= 50 and sum(map(sum, latencies)) < seconds * len(models)):
+        for context, each in zip(opened, latencies, strict=True):
+            with context as model, evaluating(model):
+                each.append(_latency(model, forwards))
+    measured = []
+    for context, each in zip(opened, latencies, strict=True):
+        with context as model:
+            measured.append(_measured(model, forwards, each[1:]))
+    return measured
 
 
-def _latency(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """Seconds of one forward."""
+def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
+    """Seconds of the forwards; copies of their arguments are made before."""
     device = next(model.parameters()).device
+    own = [own_copy(forward) for forward in forwards]
     start = time.perf_counter()
-    model(**inputs)
+    for forward in own:
+        model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
-def _measured(model: nn.Module, inputs: Mapping[str, Any], latencies: list[float]) -> dict[str, Any]:
+def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[float]) -> dict[str, Any]:
     saved = {id(t): t for t in [*model.parameters(), *persistent_buffers(model).values()]}.values()
-    given = tensors_of(inputs)
-    known = {t.untyped_storage() for t in [*model.parameters(), *model.buffers(), *given]}
-    with evaluating(model), _Memory(known) as memory:
-        model(**inputs)
+    own = [own_copy(forward) for forward in forwards]
+    given = input_tensors(own)
+    with evaluating(model):
+        known = {t.untyped_storage() for t in [*model.parameters(), *model.buffers(), *given]}
+        with _Memory(known) as memory:
+            for forward in own:
+                model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
     low, median, high = statistics.quantiles(latencies)
     largest, device = max(given, key=torch.Tensor.numel), next(model.parameters()).device
     where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     return {
         "params": sum(p.numel() for p in model.parameters()),
-        "macs": macs(model, inputs),
+        "macs": macs(model, forwards),
         "bytes": sum(t.numel() * t.element_size() for t in saved),
         "memory": memory.most + sum(storage.nbytes() for storage in known),
         "latency": median,

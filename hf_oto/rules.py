@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -571,6 +572,58 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
 LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, as_complex, index_, gather)
 RULES = {rule.__name__: rule for rule in (repeat, glu, pixel_shuffle, gather)}
 RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def without_repeats(trace: Trace) -> Trace:
+    """The trace without those calls of train mode that eval mode made too, of the same tensors: they say nothing new.
+
+    What is left of train mode takes the results of eval mode in their place.
+    """
+    made: dict[Any, deque[Call]] = {}
+    for call in trace.calls[: trace.evaluated]:
+        made.setdefault(_meaning(call), deque()).append(call)
+    twins: dict[int, int] = {}  # what train mode made -> what eval mode made
+
+    def known(ref: Ref) -> Ref:
+        return Ref(twins[ref.value], ref.shape) if ref.value in twins else ref
+
+    def known_expr(expr: Any) -> Any:
+        if expr[0] == "span":
+            return ("span", twins.get(expr[1], expr[1]), *expr[2:])
+        return expr if expr[0] in ("const", "attribute") else (expr[0], known_expr(expr[1]), known_expr(expr[2]))
+
+    new = []
+    for original in trace.calls[trace.evaluated :]:
+        call = original._replace(
+            args=tree_map_only(Ref, known, original.args), kwargs=tree_map_only(Ref, known, original.kwargs)
+        )
+        same = made.get(_meaning(call))
+        if same:
+            pairs = zip(call.outs, same.popleft().outs, strict=False)
+            twins |= {mine.value: its.value for mine, its in pairs if mine.shape == its.shape}
+        else:
+            new.append(call)
+    return trace._replace(
+        calls=trace.calls[: trace.evaluated] + new,
+        returned={mode: [known(ref) for ref in refs] for mode, refs in trace.returned.items()},
+        equations=[q._replace(left=known_expr(q.left), right=known_expr(q.right)) for q in trace.equations],
+        in_hand={path: {twins.get(value, value) for value in values} for path, values in trace.in_hand.items()},
+    )
+
+
+def _meaning(call: Call) -> Any:
+    """What a call says to the algebra: a batch norm the same whether its statistics are the batch's or its own."""
+    if RULES.get(call.name) is batch_norm:
+        return batch_norm, tuple(ref.value for ref in call.refs)
+    return call.op, _frozen(call.args), _frozen(call.kwargs)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return value
 
 
 def _live(trace: Trace) -> list[Call]:

@@ -1,14 +1,15 @@
-"""One forward of the model, recorded: every ATen call with the tensors it took and the layer it ran in.
+"""The calls of the model's forward, traced: every ATen call with the tensors it took and the layer it ran in.
 
-Sizes that modules keep to themselves (`num_heads`, `split_size`, ...) are tagged while the trace runs, so that each
-size argument remembers where it came from; what it must equal becomes an `Equation` for sizes.py.
+They are traced together, in eval mode and in train mode, so that one algebra unites all they say. Sizes that modules
+keep to themselves (`num_heads`, `split_size`, ...) are tagged while the trace runs, so that each size argument
+remembers where it came from; what it must equal becomes an `Equation` for sizes.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .modeling_oto import named_tensors, set_sizes_, sizes_of
+from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
+from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
+from .restore import enter_mode_, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +74,33 @@ class Equation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one forward did.
+    """What all the forwards did.
 
     Attributes:
-        calls: the ATen calls in order.
+        calls: the ATen calls in order, those of eval mode first.
+        evaluated: how many of them are those of eval mode.
         sources: number of every parameter and persistent buffer by (first) name.
         parameters: which of them are parameters.
-        outputs: the tensors the model returned.
+        returned: the tensors that the model returned, by mode (training or not).
         equations: what sizes have to equal.
-        fake: whether it ran on FakeTensors.
+        in_hand: path of a module -> the numbers of the tensors that its forward had in hand: what it computed, and
+            what the modules that it called took and gave.
+        fake: the modes that were traced (training or not) -> whether on FakeTensors.
     """
 
     calls: list[Call]
+    evaluated: int
     sources: dict[str, Ref]
     parameters: set[str]
-    outputs: list[Ref]
+    returned: dict[bool, list[Ref]]
     equations: list[Equation]
-    fake: bool
+    in_hand: dict[str, set[int]]
+    fake: dict[bool, bool]
+
+    @property
+    def outputs(self) -> list[Ref]:
+        """The tensors that the model returned, in any mode."""
+        return [ref for refs in self.returned.values() for ref in refs]
 
 
 class Size(int):
@@ -274,16 +287,32 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.layers = [""]
+        self.count = 0
         self._number: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []
 
     def ref(self, tensor: torch.Tensor) -> Ref:
+        """The number of a tensor, a new one if it has none."""
         return Ref(self._number[id(tensor)], tuple(tensor.shape)) if id(tensor) in self._number else self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> Ref:
-        self._number[id(tensor)] = len(self._alive)
+        """A new number for a tensor: what is written to is another value from then on."""
+        return self.name(tensor, self.new(tensor.shape))
+
+    def new(self, shape: Sequence[int]) -> Ref:
+        """A number that no tensor has yet."""
+        self.count += 1
+        return Ref(self.count - 1, tuple(shape))
+
+    def name(self, tensor: torch.Tensor, ref: Ref) -> Ref:
+        """Says which number a tensor stands for."""
+        self._number[id(tensor)] = ref.value
         self._alive.append(tensor)
-        return Ref(len(self._alive) - 1, tuple(tensor.shape))
+        return ref
+
+    def known(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """The numbers of those tensors that have one."""
+        return {self._number[id(t)] for t in tensors if id(t) in self._number}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -336,54 +365,23 @@ class _Tagger(TorchFunctionMode):
         return torch.Size([Size(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
 
 
-@contextlib.contextmanager
-def _tagged(model: nn.Module, equations: list[Equation]) -> Iterator[None]:
-    """While open, every size that a module keeps is tagged, and those it reads from its config."""
-    undo = []
-    try:
-        for path, module in model.named_modules():
-            tagged: dict[str, Any] = {}
-            for name, value in sizes_of(module).items():
-                if isinstance(value, int):
-                    tagged[name] = Size(value, ("attribute", path, name, None), equations)
-                else:
-                    sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
-                    tagged[name] = type(value)(sizes)
-            before = dict(vars(module))
-            set_sizes_(module, tagged)
-            undo.append((vars(module), before, dict(vars(module))))
-        yield
-    finally:
-        for now, before, tagged in undo:  # but what the forward has changed
-            now.update({name: value for name, value in before.items() if now.get(name) is tagged[name]})
+def experts_at_once_(model: nn.Module) -> None:
+    """Lets experts run as one batched product, in place: the implementation whose shapes don't depend on the data."""
+    for module in outermost_pretrained(model).values():
+        module.set_experts_implementation("batched_mm")
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in eval mode, without gradients; no tensor that it keeps for itself outlasts it."""
-    before = {module: dict(vars(module)) for module in model.modules()}
-    with torch.no_grad(), torch.random.fork_rng():
-        try:
-            model.train()  # drops what modules cache in eval mode
-            model.eval()
-            yield
-        finally:
-            for module, kept in before.items():
-                now = vars(module)
-                for name in [n for n, v in now.items() if v is not kept.get(n) and tensors_of(v)]:
-                    del now[name]
-                now.update({n: v for n, v in kept.items() if n not in now}, training=kept["training"])
-
-
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order; caches are no outputs."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in tensors_of(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in tensors_of(value)]
-    return []
+def tag_(model: nn.Module, equations: list[Equation]) -> None:
+    """Tags every size that a module keeps, and those it reads from its config, in place: `restored` undoes it."""
+    for path, module in model.named_modules():
+        tagged: dict[str, Any] = {}
+        for name, value in sizes_of(module).items():
+            if isinstance(value, int):
+                tagged[name] = Size(value, ("attribute", path, name, None), equations)
+            else:
+                sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
+                tagged[name] = type(value)(sizes)
+        set_sizes_(module, tagged)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -396,46 +394,120 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def fake_weights(
-    model: nn.Module, mode: FakeTensorMode, like: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Weightless stand-ins of every parameter and buffer, with the shapes of `like`, if given; ties stay."""
-    tensors = named_tensors(model)
-    like = like or tensors
-    device = next((t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu"))
-    fakes: dict[int, torch.Tensor] = {}
-    for name, t in tensors.items():
-        if id(t) not in fakes:
-            empty = torch.empty(like[name].shape, dtype=t.dtype, device="meta")
-            fakes[id(t)] = FakeTensor(mode, empty, device if t.is_meta else t.device)
-    return {name: fakes[id(t)] for name, t in tensors.items()}
+class Fakes:
+    """Weightless stand-ins of a model's tensors and of its inputs: they have shapes, and neither memory nor values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        devices = {name: t.device for name, t in named_tensors(model).items()}
+        self._device = next((d for d in devices.values() if d.type != "meta"), torch.device("cpu"))
+        self._devices = {name: self._device if d.type == "meta" else d for name, d in devices.items()}
+
+    def weights(self, model: nn.Module) -> dict[int, torch.Tensor]:
+        """A fake of every parameter and buffer that the model has now, by the id of that."""
+        found: dict[int, torch.Tensor] = {}
+        for name, tensor in named_tensors(model).items():
+            if id(tensor) not in found:
+                found[id(tensor)] = self._fake(tensor, self._devices[name])
+        return found
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake of an input."""
+        return self._fake(tensor, self._device if tensor.is_meta else tensor.device)
+
+    def _fake(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        fake = FakeTensor(self.mode, torch.empty_like(tensor, device="meta"), device)
+        fake._is_param = isinstance(tensor, nn.Parameter)  # which is what isinstance(fake, nn.Parameter) asks
+        return fake
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any], fake: bool = True) -> Trace:
-    """Runs the model once in eval mode and records it.
+def trace(
+    model: nn.Module, forwards: Sequence[Forward], fake: bool = True, modes: Sequence[bool] = (False, True)
+) -> Trace:
+    """Makes the calls in eval mode, then in train mode without dropout, and records them: on FakeTensors (no memory,
+    no arithmetic), or with the real weights where the model doesn't run on these.
 
     Args:
-        model: any module; its weights are not touched.
-        inputs: keyword arguments of forward.
-        fake: run on FakeTensors (no memory, no arithmetic) instead of the real weights.
-    """
-    recorder, equations = _Recorder(), []
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    parameters = {n for n, _ in model.named_parameters()}
-    names = parameters | persistent_buffers(model).keys()  # of what is tied, the first
-    weights = fake_weights(model, mode) if fake else dict([*model.named_parameters(), *model.named_buffers()])
-    inputs = tree_map_only(torch.Tensor, mode.from_tensor, dict(inputs)) if fake else dict(inputs)
-    sources = {name: recorder.add(t) for name, t in weights.items() if name in names}
-    paths = {module: path for path, module in model.named_modules()}
+        model: any module, on the meta device too; it stays as it is.
+        fake: whether to try FakeTensors.
+        modes: eval mode (False) first, then train mode (True).
 
-    def enter(module: nn.Module, _: Any) -> None:
+    Raises:
+        OTOError: the model can't take the calls in eval mode. (What it can't do in train mode, without labels say, is
+            left out.)
+    """
+    recorder, equations, fakes = _Recorder(), [], Fakes(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = named_tensors(model)
+    stored = parameters | persistent_buffers(model).keys()  # of what is tied, the first name
+    sources = {name: recorder.new(t.shape) for name, t in tensors.items() if name in stored}
+    taken: list[list[Ref]] = [[] for _ in forwards]  # the tensors that every call takes
+    paths = {module: path for path, module in model.named_modules()}
+    in_hand: dict[str, set[int]] = {}
+    empty = any(t.is_meta for t in tensors.values())
+    weights = fakes.weights(model) if fake or empty else None
+
+    def enter(module: nn.Module, args: Any) -> None:
+        in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(args)))
         recorder.layers.append(paths.get(module, recorder.layers[-1]))
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
         recorder.layers.pop()
+        in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(output)))
 
-    before = nn.modules.module.register_module_forward_pre_hook(enter)
-    after = nn.modules.module.register_module_forward_hook(leave)
-    with before, after, evaluating(model), _tagged(model, equations), mode, _Tagger(recorder, equations), recorder:
-        output = torch.func.functional_call(model, weights, (), inputs) if fake else model(**inputs)
-    return Trace(recorder.calls, sources, parameters, [recorder.ref(t) for t in tensors_of(output)], equations, fake)
+    def run(training: bool, on_fakes: bool) -> list[Ref]:
+        """Makes all the calls in one mode; what they return."""
+        outputs = []
+        mode = fakes.mode if on_fakes else contextlib.nullcontext()
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+        with before, after, evaluating(model, training, weights if on_fakes else None):
+            for name, tensor in named_tensors(model).items():
+                if name in sources:
+                    recorder.name(tensor, sources[name])
+            experts_at_once_(model)
+            tag_(model, equations)
+            with mode, _Tagger(recorder, equations), recorder:
+                enter_mode_(model, training)  # what modules compute from their weights then is seen, too
+            for forward, refs in zip(forwards, taken, strict=True):
+                count = iter(range(len(refs)))
+
+                def given(tensor: torch.Tensor, refs: list[Ref] = refs, count: Iterator[int] = count) -> torch.Tensor:
+                    copied = fakes.of(tensor) if on_fakes else tensor.clone()
+                    i = next(count, None)
+                    refs += [recorder.new(tensor.shape)] if i is None else []
+                    recorder.name(copied, refs[-1 if i is None else i])
+                    return copied
+
+                recorder.layers = [""]
+                with mode, _Tagger(recorder, equations), recorder:
+                    output = forward.run(model, given)
+                found = tensors_of(output)
+                if not found:
+                    raise OTOError(f"there is no tensor in what {type(model).__name__} returns, {type(output)}")
+                outputs += [recorder.ref(t) for t in found]
+        return outputs
+
+    traced, returned, evaluated = {}, {}, 0
+    for training in modes:
+        mark = len(recorder.calls), len(equations)
+        for on_fakes in [True] * (fake or empty) + [False] * (not empty):
+            try:
+                returned[training] = run(training, on_fakes)
+            except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
+                raise_if_out_of_memory(error)
+                problem = error
+                del recorder.calls[mark[0] :], equations[mark[1] :]
+                said = str(error).split("\n")[0]
+                logger.info("the trace with training=%s, fake=%s failed: %s", training, on_fakes, said)
+            else:
+                traced[training] = on_fakes
+                break
+        if not training and not traced:
+            hint = " (or the model can't be traced without weights: load them first)" if empty else ""
+            raise OTOError(
+                f"{type(model).__name__} can't take the batch {described(forwards)}: "
+                f"{type(problem).__name__}: {problem}{hint}"
+            ) from problem
+        evaluated = evaluated or len(recorder.calls)
+    return Trace(recorder.calls, evaluated, sources, parameters, returned, equations, in_hand, traced)

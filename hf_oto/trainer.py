@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import itertools
 import logging
 import os
-import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,20 +20,26 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from huggingface_hub import HfApi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .calls import Forward, as_forwards, raise_if_out_of_memory, recorded
 from .card import IN_PROGRESS, add_to_card, model_card
-from .compact import compact, put_
+from .certificate import certify
+from .cut import TrialCut, compact, resolve
 from .dhspg import DHSPG, the_target
+from .examples import Rewound, first_batches
 from .figures import save_figures
-from .modeling_oto import FILE_NAME
-from .partition import check_zero_invariance, cut_copy, cut_difference, is_rounding, partition_zigs, tolerance
+from .modeling_oto import FILE_NAME, OTOError
+from .partition import partition_zigs
+from .rehearsal import rehearse_saving
 from .report import Report, measure, scores
+from .restore import contents, evaluating, put_back, replace_tensors_, restored
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
-from .zigs import OTOError, PruningPlan, Work, ZIGPartition
+from .zigs import PruningPlan, Work, ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
@@ -125,15 +128,18 @@ class OTOMixin:
             one after, "compact"), or None. It prints as a table.
     """
 
-    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.partition: ZIGPartition | None = None
         self.plan: PruningPlan | None = None
         self.report: Report | None = None
         self._works: dict[str, Work] = {}  # what is shown of it while it shrinks
-        _refuse_sharding(args)
-        super().__init__(model, args, *rest, **kwargs)
+        self._forwards: list[Forward] = []  # what training does with the model, on a few examples
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, TrainingArguments):
+                _refuse_sharding(given)
+        super().__init__(*args, **kwargs)
         self._ties: tuple[Tie, ...] | None = None
-        self._plain: torch.nn.Module | None = None  # under FSDP2: the model as it was, without weights
+        self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
         self._refuse_launcher()
@@ -148,9 +154,11 @@ class OTOMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
 
+        Whatever fails after the last step, the trained full model is then in the folder `dense` of the output folder,
+        and the error names it.
+
         Raises:
-            OTOError: the model was compacted by an earlier `train()`, or the certificate fails (the full model is
-                saved first).
+            OTOError: the model was compacted by an earlier `train()`, or the certificate fails.
         """
         if self.report is not None and self.model_init is None:
             raise OTOError(
@@ -160,10 +168,90 @@ class OTOMixin:
         self.plan = self.report = None
         if self.model_init is not None:
             self.partition = self._ties = None
+            self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        output = super().train(*args, **kwargs)
-        self._compact()
+        data = self.train_dataset
+        # other streams begin anew by themselves, and the workers of a loader read copies of theirs
+        once = isinstance(data, IterableDataset) and not isinstance(data, datasets.IterableDataset)
+        if once and self.args.dataloader_num_workers == 0:
+            self.train_dataset = Rewound(data)
+        try:
+            output = super().train(*args, **kwargs)
+            self._compact()
+        except BaseException as error:
+            if self.report is None and self.control.should_training_stop and self.state.global_step > 0:
+                self._save_trained_after(error)
+            raise
+        finally:
+            self.train_dataset = data
         return output
+
+    def _save_trained_after(self, error: BaseException) -> None:
+        """Saves the trained full model, if it isn't yet, and says where, in the error that it raises from `error`."""
+        folder = self._dense_folder
+        if not os.path.isdir(folder):
+            if self.is_fsdp_enabled:  # ranks that fail one by one can't gather a model
+                raise error
+            try:
+                self._save_trained()
+            except Exception as problem:
+                said = f"and saving it in {folder} failed too ({problem}): it is in memory still, as trainer.model"
+                raise OTOError(f"after the last step: {type(error).__name__}: {error}; {said}") from error
+        where = f"the trained full model is saved in {folder}"
+        if not isinstance(error, Exception):  # Ctrl-C stays what it is
+            logger.error("%s after the last step: %s", type(error).__name__, where)
+            raise error
+        raise_if_out_of_memory(error, where)
+        raise OTOError(f"after the last step: {type(error).__name__}: {error}; {where}") from error
+
+    @property
+    def _dense_folder(self) -> str:
+        return os.path.join(self.args.output_dir, "dense")
+
+    def _save_trained(self) -> None:
+        """Saves the model as it is now, whole and uncut."""
+        if self.args.should_save:
+            self._save(self._dense_folder)
+        self.accelerator.wait_for_everyone()
+
+    def trace_calls(self) -> Sequence[Mapping[str, Any] | Forward]:
+        """The calls of the model's forward that training makes: those of one `compute_loss` on a few examples.
+
+        Override it where that is not how your trainer uses its model: a list of keyword arguments of forward.
+
+        Raises:
+            OTOError: no batch could be computed; the error that the trainer's own first batch gives is its cause.
+        """
+        stream = self.train_dataset if isinstance(self.train_dataset, Rewound) else None
+        without_loss: list[Forward] = []
+        problem: Exception | None = None
+        for batch in first_batches(self.get_train_dataloader(), self._train_batch_size, stream):
+            try:
+                forwards, finite = self._calls_of_a_loss(batch())
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                logger.info("compute_loss on a few examples failed: %s: %s", type(error).__name__, error)
+                problem = error
+                continue
+            if finite:
+                return forwards
+            without_loss = without_loss or forwards  # examples without labels show the calls too
+        if without_loss:
+            return without_loss
+        raise OTOError(
+            f"compute_loss of {type(self).__name__} fails on its first batch: {type(problem).__name__}: {problem}"
+        ) from problem
+
+    def _calls_of_a_loss(self, batch: Any) -> tuple[list[Forward], bool]:
+        """The calls that one `compute_loss` makes, and whether the loss is finite; trainer and model stay the same."""
+        with restored(self.model, self), evaluating(self.model, training=True), torch.enable_grad():
+            self.current_gradient_accumulation_steps = 1  # the training loop has not set it yet
+            inputs = self._prepare_inputs(batch)  # may generate, which is no part of the loss
+            with recorded(self.model) as forwards, self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+        if not forwards:
+            raise OTOError(f"compute_loss of {type(self).__name__} does not call its model: override trace_calls")
+        return forwards, bool(torch.isfinite(torch.as_tensor(loss)).all())
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """DHSPG around the optimizer that the arguments ask for, with the same parameter groups."""
@@ -176,19 +264,20 @@ class OTOMixin:
             raise OTOError(
                 f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
             )
+        if not self._forwards:
+            self._forwards = as_forwards(self.trace_calls())
         if self.partition is None:
-            batch = self._first_batch()
-            self.partition = _of_rank_zero(lambda: partition_zigs(model, batch, protect=self._setting("protect")))
+            protect = self._setting("protect")
+            self.partition = _of_rank_zero(lambda: partition_zigs(model, self._forwards, protect=protect))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
         if self._setting("uniform"):
-            batch = self._first_batch()
-            self._ties = _of_rank_zero(lambda: find_ties(model, self.partition, batch))
+            self._ties = _of_rank_zero(lambda: find_ties(model, self.partition, self._forwards))
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
+        _of_rank_zero(lambda: self._rehearse_the_end(model))
         if self.is_fsdp_enabled:
-            meta = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-            self._plain = copy.deepcopy(model, meta)
+            self._whole = WholeModel(model)
         decay = set(self.get_decay_parameter_names(model))
         groups = [
             {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == decayed],
@@ -250,74 +339,94 @@ class OTOMixin:
 
     # compacting ------------------------------------------------------------------------------------
 
+    def _rehearse_the_end(self, model: torch.nn.Module) -> None:
+        """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
+        what can't be done in the end is an error before the first step."""
+        cut = resolve(self.partition, random_half(self.partition))
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=self.args.output_dir) as folder:
+            try:
+                rehearse_saving(model, cut, lambda: self._save(folder), folder)
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                raise OTOError(
+                    f"a compact {type(model).__name__} can't be saved and loaded again, which was tried before the "
+                    f"first step: {type(error).__name__}: {error}"
+                ) from error
+
     def _compact(self) -> None:
+        """Saves the trained model, certifies the cut of its zeros, measures both, cuts, and lets go of the rest."""
         optimizer = self._dhspg()
-        sparsity, events = optimizer.group_sparsity, optimizer.schedule.events
+        events = optimizer.schedule.events
         if not optimizer.target_reached:
             logger.warning(
-                "training ended at group sparsity %.3f, before its target: only what is zero is cut out", sparsity
+                "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
+                optimizer.group_sparsity,
             )
-        if self.is_fsdp_enabled:
-            # whole and plain from here on: it is saved, evaluated and cut like any other
-            model = _gathered(self.model, self._plain)
-            self.is_fsdp_enabled, self._plain = False, None
-            self.optimizer = optimizer = None
-            self.model = self.model_wrapped = None
-            self.accelerator.free_memory()
-            self.model = self.model_wrapped = model.to(self.accelerator.device)
-        else:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():  # batch norm statistics differ between ranks
-                buffer.copy_(broadcast(buffer))
-        state, batch = self.state, self._first_batch()
+        model = self._without_training_memory()
+        state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
         zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
-        self.plan, difference, exact = _of_rank_zero(lambda: self._certified(model, batch))
-        if not exact:
-            path = os.path.join(self.args.output_dir, "dense")
-            self.save_model(path)
-            raise OTOError(
-                f"the certificate failed: zeroed full and compact model differ by {difference:.1e} on a real batch "
-                f"(allowed: {tolerance(model):.0e}). The model was not cut; the full one is saved in {path}"
-            )
-        before, after = _of_rank_zero(lambda: measure(model, cut_copy(model, self.partition, self.plan), inputs=batch))
+        self._save_trained()
+        self.plan = PruningPlan.from_zeros(model, self.partition)
+        cut = resolve(self.partition, self.plan)
+        certificate = _of_rank_zero(lambda: certify(model, cut, self._forwards))
+        if not certificate.holds:
+            raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
+        before, after = _of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
         model = compact(model, self.partition, self.plan)
         if self._ties is not None:
-            stock = plain(model, self.partition, self.plan, self._ties, batch)  # the same on every rank
+            stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank
             if stock is None:
                 logger.warning("no stock config says these widths: the compact model is saved with a record of them")
             model = stock or model
         for holder in (self, self.callback_handler):
-            holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
+            holder.model = model
         self.model_wrapped = model
         self.accelerator.free_memory()
         self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.report = Report(
             before=before,
             after=after,
-            group_sparsity=sparsity,
-            max_output_difference=difference,
+            group_sparsity=float(cut.removed.sum() / max(1, self.partition.num_zigs)),
+            max_output_difference=certificate.cut,
+            max_output_difference_in_own_dtype=certificate.rounding,
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
             metrics={"zeroed": zeroed, "compact": {}},
         )
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
-            print(self.report)
+        if self.is_world_process_zero():
+            if not self.args.disable_tqdm:
+                print(self.report)
+            shutil.rmtree(self._dense_folder, ignore_errors=True)
         self._save_figures(self.args.output_dir)
 
-    def _save_figures(self, folder: str) -> None:
-        if self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            save_figures(folder, self.partition, self.plan, self.state.log_history, self.report["pruning"])
+    def _without_training_memory(self) -> torch.nn.Module:
+        """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
+        if self.is_fsdp_enabled:
+            # whole and plain from here on: it is saved, evaluated and cut like any other
+            model, self.is_fsdp_enabled = self._whole.gathered(self.model), False
+            self._whole = None
+        else:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        for holder in (self, self.callback_handler):
+            holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
+        self.model_wrapped = model
+        model.zero_grad(set_to_none=True)
+        self.accelerator.free_memory()
+        self.model = self.model_wrapped = model.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():  # batch norm statistics differ between ranks
+                buffer.copy_(broadcast(buffer))
+        return model
 
-    def _certified(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[PruningPlan, float, bool]:
-        """The plan that the zeros make, how far the cut model is from the zeroed one, and whether that is rounding."""
-        plan = PruningPlan.from_zeros(model, self.partition)
-        moved = check_zero_invariance(model, self.partition, batch, plan)
-        difference = cut_difference(model, self.partition, plan, batch)
-        # only the cut scales weights, and may be excused by what their rounding does
-        exact = moved <= tolerance(model) and is_rounding(difference, model, self.partition, plan, batch)
-        return plan, max(moved, difference), exact
+    def _save_figures(self, folder: str) -> None:
+        """Figures are for looking at: what goes wrong with them is a warning."""
+        if self.args.should_save:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                save_figures(folder, self.partition, self.plan, self.state.log_history, self.report["pruning"])
+            except Exception as error:
+                logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
 
     # the Hub ---------------------------------------------------------------------------------------
 
@@ -403,18 +512,6 @@ class OTOMixin:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def _first_batch(self) -> dict[str, Any]:
-        """The first examples of the training set, collated, on the model's device; random states stay as they are."""
-        size = min(8, max(2, self.args.per_device_train_batch_size))
-        with _same_random_state():
-            loader = self.get_train_dataloader()
-            if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-                examples = list(itertools.islice(loader.dataset, size))
-            else:
-                examples = [loader.dataset[i] for i in range(min(size, len(loader.dataset)))]
-            batch = self._prepare_inputs(loader.collate_fn(examples))
-        return dict(batch)
-
 
 class OTOTrainer(OTOMixin, Trainer):
     """`transformers.Trainer` that trains once and ends with a compact model (OTOv2, arXiv 2303.06862). See `OTOMixin`.
@@ -482,27 +579,42 @@ def _of_rank_zero(compute: Callable[[], Any]) -> Any:
     return value
 
 
-def _gathered(sharded: torch.nn.Module, plain: torch.nn.Module) -> torch.nn.Module:
-    """`plain`, the structure of a model without weights, with those of the model that FSDP2 shards, on the CPU.
+class WholeModel:
+    """A model as it is before FSDP2 shards it, without its weights: with them it is put together again in the end.
 
-    They are gathered one by one: no device ever holds more than one of them whole. Every rank ends up with all.
+    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and these are put
+    back.
     """
-    weights = get_model_state_dict(sharded)
-    new = {}
-    for name, t in [*plain.named_parameters(), *persistent_buffers(plain).items()]:
-        whole = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
-        whole = whole.detach().to("cpu", copy=True)
-        new[id(t)] = torch.nn.Parameter(whole, t.requires_grad) if isinstance(t, torch.nn.Parameter) else whole
-    put_(plain, new)
-    return plain.train(sharded.training)
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._classes = {module: type(module) for module in model.modules()}
+        kept = contents(model)
+        self._empty: dict[int, torch.nn.Parameter] = {}
+        for _, before in kept.containers:
+            for key, value in list(before.items()) if isinstance(before, dict) else []:
+                if isinstance(value, torch.nn.Parameter):
+                    if id(value) not in self._empty:
+                        self._empty[id(value)] = torch.nn.Parameter(value.detach().to("meta"), value.requires_grad)
+                    before[key] = self._empty[id(value)]
+        self._kept = kept._replace(states=[])
 
-@contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    def gathered(self, sharded: torch.nn.Module) -> torch.nn.Module:
+        """The same model, whole, on the CPU of every rank.
+
+        Weights are gathered one by one: no device ever holds more than one of them whole.
+        """
+        model, weights, training = self._model, get_model_state_dict(sharded), sharded.training
+        whole = {}
+        for name, weight in weights.items():
+            value = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            whole[name] = value.detach().to("cpu", copy=True)
+        put_back(self._kept)
+        for module, cls in self._classes.items():
+            module.__class__ = cls
+        new = {}
+        for name, t in [*model.named_parameters(), *persistent_buffers(model).items()]:
+            is_parameter = isinstance(t, torch.nn.Parameter)
+            new[id(t)] = torch.nn.Parameter(whole[name], t.requires_grad) if is_parameter else whole[name]
+        replace_tensors_(model, new)
+        return model.train(training)

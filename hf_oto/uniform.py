@@ -10,13 +10,15 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import removed_positions, stock_model
-from .partition import cut_copy, outputs_differ, tolerance
+from .calls import Inputs
+from .certificate import outputs_differ
+from .cut import Cut, TrialCut, resolve
+from .dense import stock_model
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
 Path = tuple[str | int, ...]  # ("vision_config", "hidden_sizes", 2)
@@ -30,7 +32,7 @@ class Tie(NamedTuple):
     steps: int
 
 
-def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Mapping[str, Any]) -> tuple[Tie, ...]:
+def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -> tuple[Tie, ...]:
     """The ties of a model, by trying: numbers of the config are changed, one or two at a time, and the model is built
     without weights. Where all shapes change as the cut of some axes changes them, and with the weights the outputs
     too, the numbers and the axes are one.
@@ -51,9 +53,12 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Mapping[s
             half = {
                 a.name: range(a.size * (tie.steps // 2) // tie.steps) for a in partition.axes if a.name in tie.axes
             }
-            cut = partition, PruningPlan(half)
-            if model.device.type == "meta" or plain(cut_copy(model, *cut), *cut, [tie], inputs) is not None:
-                found.append(tie)
+            plan = PruningPlan(half)
+            if model.device.type != "meta":
+                with TrialCut(model, resolve(partition, plan)) as small:
+                    if plain(small, partition, plan, [tie], inputs) is None:
+                        continue
+            found.append(tie)
     if not found:
         raise OTOError(
             f"uniform=True: no number in the config of {type(model).__name__} says a width that can be cut; without "
@@ -63,7 +68,7 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Mapping[s
 
 
 def plain(
-    small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Mapping[str, Any]
+    small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Inputs
 ) -> PreTrainedModel | None:
     """A stock model with the weights of a cut one, whose config says its widths; None if it isn't the same model."""
     config = copy.deepcopy(small.config)
@@ -77,7 +82,8 @@ def plain(
         stock.load_state_dict(small.state_dict())
     except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
         return None
-    return stock if outputs_differ(small, stock, inputs) <= tolerance(small) else None
+    difference, tolerance = outputs_differ(small, stock, inputs)
+    return stock if difference <= tolerance else None
 
 
 def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path, int]) -> Tie | None:
@@ -96,8 +102,8 @@ def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path,
     for share in {Fraction(steps // 2, steps), Fraction(steps - 1, steps)}:
         removed = PruningPlan({a.name: range(int(a.size * share)) for a in axes}).removed(partition)
         expected = {name: list(shape) for name, shape in old.items()}
-        for (name, dim), gone in removed_positions(partition, removed).items():
-            if name in expected:
+        for name, dims in Cut(partition, removed, {}, {}).positions.items():
+            for dim, gone in dims.items() if name in expected else ():
                 expected[name][dim] -= len(gone)
         if _shapes(model, numbers, share) != {name: torch.Size(shape) for name, shape in expected.items()}:
             return None

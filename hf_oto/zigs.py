@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -371,6 +371,22 @@ def fold(name: str) -> str:
         'encoder.layer.*.query.weight[0]'
     """
     return re.sub(_NUMBER, "*", name)
+
+
+def random_half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:
+    """A plan that removes at most half of every axis, each to a width of its own, always the same.
+
+    Args:
+        families: the folded names of the axes that may lose something; None: all.
+    """
+    rng = np.random.default_rng(0)
+    kept = {}
+    for axis in partition.axes:
+        # with less than half left, deep networks forget their input, and any cut looks right
+        keep = np.sort(rng.permutation(axis.size)[: rng.integers((axis.size + 1) // 2, axis.size)])
+        if families is None or fold(axis.name) in families:
+            kept[axis.name] = keep
+    return PruningPlan(kept)
 
 
 def _together(names: Sequence[str]) -> str:

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_oto import PruningPlan, compact, partition_zigs, to_dense
-from hf_oto.compact import cut_, own_sizes, resolve
+from hf_oto.calls import tensors_of
+from hf_oto.cut import cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.sizes import Sizes
-from hf_oto.trace import Equation, tensors_of
+from hf_oto.trace import Equation
 
 TOLERANCE = 1e-5
 
@@ -30,8 +31,8 @@ def pruned(case, draw_plan, outputs):
 
 def cut_part(model, partition, plan, attributes=None):
     """Cuts with attributes other than those that were solved for."""
-    removed, solved = resolve(partition, plan)
-    cut_(model, partition, removed, solved if attributes is None else attributes)
+    cut = resolve(partition, plan)
+    cut_(model, cut if attributes is None else cut._replace(attributes=attributes))
     return model
 
 
@@ -63,7 +64,7 @@ def test_cutting_the_wrong_consumers_shows(case, pruned, outputs, difference):
 
 def test_cutting_without_the_sizes_shows(case, pruned, outputs, difference):
     model, plan, zeroed = pruned
-    _, attributes = resolve(case.partition, plan)
+    attributes = resolve(case.partition, plan).attributes
     if not attributes:
         assert difference(zeroed, outputs(cut_part(model, case.partition, plan, {}), case.inputs)) <= TOLERANCE
         return

@@ -74,8 +74,8 @@ def test_latencies_are_taken_in_turn():
 
 
 def test_the_numbers_are_those_of_the_model_that_is_left(trained):
-    """They are taken of a copy, while the full model is still there."""
-    (again,) = measure(trained.model, inputs=trained._first_batch(), seconds=0)
+    """They are taken with the cut put on for a moment, while the full model is still there."""
+    (again,) = measure(trained.model, inputs=trained._forwards, seconds=0)
     sizes = ("params", "macs", "bytes", "memory", "measured_on")
     assert {k: trained.report["after"][k] for k in sizes} == {k: again[k] for k in sizes}
     assert all(trained.report["before"][k] > again[k] for k in sizes[:4])
@@ -92,13 +92,13 @@ def test_latency_states_its_spread_and_conditions(trained):
     for found in (trained.report["before"], trained.report["after"]):
         low, high = found["quartiles"]
         assert 0 < low <= found["latency"] <= high
-        assert found["measured_on"] == f"a batch of 8 x 8, CPU, threads: {torch.get_num_threads()}"
+        assert found["measured_on"] == f"a batch of 2 x 8, CPU, threads: {torch.get_num_threads()}"
 
 
 def test_the_table_by_hand():
     before = {"params": 2e6, "macs": 3e9, "bytes": 8e6, "memory": 9e6, "latency": 0.01, "quartiles": [0.009, 0.0125]}
     after = {"params": 1e6, "macs": 1e9, "bytes": 4e6, "memory": 3e6, "latency": 0.004, "quartiles": [0.0035, 0.0051]}
-    where = {"measured_on": "a batch of 8 x 8, CPU, threads: 2"}
+    where = {"measured_on": "a batch of 2 x 8, CPU, threads: 2"}
     report = Report(
         before=before | where, after=after | where, max_output_difference=2e-7,
         metrics={"zeroed": {"eval_accuracy": 0.5}, "compact": {"eval_accuracy": 0.25}},
@@ -111,7 +111,7 @@ def test_the_table_by_hand():
         "tensor memory        9.0MB       3.0MB    33 %\n"
         "latency            10.0 ms      4.0 ms    40 %\n"
         "quartiles      9.0-12.5 ms  3.5-5.1 ms\n"
-        "measured on a batch of 8 x 8, CPU, threads: 2\n"
+        "measured on a batch of 2 x 8, CPU, threads: 2\n"
         "max output difference, zeroed full against compact: 2.0e-07\n"
         "eval_accuracy: 0.5000 full with zeros, 0.2500 compact"
     )
@@ -181,7 +181,7 @@ class Cutter(tf.TrainerCallback):
             small = copy.deepcopy(model)
             partition = self.trainer.partition
             small = compact(small, partition, PruningPlan.from_zeros(small, partition))
-            self.left.append((count(small) / count(model), macs(small, self.trainer._first_batch())))
+            self.left.append((count(small) / count(model), macs(small, self.trainer._forwards)))
 
 
 @pytest.mark.parametrize("more", [{}, {"pruning_mode": "paper", "learning_rate": 0.03}])
@@ -208,7 +208,7 @@ def test_every_log_line_says_how_far_it_is(tmp_path, more):
 
 def test_without_macs_the_key_is_left_out(tmp_path):
     trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
-    trainer.partition = dataclasses.replace(partition_zigs(trainer.model, trainer._first_batch()), work=None)
+    trainer.partition = dataclasses.replace(partition_zigs(trainer.model, trainer.trace_calls()), work=None)
     trainer.train()
     for line in trainer.state.log_history:
         assert [key for key in KEYS if key in line] == KEYS[:2]

@@ -1,0 +1,266 @@
+"""The calls of a model's forward that everything is found and proven on: given, recorded, or made from the config.
+
+Stands at the beginning of the flow. A call is data, arguments as they came, that can be made again as often as it
+takes: by the trace, the rehearsal, the certificate and the measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+import inspect
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .modeling_oto import OTOError
+from .restore import evaluating
+
+
+class Forward(NamedTuple):
+    """One call of a module's forward: its arguments, and the module by its path in the model ("" is the model)."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = types.MappingProxyType({})
+    path: str = ""
+
+    def run(self, model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+        """Makes the call, with arguments of its own: forwards take keys out of them and write into them.
+
+        Args:
+            tensor: what is passed in the place of a tensor.
+        """
+        args, kwargs = own_copy((self.args, dict(self.kwargs)), tensor)
+        return model.get_submodule(self.path)(*args, **kwargs)
+
+
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | Forward]  # one batch, or several calls
+
+
+def as_forwards(inputs: Inputs) -> list[Forward]:
+    """The calls that `inputs` says: one batch is the keyword arguments of one call."""
+    several = [inputs] if isinstance(inputs, (Mapping, Forward)) else inputs
+    forwards = [call if isinstance(call, Forward) else Forward(kwargs=dict(call)) for call in several]
+    if not forwards:
+        raise ValueError("inputs is empty: pass one batch, the keyword arguments of forward, or a list of such")
+    return forwards
+
+
+def own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+    """A copy that shares nothing which a forward might change: tensors, containers, and objects that hold such (a
+    cache, an encoded batch); modules, and what can't be copied, are shared.
+
+    Args:
+        tensor: makes the copy of a tensor.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if id(value) not in copies:
+            copies[id(value)] = _copied(value, copied, tensor)
+        return copies[id(value)]
+
+    return copied(value)
+
+
+def _copied(value: Any, copied: Callable[[Any], Any], tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tensor(value.detach())
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, tuple):
+        items = [copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if type(value) in (list, deque, set):
+        return type(value)(copied(item) for item in value)
+    if isinstance(value, (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)):
+        return value
+    if isinstance(value, (dict, list)) or hasattr(value, "__dict__"):
+        try:
+            twin = copy.copy(value)
+        except Exception:  # a lock or a stream in it, say: then it is shared
+            return value
+        if isinstance(value, list):
+            twin[:] = [copied(item) for item in value]
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                twin[key] = copied(item)
+        for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
+            object.__setattr__(twin, name, copied(item))
+        return twin
+    return value
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Forward]]:
+    """While open, notes the calls of the model's forward, as they come, in the list that it gives.
+
+    The outermost call counts, whichever module it is of: code that goes past the model's own forward is noted call by
+    call of the parts that it uses.
+    """
+    forwards: list[Forward] = []
+    running: list[nn.Module] = []
+
+    def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not running:
+            forwards.append(Forward(own_copy(args), own_copy(kwargs), path))
+        running.append(module)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    with contextlib.ExitStack() as stack:
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # these take no such hooks
+
+                def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                    enter(path, module, args, kwargs)
+
+                stack.enter_context(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(leave, always_call=True))
+        yield forwards
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output, in order; caches are no outputs."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in tensors_of(value)]
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in tensors_of(value)]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [t for field in dataclasses.fields(output) for t in tensors_of(getattr(output, field.name))]
+    return []
+
+
+def described(forwards: Sequence[Forward]) -> str:
+    """The calls in words: the shapes of their tensors."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+    calls = []
+    for forward in forwards:
+        named = {name: shown(value) for name, value in forward.kwargs.items()}
+        calls.append(f"{forward.path} {[shown(a) for a in forward.args]} {named}" if forward.args else str(named))
+    return "; ".join(calls)
+
+
+def input_tensors(forwards: Sequence[Forward]) -> list[torch.Tensor]:
+    """The tensors that the calls take."""
+    leaves = tree_iter([(forward.args, dict(forward.kwargs)) for forward in forwards])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def outermost_pretrained(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The Transformers models in a model that are part of no other one, by path: itself, if it is one."""
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[path] = module
+    return found
+
+
+ADVICE = (
+    "(hf_oto: the analysis of the model ran out of memory. Ways out: a smaller batch; a partition made before the "
+    "optimizer, or on the meta device, partition_zigs(model, inputs), where a model without weights takes none)"
+)
+
+
+def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
+    """Memory that runs out says nothing about a model: it is raised again, with advice, never taken for an answer."""
+    on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu:
+        raise type(error)(f"{error}\n{advice}") from error
+
+
+# made from the config ------------------------------------------------------------------------------
+
+
+def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Small batches made from a Transformers config, of text, images or sound: first of all its forward takes, so that
+    every tower runs (images have their places in the text, where the model wants that), then of its main input alone.
+
+    Raises:
+        OTOError: what the model reads is none of these.
+    """
+    made, main = {}, ""
+    if isinstance(model, PreTrainedModel):
+        accepted, main = inspect.signature(model.forward).parameters, model.main_input_name
+        device = torch.device("cpu") if model.device.type == "meta" else model.device
+        for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
+            value = _made(name, model.config) if name in accepted else None
+            if value is not None:
+                made[name] = value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+    if {"input_ids", "pixel_values"} <= made.keys():
+        yield from _with_images(model, made)
+    if made:
+        yield made
+    if main not in made:
+        raise OTOError(
+            f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
+        )
+    yield {name: value for name, value in made.items() if name in (main, "decoder_input_ids")}
+    yield {main: made[main]}
+
+
+def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches whose texts begin with a token for every feature of their image: to count these the images are encoded,
+    in each of the forms that models take them in."""
+    token, encode = _find(model.config, "image_token_id"), getattr(model, "get_image_features", None)
+    if token is None or encode is None or model.device.type == "meta":
+        return
+    pixels, text = made["pixel_values"], made["input_ids"]
+    forms = [{"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)}]
+    forms += [{"pixel_values": pixels}, {"pixel_values": pixels[:, None]}]
+    patch, merge = _find(model.config, "patch_size"), 2 * (_find(model.config, "spatial_merge_size") or 1)
+    if isinstance(patch, int):
+        size = pixels.shape[1] * (_find(model.config, "temporal_patch_size") or 1) * patch**2
+        grid = torch.tensor([[1, merge, merge]] * 2, device=pixels.device)
+        forms.insert(0, {"pixel_values": pixels.new_ones(2 * merge**2, size), "image_grid_thw": grid})
+    for images in (form for form in forms if form.keys() <= inspect.signature(encode).parameters.keys()):
+        try:
+            with evaluating(model):
+                features = encode(**images)
+        except Exception:  # not its form
+            continue
+        features = tensors_of(getattr(features, "pooler_output", features))
+        count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]
+        text = torch.where(text == token, text - 1, text)
+        batch = made | images | {"input_ids": torch.cat([text.new_full((2, count // 2), token), text], 1)}
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+        yield batch
+
+
+def _find(config: PreTrainedConfig, key: str) -> Any:
+    """What a config or one of its parts says, None if none does."""
+    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
+    return next((found for part in parts if (found := getattr(part, key, None)) is not None), None)
+
+
+def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
+    """One input, None if the config doesn't say how large it is."""
+    generator, shape = torch.Generator().manual_seed(0), (4000,)
+    if name.endswith("input_ids"):
+        size = _find(config, "vocab_size")
+        return torch.randint(3, size, (2, 16), generator=generator) if size else None
+    if name == "pixel_values":
+        size = _find(config, "image_size") or 64
+        shape = (_find(config, "num_channels") or 3, *(size if isinstance(size, (list, tuple)) else (size, size)))
+    if name == "input_features":
+        shape = (_find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50))
+    return torch.randn(2, *shape, generator=generator) if all(shape) else None

@@ -1,0 +1,254 @@
+"""The certificate: zero ZIGs are invisible, and the cut model computes what the zeroed full one does.
+
+Stands beside the cut, independent of the rules that found the ZIGs: the calls are made, and outputs compared. Every
+operation is computed in double, whatever the model's dtype: there right cuts differ by 1e-15 and the smallest wrong
+ones by 1e-3, while in bfloat16 rounding alone is larger than many a wrong cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from .calls import Forward, Inputs, as_forwards, tensors_of
+from .cut import Cut, TrialCut
+from .modeling_oto import OTOError
+from .restore import evaluating, seed_everything, uninterrupted
+from .trace import experts_at_once_
+from .wide import WideArithmetic, wide_dtype
+from .zigs import PruningPlan, ZIGPartition, random_half
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-9  # relative, of what is computed in double; in float32 exact models stay below 1.4e-6
+TOLERANCE_OF_FLOAT32 = 1e-5  # of coarser dtypes as much more as they round more
+
+
+class Certificate(NamedTuple):
+    """What was compared, each relative to the outputs' size.
+
+    Attributes:
+        invariance: how far the outputs move when what reads the zero ZIGs is filled with noise.
+        cut: how far the cut model is from the zeroed full one.
+        tolerance: the largest of both that is right.
+        rounding: how far the two are from each other in the model's own arithmetic.
+    """
+
+    invariance: float
+    cut: float
+    tolerance: float
+    rounding: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.cut) or math.isnan(self.invariance):
+            return "no output on a real batch is a finite number (NaN or infinity)"
+        return (
+            f"with zero ZIGs cut out, outputs on a real batch differ by {max(self.invariance, self.cut):.1e} "
+            f"(allowed: {self.tolerance:.0e})"
+        )
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are within the tolerance; NaN is not."""
+        return self.invariance <= self.tolerance and self.cut <= self.tolerance
+
+
+def certify(model: nn.Module, cut: Cut, inputs: Inputs) -> Certificate:
+    """Compares the zeroed full model with itself, what reads the zeros filled with noise, and with the cut model.
+
+    The model is changed for the moment and put back bit by bit. Never are two models held at once: memory is that of
+    the model, what the cut keeps, and the outputs.
+    """
+    forwards = as_forwards(inputs)
+    with zeroed(model, cut):
+        quiet, tolerance = exact_outputs(model, forwards)
+        rounded = own_outputs(model, forwards)
+    with zeroed(model, cut, noise=True):
+        loud, _ = exact_outputs(model, forwards)
+    invariance = largest_difference(quiet, loud)
+    del loud
+    small, tolerance = _cut_outputs(model, cut, forwards)
+    difference = largest_difference(quiet, small)
+    with TrialCut(model, cut):
+        rounding = largest_difference(rounded, own_outputs(model, forwards))
+    return Certificate(invariance, difference, tolerance, rounding)
+
+
+def check_zero_invariance(
+    model: nn.Module, partition: ZIGPartition, inputs: Inputs, plan: PruningPlan | None = None
+) -> float:
+    """Zeroes ZIGs, then fills what reads them once with zeros and once with noise; nothing may change.
+
+    Two runs prove every group of the plan at once, independent of the rules that found them. The model is not
+    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.)
+
+    Args:
+        inputs: one batch, the keyword arguments of forward, or several calls.
+        plan: the ZIGs to test; None: a random half of every axis.
+
+    Returns:
+        the largest difference of the outputs, relative to their size, computed in double: below 1e-9 if it holds.
+
+    Example:
+        >>> from hf_oto import partition_zigs
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batch = {"input": torch.ones(1, 3)}
+        >>> check_zero_invariance(model, partition_zigs(model, batch), batch) < 1e-9
+        True
+    """
+    forwards = as_forwards(inputs)
+    removed = (plan or random_half(partition)).removed(partition)
+    cut = Cut(partition, removed, {}, {})
+    with zeroed(model, cut):
+        quiet, _ = exact_outputs(model, forwards)
+    with zeroed(model, cut, noise=True):
+        loud, _ = exact_outputs(model, forwards)
+    return largest_difference(quiet, loud)
+
+
+def cut_difference(model: nn.Module, cut: Cut, inputs: Inputs) -> tuple[float, float]:
+    """How far the cut model is from the zeroed full one, computed in double, and the most that is right."""
+    forwards = as_forwards(inputs)
+    with zeroed(model, cut):
+        full, _ = exact_outputs(model, forwards)
+    small, tolerance = _cut_outputs(model, cut, forwards)
+    return largest_difference(full, small), tolerance
+
+
+def outputs_differ(a: nn.Module, b: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """How far the outputs of two models are from each other, computed in double, and the most that is right."""
+    forwards = as_forwards(inputs)
+    first, tolerance = exact_outputs(a, forwards)
+    second, _ = exact_outputs(b, forwards)
+    return largest_difference(first, second), tolerance
+
+
+def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
+    # the certificate judges the cut, not how its scaled weights are rounded
+    with TrialCut(model, cut, _arithmetic(model)):
+        return exact_outputs(model, forwards)
+
+
+@contextlib.contextmanager
+def zeroed(model: nn.Module, cut: Cut, noise: bool = False) -> Iterator[None]:
+    """While open, what the cut removes is zero in the weights and, if `noise`, its other side filled at random.
+
+    What is written over is kept and put back; what is zero already, as after training, is not written at all.
+    """
+    slices = [s for s in cut.partition.slices(cut.removed) if s[1].role != "statistic"]
+    tensors = cut.partition.tensors(model)
+    kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def write(name: str, dim: int, index: np.ndarray, at_random: bool) -> None:
+        weight = tensors[name].data  # through .data a graph that holds the weight for its backward stays whole
+        where = torch.from_numpy(index).to(weight.device)
+        before = weight.index_select(dim, where)
+        if not at_random and not before.any():
+            return
+        kept.append((weight, dim, where, before))
+        if at_random:
+            weight.index_copy_(dim, where, torch.randn(before.shape, generator=generator).to(weight))
+        else:
+            weight.index_fill_(dim, where, 0)
+
+    try:
+        for _, member, index in slices if noise else ():
+            write(member.param, member.dim, index, at_random=True)
+        for axis, member, index in slices:  # zeros win where a tensor is on both sides
+            silent = member.role == "consumer" if noise and not axis.zero_path else member in axis.group
+            if silent:
+                write(member.param, member.dim, index, at_random=False)
+        yield
+    finally:
+        with uninterrupted():
+            for weight, dim, where, before in reversed(kept):
+                weight.index_copy_(dim, where, before)
+
+
+def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
+    """The floating-point outputs of all calls in eval mode, the same random numbers for all who draw any."""
+    with evaluating(model):
+        experts_at_once_(model)
+        return _outputs(model, forwards)
+
+
+def exact_outputs(model: nn.Module, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
+    """`own_outputs` with every operation computed in double, float32 on devices without, and the tolerance of that."""
+    wide = WideArithmetic(_arithmetic(model))
+    with evaluating(model):
+        experts_at_once_(model)
+        with wide:
+            outputs = _outputs(model, forwards)
+    if wide.narrow:
+        logger.info("computed in what these operations know: %s", wide.narrow)
+    return outputs, max(_tolerance(dtype) for dtype in [wide.dtype, *wide.narrow.values()])
+
+
+def _arithmetic(model: nn.Module) -> torch.dtype:
+    """The widest dtype that every device of the model computes in."""
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    return torch.float64 if all(wide_dtype(device) == torch.float64 for device in devices) else torch.float32
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return TOLERANCE
+    return TOLERANCE_OF_FLOAT32 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+
+
+def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
+    seed_everything()
+    found = []
+    for forward in forwards:
+        found += [t for t in tensors_of(forward.run(model)) if t.is_floating_point() or t.is_complex()]
+    return found
+
+
+def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    """Largest difference relative to the largest entry of each output, or for a scalar (a loss, a small difference of
+    what stands beside it) of all outputs. Entries that are not finite in both are not compared.
+
+    Returns:
+        inf where shapes or infinities differ; nan where nothing at all is finite.
+    """
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return math.inf
+    finite = [torch.isfinite(x) for x in a]
+    if any(not torch.equal(here, torch.isfinite(y)) for here, y in zip(finite, b, strict=True)):
+        return math.inf
+    if not any(here.any() for here in finite):
+        return math.nan
+    sizes = [float(x[here].abs().max()) if here.any() else 0.0 for x, here in zip(a, finite, strict=True)]
+    worst = 0.0
+    for x, y, here, size in zip(a, b, finite, sizes, strict=True):
+        if here.any():
+            size = size if x.dim() else max(sizes)
+            worst = max(worst, float((x - y)[here].abs().max()) / max(size, 1e-3))
+    return worst
+
+
+def refuse_random(model: nn.Module, inputs: Inputs) -> None:
+    """Nothing can be certified of a model whose outputs differ from run to run, or are not numbers.
+
+    Raises:
+        OTOError: saying which.
+    """
+    forwards = as_forwards(inputs)
+    first, tolerance = exact_outputs(model, forwards)
+    again, _ = exact_outputs(model, forwards)
+    moved, name = largest_difference(first, again), type(model).__name__
+    if math.isnan(moved):
+        raise OTOError(f"no output of {name} is a finite number (NaN or infinity): nothing can be certified of it")
+    if moved > tolerance:
+        raise OTOError(
+            f"{name} gives other outputs on the same batch, by {moved:.1e}, though torch, numpy and Python draw the "
+            "same random numbers: let it draw from these in eval mode, or nothing that is cut out can be certified"
+        )

@@ -1,0 +1,53 @@
+"""The end of a run, tried before its first step: the cut model is saved and built again from what was saved.
+
+Stands beside the trainer. What can't be done in the end (a config that isn't JSON, weights that share memory, a class
+whose constructor wants more than its config) is found out while nothing is lost yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .calls import outermost_pretrained
+from .cut import Cut, trial_compact
+from .modeling_oto import OTOError
+
+
+def rehearse_saving(model: nn.Module, cut: Cut, save: Callable[[], None], folder: str) -> None:
+    """Makes the model compact for a moment, saves it, and loads every Transformers model in it again, without weights.
+
+    Args:
+        save: saves the model in `folder`, as it will be in the end.
+        folder: an empty one.
+
+    Raises:
+        OTOError: what is loaded is another model than what was saved.
+        Exception: whatever saving or loading raises.
+    """
+    with trial_compact(model, cut):
+        save()
+        for number, (path, part) in enumerate(outermost_pretrained(model).items()):
+            if part._hf_peft_config_loaded:  # its checkpoint is that of the adapter
+                continue
+            where = folder
+            if path:  # what is around it saves it in a way of its own
+                where = os.path.join(folder, f"part-{number}")
+                part.save_pretrained(where)
+            _load_again(part, where)
+
+
+def _load_again(part: PreTrainedModel, folder: str) -> None:
+    stock = getattr(type(part), "_oto_stock", type(part))
+    loaded, info = stock.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise OTOError(f"{len(lost)} weights are not in what {stock.__name__} saved, {lost[0]} for one")
+    saved = {name: tuple(t.shape) for name, t in part.state_dict().items()}
+    now = {name: tuple(t.shape) for name, t in loaded.state_dict().items()}
+    for name in saved.keys() | now.keys():
+        if saved.get(name) != now.get(name):
+            raise OTOError(f"{name} has shape {saved.get(name)}, and {now.get(name)} once it is loaded again")
