@@ -390,6 +390,7 @@ OPS = {  # op -> the dtype it really computes in, None for the wide one
     "brain": (counting("brain", small_only([torch.bfloat16])), torch.bfloat16),
     "silent": (counting("silent", lambda x, w: (x.float() @ w.float().T).to(x.dtype)), torch.float32),
     "silent_brain": (counting("silent_brain", lambda x, w: x.bfloat16().to(x.dtype)), torch.bfloat16),
+    "misread": (counting("misread", lambda x, w: x.view(torch.int32).float().sum(-1)), torch.bfloat16),
     "found": (counting("found", lambda x, w: (x @ w.T).argmax(-1)), None),
 }
 
