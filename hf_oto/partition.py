@@ -452,8 +452,9 @@ def cut_difference(model: nn.Module, partition: ZIGPartition, plan: PruningPlan,
     removed, _ = resolve(partition, plan)
     zeroed = _zeroed(model, partition, removed, noise=False)
     tensors = named_tensors(model)
-    # the certificate judges the cut, not how its scaled weights round
-    unrounded = {name: tensors[name].detach().double() for name in scale_factors(partition, removed)}
+    # the certificate judges the cut, not how its scaled weights round; what is tied has several names
+    scaled_ids = {id(tensors[name]) for name in scale_factors(partition, removed)}
+    unrounded = {name: t.detach().double() for name, t in tensors.items() if id(t) in scaled_ids}
     small = cut_copy(model, partition, plan, tensors | unrounded)
     return _difference(_outputs(model, inputs, zeroed), _outputs(small, inputs))
 

@@ -311,6 +311,7 @@ def test_no_wrong_cut_passes(wrong_cuts, dtype):
 def test_no_right_cut_is_refused(name, dtype):
     for offset in (False, True):
         model, inputs, partition = in_dtype(name, dtype, offset)
+        assert Counter((axis.kind, axis.size) for axis in partition.axes) == TABLE[name].axes  # the rehearsal took all
         plan = half(partition, 7)
         assert difference_of_cut(model, partition, inputs, plan) <= EXACT / 100
         assert zero_invariance(model, partition, inputs, plan) <= EXACT / 100

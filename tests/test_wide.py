@@ -10,6 +10,7 @@ import torch
 from models import TABLE, make, randomise_, waves
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -319,6 +320,36 @@ def test_every_kind_of_operation(kind, dtype, no_fast_path):
     except RuntimeError:
         return  # not in this dtype, or not without autocast
     assert apart(exact, plain) > (1e-9 if dtype == torch.float32 else 1e-5)  # negative control
+
+
+def vmapped(m, x):
+    return torch.vmap(lambda row: m.layers[0](row) * m.table[0])(x)
+
+
+def inference(m, x):
+    with torch.inference_mode():
+        return m.layers[0](x) * 2
+
+
+def checkpointed(m, x):
+    return torch.utils.checkpoint.checkpoint(m.layers[0], x, use_reentrant=False) * 2
+
+
+def flexible(m, x):
+    q = m.layers[0](x).unsqueeze(1)
+    return flex_attention(q, q, x.unsqueeze(1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what the stance asks for
+@pytest.mark.parametrize("function", [vmapped, inference, checkpointed, flexible])
+def test_every_way_to_run_operations(function):
+    model, inputs = randomise_(Lambda(function, nn.Linear(6, 6))).bfloat16(), {"x": waves(2, 3, 6).bfloat16()}
+    double, mode = copy.deepcopy(model).double(), WideArithmetic()
+    with torch.compiler.set_stance("force_eager"):  # as the caller does
+        wide = run(model, inputs, mode)
+        exact = run(double, converted(inputs, torch.float64))
+        assert apart(exact, wide) <= EXACT < apart(exact, run(model, inputs))
+    assert mode.narrow == {}
 
 
 def test_running_statistics_are_kept_in_their_own_dtype():
