@@ -213,8 +213,8 @@ def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor
 
 
 def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to the largest entry of each output, or for a scalar (a loss, a small difference of
-    what stands beside it) of all outputs. Entries that are not finite in both are not compared.
+    """Largest difference relative to the `_spread` of each output, or for a scalar (a loss, a small difference of what
+    stands beside it) to the largest of all. Entries that are not finite in both are not compared.
 
     Returns:
         inf where shapes or infinities differ; nan where nothing at all is finite.
@@ -226,13 +226,21 @@ def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> 
         return math.inf
     if not any(here.any() for here in finite):
         return math.nan
-    sizes = [float(x[here].abs().max()) if here.any() else 0.0 for x, here in zip(a, finite, strict=True)]
+    spreads = [_spread(x[here]) for x, here in zip(a, finite, strict=True)]
     worst = 0.0
-    for x, y, here, size in zip(a, b, finite, sizes, strict=True):
+    for x, y, here, spread in zip(a, b, finite, spreads, strict=True):
         if here.any():
-            size = size if x.dim() else max(sizes)
-            worst = max(worst, float((x - y)[here].abs().max()) / max(size, 1e-3))
+            scale = spread if x.dim() else max(spreads)
+            worst = max(worst, float((x - y)[here].abs().max()) / max(scale, 1e-3))
     return worst
+
+
+def _spread(x: torch.Tensor) -> float:
+    """How far entries, (n,), are from their mean, so that an offset common to all hides nothing; at least 1e-4 of the
+    largest entry, so that rounding of a large offset is no difference."""
+    if x.numel() <= 1:
+        return float(x.abs().sum())
+    return max(float((x - x.mean()).abs().max()), 1e-4 * float(x.abs().max()))
 
 
 def refuse_random(model: nn.Module, inputs: Inputs) -> None:
