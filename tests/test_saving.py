@@ -37,13 +37,16 @@ torch.set_num_threads(1)
 
 def cut_(model, tensors, attributes=()):
     """Cuts `{"path.name": {dim: kept indices}}`, sets `{"path.attribute": value}` and returns the record of both."""
-    modules = {}
+    cuts_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
+    step, modules, cuts = len(cuts_before), {}, []
     for label, by_dim in tensors.items():
         path, _, name = label.rpartition(".")
         module = model.get_submodule(path)
         tensor = module._parameters.get(name, module._buffers.get(name))
         shape = [None] * tensor.dim()
         for dim, kept in by_dim.items():
+            if len(kept) < tensor.shape[dim]:
+                cuts.append({"step": step, **axis(tensor.shape[dim], kept, label, dim)})
             tensor.data = tensor.data.index_select(dim, torch.tensor(kept))
             shape[dim] = len(kept)
         modules.setdefault(path, {}).setdefault("shapes", {})[name] = shape
@@ -51,17 +54,21 @@ def cut_(model, tensors, attributes=()):
         path, _, name = label.rpartition(".")
         setattr(model.get_submodule(path), name, value)
         modules.setdefault(path, {}).setdefault("attributes", {})[name] = value
-    first = next(iter(tensors))
-    cuts = [
-        {
-            "step": 0,
-            "size": 8,
-            "kept": "5a",
-            "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [[i] for i in range(8)]]],
-        }
-    ]
-    cuts[0]["scales"] = [[first, 1, 2, 0]]
     return {"version": 1, "modules": modules, "cuts": cuts}
+
+
+def axis(width, kept, label, dim):
+    """A cut of one weight: its ZIGs are the longest blocks of equal length that were kept or cut as a whole."""
+    stays = [position in set(kept) for position in range(width)]
+
+    def blocks(length):
+        return [set(stays[start : start + length]) for start in range(0, width, length)]
+
+    lengths = [length for length in range(1, width) if width % length == 0]
+    inner = max(length for length in lengths if all(len(block) == 1 for block in blocks(length)))
+    bits = sum(1 << i for i, block in enumerate(blocks(inner)) if block == {True})
+    member = [label, dim, 0, 0, 1, inner]
+    return {"size": width // inner, "kept": f"{bits:x}", "members": [member], "scales": []}
 
 
 def rows(heads, width):
@@ -486,12 +493,12 @@ def test_other_number_of_labels_keeps_the_compact_layers(saved):
 
 def test_cut_again():
     model, inputs = compact("bert")
-    path = "bert.encoder.layer.1"
+    path, step = "bert.encoder.layer.1", len(model.config.oto["cuts"])
     again = together(linear(f"{path}.intermediate.dense", 0, [1, 2]), linear(f"{path}.output.dense", 1, [1, 2]))
     become_compact_(model, cut_(model, *again))
     entry = model.config.oto["modules"][f"{path}.intermediate.dense"]
     assert entry == {"attributes": {"out_features": 2}, "shapes": {"weight": [2, None], "bias": [2]}}
-    assert len(model.config.oto["cuts"]) == 2
+    assert {cut["step"] for cut in model.config.oto["cuts"]} == {0, step} and step > 0
     twin = tf.BertForSequenceClassification(model.config).eval()
     twin.load_state_dict(model.state_dict())
     assert difference(model, twin, inputs) == 0.0
@@ -550,8 +557,8 @@ WRONG = {
     "has no 'cuts'": lambda r: r.pop("cuts"),
     r"cuts\[0\] is not": lambda r: r["cuts"][0].update(members=[["name", 0, 1]]),
     r"cuts\[0\] is not .*": lambda r: r["cuts"][0].update(members=[["name", "0", 0, [[1]]]]),
-    r".*cuts\[0\] is not": lambda r: r["cuts"][0].update(kept="5a5"),  # more bits than ZIGs
-    r"cuts\[1\] is not": lambda r: r["cuts"].append({"step": 0, "size": 4, "kept": 2, "members": []}),
+    r".*cuts\[0\] is not": lambda r: r["cuts"][0].update(kept="f" * 9),  # more bits than ZIGs
+    r"cuts\[20\] is not": lambda r: r["cuts"].append({"step": 0, "size": 4, "kept": 2, "members": []}),
     r"cuts\[0\] is not .*scales": lambda r: r["cuts"][0].update(scales=[["name", 1, 0, 0]]),
     "module 'bert.encoder.layer.9', which BertForSeq": lambda r: r["modules"].update({"bert.encoder.layer.9": {}}),
     "unknown keys": lambda r: module(r).update(shape={}),
@@ -592,7 +599,8 @@ def test_record_that_does_not_fit_the_weights(saved, tmp_path):
     """A record that fits the class but not the weights, here and without hf_oto: no layer is initialised anew."""
     config = json.loads((saved / "bert" / "config.json").read_text())
     module(config["oto"])["shapes"]["weight"] = [14, None]
-    config["oto"] = sealed(config["oto"])
+    cuts = [cut for cut in config["oto"]["cuts"] if f"{LAYER}.intermediate.dense.weight" not in cut["members"][0]]
+    config["oto"] = sealed(config["oto"] | {"cuts": cuts})
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((saved / "bert" / "model.safetensors").read_bytes())
     words = r"intermediate.dense.weight has shape \(15, 32\) in the checkpoint, \(14, 32\) by the record"
