@@ -3,8 +3,10 @@
 Importing it makes `from_pretrained` of stock Transformers classes load compact models.
 """
 
-from .compact import compact, to_dense
+from .compact import compact
+from .dense import to_dense
 from .dhspg import DHSPG
+from .modeling_oto import OTOError
 from .partition import check_zero_invariance, partition_zigs
 from .saving import install_hook
 from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
@@ -14,6 +16,7 @@ install_hook()
 
 __all__ = [
     "DHSPG",
+    "OTOError",
     "OTOMixin",
     "OTOSeq2SeqTrainer",
     "OTOTrainer",

@@ -291,6 +291,7 @@ class Cut(NamedTuple):
     kept: int
     bits: int
     members: list[list[Any]]
+    scales: list[list[Any]]
 
 
 class Taken(NamedTuple):
@@ -312,7 +313,7 @@ def cuts_of(record: dict[str, Any]) -> list[Cut]:
     cuts = []
     for cut in record["cuts"]:
         bits = int(cut["kept"], 16)
-        cuts.append(Cut(cut["step"], cut["size"], bits.bit_count(), bits, cut["members"]))
+        cuts.append(Cut(cut["step"], cut["size"], bits.bit_count(), bits, cut["members"], cut["scales"]))
     return sorted(cuts, key=attrgetter("step"))
 
 
@@ -521,9 +522,10 @@ def _readers(record: dict[str, Any], gone: set[str]) -> list[str]:
     """The weights in `gone`, modules and weights, that share a cut axis with weights that are not."""
     cuts = [{name for name, *_ in cut["members"]} for cut in record["cuts"]]
     shared = {name for members in cuts if members - gone for name in members & gone}
+    named = {name for members in cuts for name in members}
     for path in gone & record["modules"].keys():
         for name, shape in record["modules"][path].get("shapes", {}).items():
-            if any(shape) and not any(f"{path}.{name}" in members for members in cuts):
+            if any(shape) and f"{path}.{name}" not in named:
                 shared.add(f"{path}.{name}")  # tied: the cut knows it by its other name
     return sorted(shared)
 

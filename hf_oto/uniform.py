@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compact import removed_positions, stock_model
+from .compact import removed_positions
+from .dense import stock_model
 from .partition import cut_copy, outputs_differ, tolerance
 from .zigs import OTOError, PruningPlan, ZIGPartition
 
