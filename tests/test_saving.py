@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from models import TABLE, make
+from transformers import initialization
 
 import hf_oto
 import hf_oto.saving
@@ -473,6 +475,211 @@ def test_parts_of_a_composite_model_keep_their_own_records(saved, tmp_path):
     model.save_pretrained(tmp_path)
     inputs = {"pixel_values": torch.randn(2, 3, 8, 8), "decoder_input_ids": torch.arange(6).view(2, 3)}
     assert difference(model, tf.VisionEncoderDecoderModel.from_pretrained(tmp_path), inputs) == 0.0
+
+
+# Built by several threads
+
+
+def built_by_threads(build):
+    """What `build()` returns, or raises, 32 times in four threads that take turns all the time."""
+    results, interval = [], sys.getswitchinterval()
+
+    def run():
+        for _ in range(8):
+            try:
+                results.append(build())
+            except Exception as error:
+                results.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return results
+
+
+def shapes(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("cls", [tf.BertForSequenceClassification, tf.BertModel, tf.BertForTokenClassification])
+def test_threads_may_share_a_config(compact_bert, cls):
+    """The class of the record, the body and another head: all are compact, and nobody writes to the config."""
+    model, _ = compact_bert
+    record, before = model.config.oto, copy.deepcopy(model.config.to_dict())
+    body = {name.removeprefix("bert."): size for name, size in shapes(model).items()}
+    alone = shapes(cls(model.config))
+    assert any(body.get(name.removeprefix("bert.")) == size for name, size in alone.items() if size[0] == 16)
+    for built in built_by_threads(lambda: cls(model.config)):
+        assert not isinstance(built, Exception), built
+        assert is_compact(type(built)) and shapes(built) == alone
+    assert model.config.oto is record and model.config.to_dict() == before
+
+
+def test_a_record_taken_out_of_the_config_is_no_way(compact_bert):
+    """Negative control: while one thread has taken the record out, another builds a dense model, or fails."""
+    config = copy.deepcopy(compact_bert[0].config)
+
+    def build():
+        record = config.oto
+        del config.oto
+        try:
+            model = tf.BertForSequenceClassification(config)
+        finally:
+            config.oto = record
+        restore_(model, record)
+        return shapes(model)
+
+    expected = shapes(compact_bert[0])
+    assert any(built != expected for built in built_by_threads(build))
+
+
+def test_the_config_is_shared_as_ever(compact_bert):
+    """A model has the config object it was built from, its parts too; one of another class has its own."""
+    config = compact_bert[0].config
+    twin, body = tf.BertForSequenceClassification(config), tf.BertModel(config)
+    assert {id(m.config) for m in twin.modules() if "config" in vars(m)} == {id(config)}
+    assert {id(m.config) for m in body.modules() if "config" in vars(m)} == {id(body.config)} != {id(config)}
+    assert config.architectures == ["BertForSequenceClassification"] and body.config.architectures == ["BertModel"]
+
+
+# Hooks of others
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """What PreTrainedModel has under both names now; put back at the end."""
+    for name in ("__new__", "_finalize_model_loading"):
+        monkeypatch.setattr(tf.PreTrainedModel, name, vars(tf.PreTrainedModel)[name])
+    return tf.PreTrainedModel
+
+
+def put(cls, name, calls, before):
+    """Puts a function of somebody else's under a name of the class, which calls `before`."""
+
+    def theirs(*args, **kwargs):
+        calls.append(name)
+        return before(*args, **kwargs)
+
+    setattr(cls, name, staticmethod(theirs))
+
+
+def without_us(function):
+    """What our hook calls, the function itself where it is not ours."""
+    return function.__wrapped__ if getattr(function, "_oto_hook", False) else function
+
+
+@pytest.mark.parametrize("when", ["before", "after", "around"])
+def test_hooks_of_others_are_called_too(hooks, saved, when):
+    calls = []
+    for name in ("__new__", "_finalize_model_loading"):
+        ours = getattr(hooks, name)
+        put(hooks, name, calls, without_us(ours) if when == "before" else ours)
+    if when != "after":
+        hf_oto.saving.install_hook()
+    for _ in range(3):
+        installed = hooks.__new__, hooks._finalize_model_loading
+        hf_oto.saving.install_hook()
+    assert installed == (hooks.__new__, hooks._finalize_model_loading)
+    model = tf.BertForSequenceClassification.from_pretrained(saved / "bert")
+    assert calls == ["__new__", "__new__", "_finalize_model_loading"]  # the model, its body
+    assert is_compact(type(model)) and not is_compact(type(model.bert))
+    compact_class(tf.BertForSequenceClassification).from_pretrained(saved / "bert")  # as without hf_oto
+    assert calls[3:] == ["__new__", "__new__", "_finalize_model_loading"]
+    inputs, logits = torch.load(saved / "bert.pt")
+    with torch.no_grad():
+        assert (model(**inputs).logits - logits).abs().max() < 1e-6
+
+
+def test_a_hook_that_calls_nobody_is_the_end_of_ours(hooks, compact_bert):
+    """Negative control: such a one makes dense models, until ours is installed over it."""
+    config = compact_bert[0].config
+    hooks.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
+    assert type(tf.BertForSequenceClassification(config)) is tf.BertForSequenceClassification
+    hf_oto.saving.install_hook()
+    assert is_compact(type(tf.BertForSequenceClassification(config)))
+
+
+def test_classes_that_make_their_own_objects(compact_bert):
+    """What `__new__` of a base behind PreTrainedModel is given are the arguments, as Python gives them."""
+    seen = []
+
+    class Behind:
+        def __new__(cls, *args, **kwargs):
+            seen.append(args)
+            return super().__new__(cls)
+
+    class Mine(tf.PreTrainedModel, Behind):
+        config_class = tf.PreTrainedConfig
+
+    config = tf.PreTrainedConfig()
+    assert type(Mine(config)) is Mine and seen == [(config,)]
+
+
+# Initialisation
+
+
+class Decaying(tf.PreTrainedModel):
+    """Its `_init_weights` computes with a size of the config, whatever shape the weight has by then."""
+
+    __module__ = "transformers.decaying"  # else it counts as custom code, of which no loaded module is initialised
+    config_class, base_model_prefix = tf.PreTrainedConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = torch.nn.Linear(6, config.units), torch.nn.Linear(config.units, 4)
+        self.decay = torch.nn.Parameter(torch.zeros(config.units))
+        self.post_init()
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * self.decay)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Decaying):
+            slopes = torch.linspace(0, 1, module.config.units)
+            initialization.copy_(module.decay, torch.zeros_like(module.decay + slopes) + slopes)
+
+
+def test_weights_that_were_loaded_are_not_initialised(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Decaying(tf.PreTrainedConfig(units=16)).eval()
+    assert model.decay[-1] == 1  # it was called
+    x = torch.randn(3, 6)
+    partition = hf_oto.partition_zigs(model, {"x": x})
+    hf_oto.compact(model, partition, hf_oto.PruningPlan({"up.weight[0]": [0, 3, 4, 9]}))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Decaying.from_pretrained(tmp_path)(x), model(x))
+    twin = Decaying(model.config)  # initialised at its stock size, then cut
+    assert twin.decay.shape == (4,) and twin.decay.any()
+    monkeypatch.setattr("hf_oto.modeling_oto._mark_loaded_modules_", lambda model: None)  # negative control
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(16\)"):
+        Decaying.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_missing_are_initialised(saved):
+    """A head that no checkpoint has, beside compact layers, is drawn as the stock model draws it."""
+    torch.manual_seed(0)
+    head = tf.BertForMaskedLM.from_pretrained(saved / "bert").cls.predictions
+    drawn = head.transform.dense.weight.std() / head.transform.dense.weight.new_tensor(0.02)
+    assert 0.8 < drawn < 1.2 and not head.transform.dense.bias.any() and head.transform.LayerNorm.weight.eq(1).all()
+
+
+def test_rwkv(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "attention_hidden_size": 24, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = tf.RwkvForCausalLM(tf.RwkvConfig(num_hidden_layers=2, context_length=16, **sizes)).eval()
+    inputs = {"input_ids": torch.arange(12).view(2, 6), "use_cache": False}
+    partition = hf_oto.partition_zigs(model, inputs)
+    assert {axis.size for axis in partition.axes} >= {24, 32}
+    plan = hf_oto.PruningPlan({axis.name: range(axis.size // 2) for axis in partition.axes})
+    hf_oto.compact(model, partition, plan).save_pretrained(tmp_path)
+    assert difference(model, tf.AutoModelForCausalLM.from_pretrained(tmp_path), inputs) == 0.0
 
 
 def test_body_compacted_inside_its_head(tmp_path):
