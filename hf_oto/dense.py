@@ -46,18 +46,20 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")
+    cuts: list[Cut] = []
+    if "oto" in vars(model.config):
+        validate(model.config.oto)
+        cuts = cuts_of(model.config.oto)
     config = copy.deepcopy(model.config)
-    record = vars(config).pop("oto", None)
-    vars(config).pop("auto_map", None)
+    for ours in ("oto", "auto_map"):
+        vars(config).pop(ours, None)
     dense = stock_model(model, config)
     state = model.state_dict(keep_vars=True)
     first = {
         id(tensor): name for name, tensor in reversed(state.items())
     }  # the name by which a record has what is tied
     tensors = {name: state[name].detach() for name in first.values()}
-    if "oto" in vars(model.config):
-        validate(record)
-        _undo_(tensors, cuts_of(record), {name: tensor.shape for name, tensor in dense.state_dict().items()})
+    _undo_(tensors, cuts, {name: tensor.shape for name, tensor in dense.state_dict().items()})
     dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
     mine = dict(model.named_buffers())
     for name, buffer in dense.named_buffers():  # those that are not saved too: rotary frequencies, say

@@ -395,9 +395,7 @@ def _check_widths(model: nn.Module, record: dict[str, Any], changes: Iterable[tu
     for label, old, new, module, name in changes:
         if isinstance(module, nn.Module) and old != new:
             path = label.removesuffix(name).removesuffix(".")
-            fact = (
-                f"{label} would become {short(new)} instead of {short(old)}, which no width that was cut accounts for"
-            )
+            fact = f"{label} is {short(old)}, no width that was cut makes it {short(new)}"
             require(not _is_torch_layer(module) or name in TORCH_WIDTHS, fact)
             require(_accounts_for(old, new, shapes[path], taken[path], cuts), fact)
 
