@@ -37,6 +37,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -50,6 +51,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
 
 VERSION = 1
@@ -622,6 +624,7 @@ class CompactMixin:
     """
 
     _oto_stock: type[PreTrainedModel]
+    _auto_class = None  # of custom code, which Transformers would save without us: `save_pretrained` does it
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if not asks_for_compact(config):
@@ -649,16 +652,25 @@ class CompactMixin:
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """`PreTrainedModel.save_pretrained`, and beside the weights the code that `trust_remote_code=True` needs."""
-        if "oto" in vars(self.config) and _is_in_transformers(self._oto_stock) and not self._hf_peft_config_loaded:
-            self.config.auto_map = _auto_map(self._oto_stock, self.config)
+        stock, custom = self._oto_stock, _custom_classes(self._oto_stock, self.config)
+        travels = _is_in_transformers(stock) or bool(custom)
+        if "oto" in vars(self.config) and travels and not self._hf_peft_config_loaded:
+            self.config.auto_map = _auto_map(stock, self.config) | {
+                auto: f"{_custom_name(stock)}.{name}" for auto, name in custom.items()
+            }
             if self.should_save_on_this_rank(is_main_process):
                 os.makedirs(save_directory, exist_ok=True)
                 shutil.copyfile(__file__, Path(save_directory) / FILE_NAME)
+                if custom:
+                    custom_object_save(self, save_directory)
+                    code = _custom_code(stock, sorted(set(custom.values())))
+                    (Path(save_directory) / f"{_custom_name(stock)}.py").write_text(code)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        """`save_pretrained(push_to_hub=True)` uploads what is newer than this: let our file always be."""
-        return {f: time for f, time in super()._get_files_timestamps(working_dir).items() if f != FILE_NAME}
+        """`save_pretrained(push_to_hub=True)` uploads what is newer than this: let our files always be."""
+        ours = (FILE_NAME, f"{_custom_name(self._oto_stock)}.py")
+        return {f: time for f, time in super()._get_files_timestamps(working_dir).items() if f not in ours}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
@@ -773,3 +785,36 @@ def _auto_map(stock: type[PreTrainedModel], config: PreTrainedConfig) -> dict[st
             if _is_in_transformers(chosen) and chosen.config_class is type(config):
                 entries[auto.__name__] = f"{ours}{chosen.__name__}"
     return entries
+
+
+def _custom_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
+    """{"AutoModelFor...": name} of the models in the file of `stock`, which is a file that checkpoints bring along.
+
+    Empty for a class of Transformers, for one that no Auto class knows, and for one that no file defines.
+    """
+    home = sys.modules.get(stock.__module__)
+    if _is_in_transformers(stock) or stock.__module__ == "__main__" or not getattr(home, "__file__", None):
+        return {}
+    found = {} if stock._auto_class is None else {stock._auto_class: stock.__name__}
+    for auto, reference in (vars(config).get("auto_map") or {}).items():
+        module, _, name = str(reference).split("--")[-1].partition(".")
+        cls = vars(home).get(name)
+        of_this_file = module in (stock.__module__.rpartition(".")[2], _custom_name(stock))
+        if of_this_file and isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            found[auto] = name
+    return found
+
+
+def _custom_name(stock: type[PreTrainedModel]) -> str:
+    """The name of the module that makes the classes beside `stock` compact."""
+    return f"compact_{stock.__module__.rpartition('.')[2]}"
+
+
+def _custom_code(stock: type[PreTrainedModel], names: list[str]) -> str:
+    """The text of that module; its imports are plain lines, because Transformers looks for them to copy the files."""
+    home = stock.__module__.rpartition(".")[2]
+    lines = [f'"""The classes of {home}.py with the widths of the record in config.json; written by hf_oto."""', ""]
+    lines += [f"from .{home} import {name} as Stock{name}" for name in names]
+    lines += [f"from .{Path(FILE_NAME).stem} import compact_class", ""]
+    lines += [f"{name} = compact_class(Stock{name})" for name in names]
+    return "\n".join(lines) + "\n"

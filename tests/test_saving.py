@@ -725,6 +725,135 @@ def test_user_defined_class(tmp_path):
     assert difference(model, Mine.from_pretrained(tmp_path), inputs) == 0.0
 
 
+# Models whose code lies beside their weights
+
+CUSTOM = """
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from .configuration_mine import MineConfig
+
+
+class MineModel(PreTrainedModel):
+    config_class, base_model_prefix = MineConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = torch.nn.Linear(6, config.units), torch.nn.Linear(config.units, 6)
+        self.post_init()
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class MineForSequenceClassification(PreTrainedModel):
+    config_class, base_model_prefix = MineConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body, self.head = MineModel(config), torch.nn.Linear(6, 3)
+        self.post_init()
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=self.head(self.body(x)))
+"""
+CUSTOM_CONFIG = """
+from transformers import PreTrainedConfig
+
+
+class MineConfig(PreTrainedConfig):
+    model_type = "mine"
+
+    def __init__(self, units=16, **kwargs):
+        self.units = units
+        super().__init__(**kwargs)
+"""
+CUSTOM_MAP = {
+    "AutoConfig": "configuration_mine.MineConfig",
+    "AutoModel": "modeling_mine.MineModel",
+    "AutoModelForSequenceClassification": "modeling_mine.MineForSequenceClassification",
+}
+FRESH_CUSTOM = """
+import sys, json, torch, transformers as tf
+folder, out, with_us = sys.argv[1], sys.argv[2], sys.argv[3] == "with"
+if with_us:
+    import hf_oto
+else:
+    sys.modules["hf_oto"] = None  # import hf_oto raises
+auto, x, logits = tf.AutoModelForSequenceClassification, *torch.load(f"{folder}/expected.pt")
+results = {}
+for source in (folder, f"{out}/once", f"{out}/twice"):
+    model = auto.from_pretrained(source, trust_remote_code=True).eval()
+    body = tf.AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+    with torch.no_grad():
+        results[source] = [(found - logits).abs().max().item() for found in (model(x).logits, model.head(body(x)))]
+    assert model.body.up.out_features == 4 and type(model).__name__ == "MineForSequenceClassification"
+    model.save_pretrained(f"{out}/once" if source == folder else f"{out}/twice")
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory):
+    """A folder with a checkpoint of custom code, as anybody publishes one, and a folder with the compact model."""
+    folder = tmp_path_factory.mktemp("custom")
+    (folder / "full").mkdir()
+    (folder / "full" / "modeling_mine.py").write_text(CUSTOM)
+    (folder / "full" / "configuration_mine.py").write_text(CUSTOM_CONFIG)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = {"model_type": "mine", "units": 16, "auto_map": CUSTOM_MAP}
+    (folder / "full" / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    config = tf.AutoConfig.from_pretrained(folder / "full", trust_remote_code=True)
+    model = tf.AutoModelForSequenceClassification.from_config(config, trust_remote_code=True).eval()
+    model.save_pretrained(folder / "full")
+    loaded = tf.AutoModelForSequenceClassification.from_pretrained(folder / "full", trust_remote_code=True).eval()
+    x = torch.randn(3, 6)
+    partition = hf_oto.partition_zigs(loaded, {"x": x})
+    plan = hf_oto.PruningPlan({"body.up.weight[0]": [0, 3, 4, 9]})
+    hf_oto.compact(loaded, partition, plan).save_pretrained(folder / "compact")
+    torch.save((x, loaded(x).logits.detach()), folder / "compact" / "expected.pt")
+    monkeypatch.undo()
+    return folder
+
+
+@pytest.mark.parametrize("hf_oto_is", ["with", "without"])
+def test_custom_code_comes_back(custom, tmp_path, hf_oto_is):
+    """Beside it lies a file that makes its classes compact, and auto_map names it: they load without hf_oto too."""
+    names = {file.name for file in (custom / "compact").iterdir()}
+    assert names >= {"modeling_mine.py", "configuration_mine.py", "modeling_oto.py", "compact_modeling_mine.py"}
+    assert json.loads((custom / "compact" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModel": "compact_modeling_mine.MineModel",
+        "AutoModelForSequenceClassification": "compact_modeling_mine.MineForSequenceClassification",
+    }
+    done = run_custom(custom / "compact", tmp_path, hf_oto_is)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 3 and all(found == [0.0, 0.0] for found in results.values())
+    names |= {"expected.pt"}
+    assert {file.name for file in (tmp_path / "twice").iterdir()} | {"expected.pt"} == names
+
+
+def test_custom_code_alone_knows_no_record(custom, tmp_path):
+    """Negative control: by its own class, and without hf_oto, the sizes don't fit."""
+    shutil.copytree(custom / "compact", tmp_path / "copy")
+    config = json.loads((custom / "compact" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"auto_map": CUSTOM_MAP}))
+    done = run_custom(tmp_path / "copy", tmp_path, "without")
+    assert done.returncode != 0 and "mismatch" in done.stderr
+
+
+def run_custom(folder, out, hf_oto_is):
+    keep = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or hf_oto_is == "with"}
+    keep |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    keep |= {"PYTHONPATH": str(REPO)} if hf_oto_is == "with" else {}
+    command = [sys.executable, "-c", FRESH_CUSTOM, str(folder), str(out), hf_oto_is]
+    return subprocess.run(command, cwd=out, env=keep, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
 def test_restore_keeps_parameter_identity_flags_and_parametrizations():
     layer = torch.nn.Module()
     layer.a, layer.b = torch.nn.Linear(4, 6, device="meta"), torch.nn.Linear(4, 6, device="meta", dtype=torch.bfloat16)
