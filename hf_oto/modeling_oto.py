@@ -581,8 +581,8 @@ def finish_loading(finish: Callable[..., Any], model: PreTrainedModel, load_conf
             sizes than the stock model where it says nothing, and that is False.
     """
     for part in model.modules():
-        if is_compact(type(part)):
-            _mark_loaded_modules_(part)
+        if is_compact(type(part)) and "oto" in vars(part.config):
+            _mark_loaded_modules_(part, part.config.oto)
     if not (is_compact(type(model)) and "oto" in vars(model.config)):
         return finish(model, load_config, loading_info)
     modules = model.config.oto["modules"]
@@ -604,14 +604,17 @@ def finish_loading(finish: Callable[..., Any], model: PreTrainedModel, load_conf
         ) from error
 
 
-def _mark_loaded_modules_(model: PreTrainedModel) -> None:
-    """Lets Transformers initialise no module whose tensors, and those of its parts, have all been loaded.
+def _mark_loaded_modules_(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Lets Transformers initialise no module with something cut in it, where all its tensors have been loaded.
 
     It would call `_init_weights` on such a module and only then see, tensor by tensor, that nothing is to be written.
-    Some models compute there with sizes of the config, which don't fit what was cut.
+    Some models compute there with sizes of the config, which don't fit what was cut. Other modules are left to it,
+    for some draw random numbers there, and the weights of a new head are to be those it has on the stock model.
     """
-    for module in model.modules():
-        tensors = [*module.parameters(), *module.buffers()]
+    cut = {path for path, entry in record["modules"].items() if entry.get("shapes")}
+    touched = cut | {above for path in cut for above in _modules_of(path)}
+    for path, module in model.named_modules():
+        tensors = [*module.parameters(), *module.buffers()] if path in touched else []
         if tensors and all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             module._is_hf_initialized = True
 

@@ -657,7 +657,7 @@ def test_weights_that_were_loaded_are_not_initialised(tmp_path, monkeypatch):
     assert torch.equal(Decaying.from_pretrained(tmp_path)(x), model(x))
     twin = Decaying(model.config)  # initialised at its stock size, then cut
     assert twin.decay.shape == (4,) and twin.decay.any()
-    monkeypatch.setattr("hf_oto.modeling_oto._mark_loaded_modules_", lambda model: None)  # negative control
+    monkeypatch.setattr("hf_oto.modeling_oto._mark_loaded_modules_", lambda *_: None)  # negative control
     with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(16\)"):
         Decaying.from_pretrained(tmp_path)
 
@@ -668,6 +668,19 @@ def test_weights_that_are_missing_are_initialised(saved):
     head = tf.BertForMaskedLM.from_pretrained(saved / "bert").cls.predictions
     drawn = head.transform.dense.weight.std() / head.transform.dense.weight.new_tensor(0.02)
     assert 0.8 < drawn < 1.2 and not head.transform.dense.bias.any() and head.transform.LayerNorm.weight.eq(1).all()
+
+
+def test_a_new_head_is_that_of_the_stock_model(draw_plan, tmp_path):
+    """Wav2Vec2 draws random numbers for weights that it has loaded, before those of a new head are drawn."""
+    model, inputs = make("wav2vec2").eval(), TABLE["wav2vec2"].inputs(2)
+    partition = hf_oto.partition_zigs(model, inputs)
+    hf_oto.compact(model, partition, draw_plan(partition)).save_pretrained(tmp_path / "compact")
+    hf_oto.to_dense(model).save_pretrained(tmp_path / "dense")
+    heads = []
+    for kind in ("compact", "dense"):
+        torch.manual_seed(0)
+        heads.append(tf.AutoModelForAudioClassification.from_pretrained(tmp_path / kind).classifier.weight)
+    assert torch.equal(*heads) and heads[0].std() > 0
 
 
 def test_rwkv(tmp_path):
