@@ -7,6 +7,7 @@ from .certificate import check_zero_invariance
 from .cut import compact
 from .dense import to_dense
 from .dhspg import DHSPG
+from .modeling_oto import OTOError
 from .partition import partition_zigs
 from .saving import install_hook
 from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
@@ -16,6 +17,7 @@ install_hook()
 
 __all__ = [
     "DHSPG",
+    "OTOError",
     "OTOMixin",
     "OTOSeq2SeqTrainer",
     "OTOTrainer",

@@ -18,7 +18,13 @@ The record is `config.oto`, plain JSON:
      "sha256": "9f86d08..."}                                                # of all the rest
 
 Nothing in it is executed, and what does not fit is refused before anything is touched. The digest finds damage, not
-malice: who seals a record anew can choose widths up to the stock model's, as he can choose the weights.
+malice: who seals a record anew can choose widths up to the stock model's, as he can choose the weights, and nothing
+else. The cuts have to take of every weight what its new shape lacks. An attribute may only change as they do, or as
+a shape does, of the weights at and below its module (`_numbers_after` says how). Of torch's own layers only the names
+in `TORCH_WIDTHS` may change at all: no stride, padding or kernel size.
+
+That is arithmetic, no knowledge of what an attribute is for. It can't tell a width from another number of the same
+value, nor what a number far up in the model counts, with all the cuts of the model below it.
 """
 
 from __future__ import annotations
@@ -31,14 +37,21 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from itertools import accumulate, groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as short  # of what may be long, or nested deeply
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
+from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
 
 VERSION = 1
@@ -68,7 +81,8 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(record: Any) -> None:
-    """Checks the version, the types and the digest of a record; whether it fits a model is checked by `restore_`.
+    """Checks the version, the types and the digest of a record, in time that grows with its length and no faster.
+    Whether it fits a model is checked by `restore_`.
 
     Raises:
         OTOError: naming the first entry that is wrong.
@@ -80,23 +94,43 @@ def validate(record: Any) -> None:
         require(isinstance(record.get(part), kind), f"has no {part!r} {kind.__name__}: it is truncated")
     require(len(record) == 4, f"has unknown parts: {short(list(record))}")
     for path, entry in record["modules"].items():
-        require(isinstance(path, str) and isinstance(entry, dict), f"{path!r} is {short(entry)}, not an object")
-        require(entry.keys() <= {"attributes", "shapes"}, f"{path!r} has unknown keys: {short(list(entry))}")
-        require(all(isinstance(values, dict) for values in entry.values()), f"{path!r}: a part is no object")
-        for name, value in entry.get("attributes", {}).items():
-            ok = _is_int(value) or (isinstance(value, list) and all(map(_is_int, value)))
-            require(ok, f"{path}.{name} is {short(value)}, not an int or a list of ints")
-        for name, shape in entry.get("shapes", {}).items():
-            ok = isinstance(shape, list) and all(n is None or (_is_int(n) and n >= 1) for n in shape)
-            require(ok, f"the shape of {path}.{name} is {short(shape)}, not a list of sizes >= 1 and nulls")
+        _validate_entry(path, entry)
     for i, cut in enumerate(record["cuts"]):
         require(_is_cut(cut), f"cuts[{i}] is not {{'step', 'size', 'kept', 'members', 'scales'}} of the right kinds")
     require(record["sha256"] == sealed(record)["sha256"], "it isn't what was saved, by its sha256: it was changed")
 
 
+def _validate_entry(path: Any, entry: Any) -> None:
+    """Checks what a record says of one module; a path may be long, so it is quoted only where something is wrong."""
+    if not (isinstance(path, str) and isinstance(entry, dict)):
+        refuse(f"{short(path)} is {short(entry)}, not an object")
+    if not entry.keys() <= {"attributes", "shapes"}:
+        refuse(f"{short(path)} has unknown keys: {short(list(entry))}")
+    if not all(isinstance(values, dict) for values in entry.values()):
+        refuse(f"{short(path)}: a part is no object")
+    for name, value in entry.get("attributes", {}).items():
+        if not (_is_int(value) or (isinstance(value, list) and all(map(_is_int, value)))):
+            refuse(f"{_shortened(path)}.{_shortened(name)} is {short(value)}, not an int or a list of ints")
+    for name, shape in entry.get("shapes", {}).items():
+        if not (isinstance(shape, list) and all(n is None or (_is_int(n) and n >= 1) for n in shape)):
+            refuse(
+                f"the shape of {_shortened(path)}.{_shortened(name)} is {short(shape)}, not a list of sizes >= 1 and "
+                "nulls"
+            )
+
+
+def refuse(fact: str) -> NoReturn:
+    raise OTOError(f"the hf_oto record in config.json (config.oto) does not fit: {fact}")
+
+
 def require(ok: bool, fact: str) -> None:
     if not ok:
-        raise OTOError(f"the hf_oto record in config.json (config.oto) does not fit: {fact}")
+        refuse(fact)
+
+
+def _shortened(name: str) -> str:
+    """The end of a name, which says more than its beginning."""
+    return name if len(name) <= 100 else f"...{name[-100:]}"
 
 
 def _is_int(value: Any) -> bool:
@@ -111,9 +145,14 @@ def _is_cut(cut: Any) -> bool:
     match cut:
         case {"step": step, "size": size, "kept": str(kept), "members": list(members), "scales": list(scales)}:
             ok = len(cut) == 5 and _are_sizes([step, size]) and re.fullmatch("[0-9a-f]+", kept) is not None
-            ok = ok and 0 < int(kept, 16).bit_length() <= size and bool(members)
+            ok = ok and _leaves_some(int(kept, 16), size) and bool(members)
             return ok and all(_is_member(member, size) for member in members) and all(map(_is_scale, scales))
     return False
+
+
+def _leaves_some(bits: int, size: int) -> bool:
+    """Whether some ZIGs stay and some go, of `size`."""
+    return bits.bit_length() <= size and 0 < bits.bit_count() < size
 
 
 def _is_member(member: Any, size: int) -> bool:
@@ -143,7 +182,9 @@ def restore_(model: torch.nn.Module, record: dict[str, Any]) -> None:
     Raises:
         OTOError: the record does not fit the model; nothing has been changed then.
     """
-    for _, now, new, holder, name in list(_changes(model, record)):
+    changes = list(_changes(model, record))
+    _check_widths(model, record, changes)
+    for _, now, new, holder, name in changes:
         if isinstance(holder, torch.nn.Module):
             set_sizes_(holder, {name: new})
         elif now != new:
@@ -223,7 +264,7 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
         module = modules[path]
         known, kind = sizes_of(module), type(module).__name__
         for name, new in entry.get("attributes", {}).items():
-            label = f"{path}.{name}"
+            label = f"{path}.{name}".removeprefix(".")
             require(name in known, f"{kind} keeps no size {name!r} ({label})")
             old = known[name]
             olds, news = (old, new) if isinstance(old, (list, tuple)) and isinstance(new, list) else ([old], [new])
@@ -232,13 +273,210 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
             yield label, old, type(old)(new), module, name
         saved = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, sizes in entry.get("shapes", {}).items():
-            label, tensor = f"{path}.{name}", (module._parameters | saved).get(name)
+            label, tensor = f"{path}.{name}".removeprefix("."), (module._parameters | saved).get(name)
             require(tensor is not None, f"{kind} has no weight or saved buffer {name!r} ({label})")
             dense = tensor.shape
             fits = len(sizes) == len(dense) and all(n is None or n <= d for n, d in zip(sizes, dense, strict=True))
             require(fits, f"{label} has shape {tuple(dense)}, of which the record keeps {short(sizes)}")
             shape = torch.Size(d if n is None else n for n, d in zip(sizes, dense, strict=True))
             yield label, dense, shape, tensor, name
+
+
+# What the numbers of a record prove
+
+
+class Cut(NamedTuple):
+    """An axis of `size` ZIGs of which `kept` stay, those whose bit in `bits` is set, the lowest for the first ZIG."""
+
+    step: int
+    size: int
+    kept: int
+    bits: int
+    members: list[list[Any]]
+    scales: list[list[Any]]
+
+
+class Taken(NamedTuple):
+    """Of a weight at or below some module each ZIG of the cut has `positions` positions, all of them or one run."""
+
+    cut: int  # its index among the cuts in order: of a long one neither copies nor hashes are made
+    positions: int
+
+
+TORCH_WIDTHS = {  # what torch's own layers call a width or a count of groups
+    *("in_features", "in1_features", "in2_features", "out_features", "in_channels", "out_channels", "groups"),
+    *("num_features", "num_channels", "num_groups", "num_parameters", "num_embeddings", "embedding_dim"),
+    *("normalized_shape", "input_size", "hidden_size", "proj_size", "embed_dim", "kdim", "vdim", "num_heads"),
+}
+
+
+def cuts_of(record: dict[str, Any]) -> list[Cut]:
+    """The cuts in the order they were made."""
+    cuts = []
+    for cut in record["cuts"]:
+        bits = int(cut["kept"], 16)
+        cuts.append(Cut(cut["step"], cut["size"], bits.bit_count(), bits, cut["members"], cut["scales"]))
+    return sorted(cuts, key=attrgetter("step"))
+
+
+def check_cuts(cuts: Iterable[Cut], dense: Mapping[str, torch.Size]) -> dict[tuple[str, int], int]:
+    """Checks that the cuts fit a stock model, by counting; no array as long as an axis is made.
+
+    Args:
+        cuts: in the order they were made.
+        dense: name -> shape of every parameter and buffer of the stock model.
+
+    Returns:
+        (name, dim) -> how many positions are left after all cuts, of what any cut takes something.
+
+    Raises:
+        OTOError: a cut names a weight or a position that is not there, or cuts of one step overlap.
+    """
+    left: dict[tuple[str, int], int] = {}
+    for _, step in groupby(cuts, key=attrgetter("step")):
+        spanned, lost = Counter(), Counter()
+        for cut in step:
+            for name, dim, _, *layout in cut.members:
+                shape = dense.get(name, ())
+                width = left.get((name, dim), shape[dim]) if dim < len(shape) else 0
+                positions, last = _extent(cut.size, layout)
+                spanned[name, dim] += cut.size * positions
+                lost[name, dim] += (cut.size - cut.kept) * positions
+                fits = last < width and spanned[name, dim] <= width
+                require(fits, f"the stock model has no {short(name)}[{dim}] of {spanned[name, dim]} positions to cut")
+        for (name, dim), count in lost.items():
+            left[name, dim] = left.get((name, dim), dense[name][dim]) - count
+    return left
+
+
+def _extent(size: int, layout: list[Any]) -> tuple[int, int]:
+    """How many positions each ZIG has of a member, and the last position of all."""
+    if len(layout) == 1:
+        rows = layout[0]
+        return len(rows[0]), max(map(max, rows))
+    start, outer, inner = layout
+    return outer * inner, start + outer * size * inner - 1
+
+
+def _runs(layout: list[Any]) -> set[int]:
+    """The positions that a ZIG has of a member, and how long the runs are in which they lie."""
+    if len(layout) == 3:
+        _, outer, inner = layout
+        return {outer * inner, inner}
+    first = layout[0][0]
+    breaks = [0, *(i for i, (a, b) in enumerate(pairwise(first), 1) if b != a + 1), len(first)]
+    return {len(first), *(stop - start for start, stop in pairwise(breaks))}
+
+
+def _check_widths(model: nn.Module, record: dict[str, Any], changes: Iterable[tuple[str, Any, Any, Any, str]]) -> None:
+    """Checks that shapes, cuts and attributes of a record say the same.
+
+    Args:
+        model: the stock model.
+        record: well-formed.
+        changes: what `_changes` gives for them.
+    """
+    cuts = cuts_of(record)
+    left = check_cuts(cuts, {name: tensor.shape for name, tensor in named_tensors(model).items()})
+    shapes: dict[str, set[tuple[int, int]]] = defaultdict(set)  # module -> (width, new width) at and below it
+    taken: dict[str, set[Taken]] = defaultdict(set)  # module -> what is cut at and below it
+    for i, cut in enumerate(cuts):
+        for name, _, _, *layout in cut.members:
+            for path in _modules_of(name):
+                taken[path].update(Taken(i, positions) for positions in _runs(layout))
+    recorded = {}
+    for label, dense, new, holder, _ in changes:
+        if isinstance(holder, torch.Tensor):
+            widths = list(zip(dense, new, strict=True))
+            recorded |= {(label, dim): width for dim, (_, width) in enumerate(widths)}
+            for path in _modules_of(label):
+                shapes[path].update(pair for pair in widths if pair[0] != pair[1])
+    for (name, dim), width in left.items():
+        fact = f"its cuts leave {width} positions of {name}[{dim}], its shapes {recorded.get((name, dim), 'all')}"
+        require(recorded.get((name, dim)) == width, fact)
+    for label, old, new, module, name in changes:
+        if isinstance(module, nn.Module) and old != new:
+            path = label.removesuffix(name).removesuffix(".")
+            fact = f"{label} is {short(old)}, no width that was cut makes it {short(new)}"
+            require(not _is_torch_layer(module) or name in TORCH_WIDTHS, fact)
+            require(_accounts_for(old, new, shapes[path], taken[path], cuts), fact)
+
+
+def _modules_of(name: str) -> Iterator[str]:
+    """The paths of the modules that a weight or attribute of this name lies in, the outermost, "", last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_torch_layer(module: nn.Module) -> bool:
+    """Whether torch wrote the module, or its base class; what only contains others is the model's own code."""
+    homes = {cls.__module__ for cls in type(module).__mro__ if cls is not nn.Module}
+    return any(home.startswith("torch.nn.modules.") and home != nn.ModuleList.__module__ for home in homes)
+
+
+def _accounts_for(old: Any, new: Any, shapes: set[tuple[int, int]], taken: set[Taken], cuts: list[Cut]) -> bool:
+    """Whether an int, or the ints of a list, may change like this.
+
+    Args:
+        old, new: the values, of one kind and length.
+        shapes: (width, new width) of the weights at and below the module.
+        taken: what the cuts take of these.
+        cuts: all cuts, which `taken` counts by.
+    """
+    olds, news = (old, new) if isinstance(old, (list, tuple)) else ([old], [new])
+    changed = [pair for pair in zip(olds, news, strict=True) if pair[0] != pair[1]]
+    if all(pair in shapes or pair[1] in _numbers_after(pair[0], taken, cuts) for pair in changed):
+        return True
+    return tuple(news) in _parts_after(tuple(olds), taken, cuts)
+
+
+def _by_step(taken: set[Taken], cuts: list[Cut]) -> Iterator[list[tuple[Cut, int]]]:
+    """For every step that takes something, (cut, positions) of what it takes."""
+    ordered = ((cuts[i], positions) for i, positions in sorted(taken))
+    for _, step in groupby(ordered, key=lambda pair: pair[0].step):
+        yield list(step)
+
+
+def _numbers_after(number: int, taken: set[Taken], cuts: list[Cut]) -> set[int]:
+    """What a number may be after the cuts: it counts something of which every ZIG has the same whole share.
+
+    Of a cut from 4 heads to 3, of 8 positions each, 4 heads become 3 and 32 positions become 24, and so does what
+    lies between: where a head is a key head with 2 query heads, 8 query heads become 6. The width of a head
+    itself, 8, stays 8.
+    """
+    numbers = {number}
+    for step in _by_step(taken, cuts):
+        widths = {positions for _, positions in step}
+        tries = [(before, cut, positions) for before in numbers for cut, positions in step]
+        numbers |= {n // cut.size * cut.kept for n, cut, positions in tries if _is_counted(n, cut, positions, widths)}
+    return numbers
+
+
+def _is_counted(number: int, cut: Cut, positions: int, widths: set[int]) -> bool:
+    """Whether every ZIG of a cut, of so many positions, has the same share of a number; `widths` are those of one ZIG,
+    of this cut and of others."""
+    share, rest = divmod(number, cut.size)
+    if rest or not share:
+        return False
+    return share in (1, positions) or (positions % share == 0 and number not in widths)
+
+
+def _parts_after(parts: tuple[int, ...], taken: set[Taken], cuts: list[Cut]) -> set[tuple[int, ...]]:
+    """What the lengths of parts, side by side on one axis, may be after the cuts: what is kept within each."""
+    found = {parts}
+    for step in _by_step(taken, cuts):
+        for before in list(found):
+            ends = list(accumulate(before))
+            for cut, positions in step:
+                for unit in {1, positions}:
+                    if ends[-1] == cut.size * unit and all(end % unit == 0 for end in ends):
+                        kept = [unit * (cut.bits & ((1 << end // unit) - 1)).bit_count() for end in ends]
+                        found.add(tuple(b - a for a, b in pairwise([0, *kept])))
+    return found
+
+
+# Records of other classes, and of cuts in a row
 
 
 def _translated(model: PreTrainedModel, record: dict[str, Any], partly: bool) -> dict[str, Any]:
@@ -284,9 +522,10 @@ def _readers(record: dict[str, Any], gone: set[str]) -> list[str]:
     """The weights in `gone`, modules and weights, that share a cut axis with weights that are not."""
     cuts = [{name for name, *_ in cut["members"]} for cut in record["cuts"]]
     shared = {name for members in cuts if members - gone for name in members & gone}
+    named = {name for members in cuts for name in members}
     for path in gone & record["modules"].keys():
         for name, shape in record["modules"][path].get("shapes", {}).items():
-            if any(shape) and not any(f"{path}.{name}" in members for members in cuts):
+            if any(shape) and f"{path}.{name}" not in named:
                 shared.add(f"{path}.{name}")  # tied: the cut knows it by its other name
     return sorted(shared)
 
@@ -306,18 +545,46 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 # The class
 
-_finish = getattr(PreTrainedModel, "_finalize_model_loading", None)  # private: without it errors are only less clear
+
+def _shared_variable() -> ContextVar[frozenset[str]]:
+    """One variable for all copies of this file: hf_oto's own and those that came with checkpoints."""
+    if "_oto_building" not in vars(PreTrainedModel):
+        PreTrainedModel._oto_building = ContextVar("oto_building", default=frozenset())
+    return PreTrainedModel._oto_building
 
 
-def finish_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
-    """Transformers' own, but sizes that the record cut are never taken for a new head, to be initialised anew.
+BUILDING = _shared_variable()  # digests of the records whose models this thread is building now
+
+
+def asks_for_compact(config: PreTrainedConfig) -> bool:
+    """Whether a model built from this config is compact: the config has a record, and not that of an enclosing model.
+
+    Sub-models are built from the config of the model they are part of, or from a copy of it, but the paths in the
+    record are those of the outermost model. While that one is built, `BUILDING` has the record's digest.
+    """
+    if "oto" not in vars(config):
+        return False
+    digest = config.oto.get("sha256") if isinstance(config.oto, dict) else None
+    return not (isinstance(digest, str) and digest in BUILDING.get())
+
+
+def finish_loading(finish: Callable[..., Any], model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+    """Transformers' `_finalize_model_loading`, but sizes that a record cut are never taken for a new head, to be
+    initialised anew.
+
+    Args:
+        finish: the `_finalize_model_loading` that would run without us.
+        model, load_config, loading_info: its arguments.
 
     Raises:
         OTOError: the weights have other sizes than the record says, whatever `ignore_mismatched_sizes` is, or other
             sizes than the stock model where it says nothing, and that is False.
     """
+    for part in model.modules():
+        if is_compact(type(part)) and "oto" in vars(part.config):
+            _mark_loaded_modules_(part, part.config.oto)
     if not (is_compact(type(model)) and "oto" in vars(model.config)):
-        return _finish(model, load_config, loading_info)
+        return finish(model, load_config, loading_info)
     modules = model.config.oto["modules"]
     for key, saved, built in sorted(loading_info.mismatched_keys):
         path, _, name = key.rpartition(".")
@@ -327,7 +594,7 @@ def finish_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) 
             fits, f"{key} has shape {tuple(saved)} in the checkpoint, {tuple(built)} by the record: not its weights"
         )
     try:
-        return _finish(model, load_config, loading_info)
+        return finish(model, load_config, loading_info)
     except RuntimeError as error:
         if not (loading_info.mismatched_keys or loading_info.conversion_errors or loading_info.error_msgs):
             raise
@@ -335,6 +602,21 @@ def finish_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) 
         raise OTOError(
             f"the weights do not fit what config.json and its hf_oto record say of {names}: {error}"
         ) from error
+
+
+def _mark_loaded_modules_(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Lets Transformers initialise no module with something cut in it, where all its tensors have been loaded.
+
+    It would call `_init_weights` on such a module and only then see, tensor by tensor, that nothing is to be written.
+    Some models compute there with sizes of the config, which don't fit what was cut. Other modules are left to it,
+    for some draw random numbers there, and the weights of a new head are to be those it has on the stock model.
+    """
+    cut = {path for path, entry in record["modules"].items() if entry.get("shapes")}
+    touched = cut | {above for path in cut for above in _modules_of(path)}
+    for path, module in model.named_modules():
+        tensors = [*module.parameters(), *module.buffers()] if path in touched else []
+        if tensors and all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            module._is_hf_initialized = True
 
 
 class CompactMixin:
@@ -345,40 +627,53 @@ class CompactMixin:
     """
 
     _oto_stock: type[PreTrainedModel]
-    _finalize_model_loading = staticmethod(finish_loading)
+    _auto_class = None  # of custom code, which Transformers would save without us: `save_pretrained` does it
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if "oto" not in vars(config):
+        if not asks_for_compact(config):
             super().__init__(config, *args, **kwargs)
             return
         record = config.oto
         validate(record)
-        foreign = bool(config.architectures) and self._oto_stock.__name__ not in config.architectures
-        if foreign:
-            config = copy.deepcopy(config)  # this model's record will have other paths than the caller's config
-        del config.oto  # sub-models are built from this config too, but the paths are those of the outermost model
+        token = BUILDING.set(BUILDING.get() | {record["sha256"]})
         try:
             super().__init__(config, *args, **kwargs)
         finally:
-            config.oto = record
-        self.config.oto = _translated(self, record, partly=foreign)
-        self.config.architectures = [self._oto_stock.__name__]  # the class that the paths belong to, now
-        restore_(self, self.config.oto)
+            BUILDING.reset(token)
+        name = self._oto_stock.__name__
+        foreign = bool(config.architectures) and name not in config.architectures
+        translated = _translated(self, record, partly=foreign)
+        if translated is not record or config.architectures != [name]:
+            _replace_config_(self, {"oto": translated, "architectures": [name]})
+        restore_(self, translated)
+
+    @classmethod
+    def _finalize_model_loading(cls, *args: Any) -> Any:
+        return finish_loading(super()._finalize_model_loading, *args)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """`PreTrainedModel.save_pretrained`, and beside the weights the code that `trust_remote_code=True` needs."""
-        if "oto" in vars(self.config) and _is_in_transformers(self._oto_stock) and not self._hf_peft_config_loaded:
-            self.config.auto_map = _auto_map(self._oto_stock, self.config)
+        stock, custom = self._oto_stock, _custom_classes(self._oto_stock, self.config)
+        travels = _is_in_transformers(stock) or bool(custom)
+        if "oto" in vars(self.config) and travels and not self._hf_peft_config_loaded:
+            self.config.auto_map = _auto_map(stock, self.config) | {
+                auto: f"{_custom_name(stock)}.{name}" for auto, name in custom.items()
+            }
             if self.should_save_on_this_rank(is_main_process):
                 os.makedirs(save_directory, exist_ok=True)
                 shutil.copyfile(__file__, Path(save_directory) / FILE_NAME)
+                if custom:
+                    custom_object_save(self, save_directory)
+                    code = _custom_code(stock, sorted(set(custom.values())))
+                    (Path(save_directory) / f"{_custom_name(stock)}.py").write_text(code)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        """`save_pretrained(push_to_hub=True)` uploads what is newer than this: let our file always be."""
-        return {f: time for f, time in super()._get_files_timestamps(working_dir).items() if f != FILE_NAME}
+        """`save_pretrained(push_to_hub=True)` uploads what is newer than this: let our files always be."""
+        ours = (FILE_NAME, f"{_custom_name(self._oto_stock)}.py")
+        return {f: time for f, time in super()._get_files_timestamps(working_dir).items() if f not in ours}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
@@ -432,15 +727,46 @@ def become_compact_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
     validate(record)
     for label, now, new, *_ in _changes(model, record):
         require(now == new, f"{label} is {now}, the record has {new}")
+    _try_on_stock(model, record)
     model.config.oto = record
     model.__class__ = compact_class(type(model))
     model.config.architectures = [model._oto_stock.__name__]  # the class that the paths belong to
     return model
 
 
+def _try_on_stock(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Warns where a stock model, built here without weights, can't take the record, so that nothing saved would load.
+
+    That is so where the model was changed by hand, and its config doesn't say how to build it.
+    """
+    config = copy.deepcopy(model.config)
+    vars(config).pop("oto", None)
+    stock = compact_class(type(model))._oto_stock
+    try:
+        with torch.device("meta"):
+            restore_(stock(config), record)
+    except Exception as error:  # a constructor may raise anything
+        fact = "what it saves can't be loaded, for its config alone doesn't build it"
+        logger.warning("%s: %s (%s); keep the full model's checkpoint", stock.__name__, fact, error)
+
+
 def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
     """An uninitialised compact model, for pickle and deepcopy to fill."""
     return object.__new__(compact_class(stock))
+
+
+def _replace_config_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    """Gives a model, and the parts that share its config, a copy of that config with other values.
+
+    Other models, in other threads too, may be built from the config that it was given: that one is never written to.
+    """
+    given = model.config
+    own = copy.copy(given)
+    for name, value in values.items():
+        setattr(own, name, value)
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if value is given]:
+            setattr(module, name, own)
 
 
 def _is_in_transformers(stock: type[PreTrainedModel]) -> bool:
@@ -462,3 +788,36 @@ def _auto_map(stock: type[PreTrainedModel], config: PreTrainedConfig) -> dict[st
             if _is_in_transformers(chosen) and chosen.config_class is type(config):
                 entries[auto.__name__] = f"{ours}{chosen.__name__}"
     return entries
+
+
+def _custom_classes(stock: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
+    """{"AutoModelFor...": name} of the models in the file of `stock`, which is a file that checkpoints bring along.
+
+    Empty for a class of Transformers, for one that no Auto class knows, and for one that no file defines.
+    """
+    home = sys.modules.get(stock.__module__)
+    if _is_in_transformers(stock) or stock.__module__ == "__main__" or not getattr(home, "__file__", None):
+        return {}
+    found = {} if stock._auto_class is None else {stock._auto_class: stock.__name__}
+    for auto, reference in (vars(config).get("auto_map") or {}).items():
+        module, _, name = str(reference).split("--")[-1].partition(".")
+        cls = vars(home).get(name)
+        of_this_file = module in (stock.__module__.rpartition(".")[2], _custom_name(stock))
+        if of_this_file and isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            found[auto] = name
+    return found
+
+
+def _custom_name(stock: type[PreTrainedModel]) -> str:
+    """The name of the module that makes the classes beside `stock` compact."""
+    return f"compact_{stock.__module__.rpartition('.')[2]}"
+
+
+def _custom_code(stock: type[PreTrainedModel], names: list[str]) -> str:
+    """The text of that module; its imports are plain lines, because Transformers looks for them to copy the files."""
+    home = stock.__module__.rpartition(".")[2]
+    lines = [f'"""The classes of {home}.py with the widths of the record in config.json; written by hf_oto."""', ""]
+    lines += [f"from .{home} import {name} as Stock{name}" for name in names]
+    lines += [f"from .{Path(FILE_NAME).stem} import compact_class", ""]
+    lines += [f"{name} = compact_class(Stock{name})" for name in names]
+    return "\n".join(lines) + "\n"

@@ -11,10 +11,14 @@ Two laws, for records mutated at random:
 
 import ast
 import copy
+import functools
+import gc
 import json
 import math
 import os
 import runpy
+import time
+import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +34,18 @@ from safetensors.torch import load_file, save_file
 import hf_oto
 from hf_oto.certificate import certify
 from hf_oto.cut import resolve
-from hf_oto.modeling_oto import OTOError, is_cut_size, sealed, sizes_of, validate
+from hf_oto.modeling_oto import (
+    TORCH_WIDTHS,
+    Cut,
+    OTOError,
+    Taken,
+    _numbers_after,
+    _parts_after,
+    is_cut_size,
+    sealed,
+    sizes_of,
+    validate,
+)
 
 MODELS = ("bert", "llama", "resnet_basic", "t5")
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -42,6 +57,9 @@ fuzz = settings(
     suppress_health_check=list(HealthCheck),
 )
 tf.utils.logging.set_verbosity_error()  # of weights that don't fit
+
+
+TORCH_LAYERS = tuple(getattr(torch.nn, name) for name in ("Conv2d", "Linear", "LayerNorm", "BatchNorm2d", "MaxPool2d"))
 
 
 class Compact(NamedTuple):
@@ -58,17 +76,25 @@ class Compact(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compacts(draw_plan, outputs, tmp_path_factory):
-    found = {}
-    for name in MODELS:
+def compacts(table):
+    return {name: table(name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def table(draw_plan, outputs, tmp_path_factory):
+    """The name of a row -> the model, compact and saved."""
+
+    @functools.cache
+    def make_compact(name):
         dense, inputs, folder = make(name).eval(), TABLE[name].inputs(2), tmp_path_factory.mktemp(name)
         partition = hf_oto.partition_zigs(dense, inputs)
         model = hf_oto.compact(copy.deepcopy(dense), partition, draw_plan(partition))
         model.save_pretrained(folder)
         config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
         results = outputs(model, inputs)
-        found[name] = Compact(model, type(dense), dense, folder, config, weights, inputs, results)
-    return found
+        return Compact(model, type(dense), dense, folder, config, weights, inputs, results)
+
+    return make_compact
 
 
 # Mutations
@@ -195,6 +221,7 @@ def test_what_is_made_up_only_chooses_widths(compacts, folder_with, data):
             for size, value in sizes_of(module).items():
                 lists = isinstance(value, (list, tuple))
                 assert all(map(is_cut_size, *((stock[size], value) if lists else ([stock[size]], [value]))))
+                assert value == stock[size] or size in TORCH_WIDTHS or not isinstance(module, TORCH_LAYERS)
         if load not in (built, made_dense):
             assert all(torch.equal(state[name], tensor) for name, tensor in c.weights.items())
             assert state.keys() == c.model.state_dict().keys()
@@ -319,10 +346,11 @@ def widest(record, **changes):
 HOSTILE = {  # with a good digest: what to_dense reads
     r"has no .*\[\d\] of 4611686018427387904 positions": lambda r: widest(r, size=2**62, kept="1"),
     r"has no .*\[\d\] of 36 positions": lambda r: r["cuts"][0]["members"][0].__setitem__(5, 9),
-    "has no nowhere": lambda r: r["cuts"][0]["members"][0].__setitem__(0, "nowhere"),
+    "has no 'nowhere'": lambda r: r["cuts"][0]["members"][0].__setitem__(0, "nowhere"),
     r"has no .*\[7\]": lambda r: r["cuts"][0]["members"][0].__setitem__(1, 7),
-    "overlap or are too many": lambda r: r["cuts"][0]["members"].append(r["cuts"][0]["members"][0]),
-    "with all its cuts undone": lambda r: r["cuts"].pop(),
+    r"has no .*\[0\] of 64 positions": lambda r: r["cuts"][0]["members"].append(r["cuts"][0]["members"][0]),
+    "the stock model's, after all cuts": lambda r: r["cuts"].pop(),
+    r"cuts of .*\[0\] overlap": lambda r: r["cuts"][0]["members"][0].__setitem__(slice(3, None), [rows_of_zig(r)]),
     "cannot be scaled by inf": lambda r: r["cuts"][0].update(
         scales=[[r["cuts"][0]["members"][0][0], 16, 1, 0]] * 4000
     ),
@@ -331,6 +359,13 @@ HOSTILE = {  # with a good digest: what to_dense reads
     ),
     "nowhere cannot be scaled": lambda r: r["cuts"][0].update(scales=[["nowhere", 1, 2, 0]]),
 }
+
+
+def rows_of_zig(record):
+    """As many positions as the first member has, the same ones for every ZIG."""
+    cut = record["cuts"][0]
+    _, outer, inner = cut["members"][0][3:]
+    return [list(range(outer * inner))] * cut["size"]
 
 
 @pytest.mark.parametrize("match", HOSTILE)
@@ -350,6 +385,207 @@ def test_no_record_at_all_is_an_error(compacts, folder_with, record):
         for load in (built, made_dense, lambda c, record: c.stock.from_pretrained(folder_with(c, record))):
             with pytest.raises(OTOError, match=r"not a JSON object|truncated|has version None|has version '1'"):
                 load(c, record)
+
+
+# A record says widths, and nothing else
+
+
+def attribute(path, name, value):
+    """A change of a record: one attribute of one module."""
+    return lambda record: record["modules"].setdefault(path, {}).setdefault("attributes", {}).update({name: value})
+
+
+def both(*changes):
+    return lambda record: [change(record) for change in changes]
+
+
+CONV = "resnet.encoder.stages.1.layers.0.layer.0.convolution"
+SHORTCUT = "resnet.encoder.stages.1.layers.0.shortcut.convolution"
+HEADS = "bert.encoder.layer.0.attention.self"
+UNCUT = "bert.encoder.layer.0.attention.output.LayerNorm"
+NO_WIDTHS = {  # (model, change) of what no cut makes true, each within its stock size
+    "stride": ("resnet_basic", attribute(CONV, "stride", [1, 1])),
+    "stride of another": ("resnet_basic", attribute(SHORTCUT, "stride", [1, 2])),
+    "kernel": ("resnet_basic", attribute(CONV, "kernel_size", [1, 1])),
+    "kernel to a width": ("resnet_basic", attribute("resnet.embedder.embedder.convolution", "kernel_size", [4, 4])),
+    "pooling": ("resnet_basic", attribute("resnet.embedder.pooler", "kernel_size", 1)),
+    "out of line": ("bert", lambda r: next(linears(r)).update(out_features=5)),
+    "an uncut layer": ("bert", attribute(UNCUT, "normalized_shape", [16])),
+    "one more head": ("bert", attribute(HEADS, "num_attention_heads", 1)),
+    "width of a head": ("bert", attribute(HEADS, "attention_head_size", 4)),
+    "half of a width": ("bert", attribute(HEADS, "all_head_size", 8)),
+    "vocabulary": ("bert", attribute("bert.embeddings.word_embeddings", "num_embeddings", 20)),
+    "width of a llama's head": ("llama", attribute("model.layers.0.self_attn", "head_dim", 2)),
+    "top k": ("mixtral", attribute("model.layers.0.mlp.gate", "top_k", 1)),
+    "experts": ("mixtral", attribute("model.layers.0.mlp.experts", "num_experts", 2)),
+}
+
+
+def linears(record):
+    """The attributes of the linear layers whose output is cut."""
+    for entry in record["modules"].values():
+        if "out_features" in entry.get("attributes", {}):
+            yield entry["attributes"]
+
+
+@pytest.mark.parametrize("name", NO_WIDTHS)
+def test_what_no_cut_accounts_for_is_refused(table, name, monkeypatch):
+    row, change = NO_WIDTHS[name]
+    c = table(row)
+    built(c, c.config["oto"])
+    record = copy.deepcopy(c.config["oto"])
+    change(record)
+    record = sealed(record)
+    with pytest.raises(OTOError, match=r"no width that was cut makes it|keeps no size"):
+        built(c, record)
+    monkeypatch.setattr("hf_oto.modeling_oto._check_widths", lambda *_: None)  # negative control
+    built(c, record)
+
+
+def test_cuts_that_the_shapes_do_not_know_justify_nothing(compacts):
+    """Neither a cut made up, nor a shape: they have to agree."""
+    c = compacts["resnet_basic"]
+    stride = attribute(CONV, "stride", [1, 1])
+    for made_up in ([f"{CONV}.weight", 2, 0, 0, 1, 1], [f"{CONV}.weight", 0, 0, 0, 1, 1]):
+        record = copy.deepcopy(c.config["oto"])
+        record["cuts"].append({"step": 7, "size": 2, "kept": "1", "members": [made_up], "scales": []})
+        stride(record)
+        with pytest.raises(OTOError, match=r"its cuts leave \d+ positions of .*, its shapes"):
+            built(c, sealed(record))
+
+
+def test_fewer_ways_than_widths():
+    """What a number may be after cuts: it has a share in every ZIG, but is not the width of one."""
+    cuts = [Cut(0, 4, 3, 0b1101, [], []), Cut(1, 3, 2, 0b11, [], [])]
+    heads, again = Taken(0, 8), Taken(1, 8)
+    for number, expected in {4: {4, 3}, 32: {32, 24}, 8: {8}, 16: {16, 12}, 12: {12}, 64: {64}, 1: {1}}.items():
+        assert _numbers_after(number, {heads}, cuts) == expected, number
+    assert _numbers_after(4, {heads, again}, cuts) == {4, 3, 2}  # after one cut, and after both
+    assert _numbers_after(3, {heads, again}, cuts) == {3, 2}
+    assert _parts_after((1, 3), {heads}, cuts) == {(1, 3), (1, 2)}
+    assert _parts_after((16, 16), {heads}, cuts) == {(16, 16), (8, 16)}
+    assert _parts_after((1, 2), {heads}, cuts) == {(1, 2)}
+
+
+# A long record takes as long as it is
+
+
+def axis(size=2, **changes):
+    """A cut whose members are not checked by anything but its kind."""
+    return {"step": 0, "size": size, "kept": "1", "members": [["nowhere", 0, 0, 0, 1, 1]], "scales": []} | changes
+
+
+def weight(record):
+    """The first weight that is cut."""
+    return record["cuts"][0]["members"][0][0]
+
+
+LONG = {  # (record, length) -> the record with so many bytes more, about
+    "a path": lambda r, n: r["modules"].update(
+        {"a." * (n // 4): {"attributes": {f"x{i}": i for i in range(n // 20)}}}
+    ),
+    "modules": lambda r, n: r["modules"].update({f"m{i}": {} for i in range(n // 10)}),
+    "modules of a head": lambda r, n: r["modules"].update(
+        {f"head{i}": {"shapes": {"weight": [1]}} for i in range(n // 40)}
+    ),
+    "attributes": lambda r, n: next(linears(r)).update({f"x{i}": 1 for i in range(n // 10)}),
+    "a list": lambda r, n: next(linears(r)).update(x=[1] * (n // 3)),
+    "what is kept": lambda r, n: r["cuts"][0].update(kept="7" * n, size=4 * n),
+    "cuts": lambda r, n: r["cuts"].extend([axis()] * (n // 70)),
+    "steps": lambda r, n: r["cuts"].extend(axis(step=i) for i in range(n // 70)),
+    "steps of a weight": lambda r, n: r["cuts"].extend(
+        axis(step=9 + i, members=[[weight(r), 0, 0, 0, 1, 1]]) for i in range(n // 100)
+    ),
+    "members": lambda r, n: r["cuts"][0]["members"].extend([[weight(r), 0, 0, 0, 1, 1]] * (n // 50)),
+    "names": lambda r, n: r["cuts"].append(axis(members=[["a." * 500, 0, 0, 0, 1, 1]] * (n // 1000))),
+    "a name": lambda r, n: r["cuts"].append(axis(members=[["a." * (n // 2), 0, 0, 0, 1, 1]])),
+    "rows": lambda r, n: r["cuts"].append(axis(n // 8, members=[[weight(r), 0, 0, [[i] for i in range(n // 8)]]])),
+    "long rows": lambda r, n: r["cuts"].append(axis(members=[[weight(r), 0, 0, [list(range(n // 12))] * 2]])),
+    "scales": lambda r, n: r["cuts"][0]["scales"].extend([[weight(r), 0, 2, 0]] * (n // 40)),
+    "both": lambda r, n: (LONG["modules of a head"](r, n // 2), LONG["cuts"](r, n // 2)),
+}
+
+
+def growth(run, lengths=(50_000, 200_000)):
+    """How much longer, in processor seconds, `run(length)()` takes for the second length; the best of some runs."""
+    seconds = []
+    gc.collect()
+    gc.disable()
+    try:
+        for length in lengths:
+            work, found = run(length), []
+            for _ in range(4):
+                start = time.process_time()
+                work()
+                found.append(time.process_time() - start)
+            seconds.append(min(found))
+    finally:
+        gc.enable()
+    return seconds[1] / max(seconds[0], 1e-3)  # less than a millisecond says nothing
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_four_times_the_length_takes_four_times_as_long(compacts, kind):
+    """However a record is long, it is read, or refused, in time that grows with its length and no faster."""
+    c = compacts["bert"]
+
+    def run(length):
+        record = copy.deepcopy(c.config["oto"])
+        LONG[kind](record, length)
+        record = sealed(record)
+        assert len(json.dumps(record)) > length / 4
+
+        def work():
+            for load in (built, under_another_head, made_dense):
+                try:
+                    load(c, record)
+                except OTOError:
+                    pass
+
+        return work
+
+    assert growth(run) < 8
+
+
+def under_another_head(c, record):
+    return tf.BertForMaskedLM(type(c.model.config).from_dict(c.config | {"oto": record}))
+
+
+def test_what_grows_faster_is_seen():
+    """Negative control: a search through a list for each of its entries."""
+
+    def run(length):
+        entries = [f"m{i}" for i in range(length // 40)]
+        return lambda: [entry in entries for entry in entries]
+
+    assert growth(run) > 8
+
+
+@pytest.mark.parametrize("size", [10**12, 2**62])
+def test_an_absurd_size_is_refused_at_once(compacts, size):
+    """Nothing as long as what a record says is ever made; the record itself is short."""
+    c = compacts["bert"]
+    for change in (
+        lambda r: r["cuts"][0].update(size=size),
+        lambda r: r["cuts"].append(axis(size)),
+        lambda r: widest(r, size=size, kept="1"),
+        lambda r: r["cuts"][0]["members"][0].__setitem__(3, size),
+        lambda r: r["cuts"][0]["members"][0].__setitem__(4, size),
+        lambda r: next(linears(r)).update(out_features=size),
+        lambda r: r["cuts"][0].update(step=size),
+    ):
+        record = copy.deepcopy(c.config["oto"])
+        change(record)
+        for load in (built, made_dense):
+            tracemalloc.start()
+            start = time.process_time()
+            try:
+                load(c, sealed(record))
+            except OTOError:
+                pass
+            seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert seconds < 5 and peak < 2**24
 
 
 # The digest travels

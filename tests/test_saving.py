@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from models import TABLE, make
+from transformers import initialization
 
 import hf_oto
 import hf_oto.saving
@@ -37,13 +39,16 @@ torch.set_num_threads(1)
 
 def cut_(model, tensors, attributes=()):
     """Cuts `{"path.name": {dim: kept indices}}`, sets `{"path.attribute": value}` and returns the record of both."""
-    modules = {}
+    cuts_before = vars(model.config).get("oto", {"cuts": []})["cuts"]
+    step, modules, cuts = len(cuts_before), {}, []
     for label, by_dim in tensors.items():
         path, _, name = label.rpartition(".")
         module = model.get_submodule(path)
         tensor = module._parameters.get(name, module._buffers.get(name))
         shape = [None] * tensor.dim()
         for dim, kept in by_dim.items():
+            if len(kept) < tensor.shape[dim]:
+                cuts.append({"step": step, **axis(tensor.shape[dim], kept, label, dim)})
             tensor.data = tensor.data.index_select(dim, torch.tensor(kept))
             shape[dim] = len(kept)
         modules.setdefault(path, {}).setdefault("shapes", {})[name] = shape
@@ -51,17 +56,21 @@ def cut_(model, tensors, attributes=()):
         path, _, name = label.rpartition(".")
         setattr(model.get_submodule(path), name, value)
         modules.setdefault(path, {}).setdefault("attributes", {})[name] = value
-    first = next(iter(tensors))
-    cuts = [
-        {
-            "step": 0,
-            "size": 8,
-            "kept": "5a",
-            "members": [[first, 0, 0, 0, 1, 1], [first, 0, 0, [[i] for i in range(8)]]],
-        }
-    ]
-    cuts[0]["scales"] = [[first, 1, 2, 0]]
     return {"version": 1, "modules": modules, "cuts": cuts}
+
+
+def axis(width, kept, label, dim):
+    """A cut of one weight: its ZIGs are the longest blocks of equal length that were kept or cut as a whole."""
+    stays = [position in set(kept) for position in range(width)]
+
+    def blocks(length):
+        return [set(stays[start : start + length]) for start in range(0, width, length)]
+
+    lengths = [length for length in range(1, width) if width % length == 0]
+    inner = max(length for length in lengths if all(len(block) == 1 for block in blocks(length)))
+    bits = sum(1 << i for i, block in enumerate(blocks(inner)) if block == {True})
+    member = [label, dim, 0, 0, 1, inner]
+    return {"size": width // inner, "kept": f"{bits:x}", "members": [member], "scales": []}
 
 
 def rows(heads, width):
@@ -468,6 +477,224 @@ def test_parts_of_a_composite_model_keep_their_own_records(saved, tmp_path):
     assert difference(model, tf.VisionEncoderDecoderModel.from_pretrained(tmp_path), inputs) == 0.0
 
 
+# Built by several threads
+
+
+def built_by_threads(build):
+    """What `build()` returns, or raises, 32 times in four threads that take turns all the time."""
+    results, interval = [], sys.getswitchinterval()
+
+    def run():
+        for _ in range(8):
+            try:
+                results.append(build())
+            except Exception as error:
+                results.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return results
+
+
+def shapes(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("cls", [tf.BertForSequenceClassification, tf.BertModel, tf.BertForTokenClassification])
+def test_threads_may_share_a_config(compact_bert, cls):
+    """The class of the record, the body and another head: all are compact, and nobody writes to the config."""
+    model, _ = compact_bert
+    record, before = model.config.oto, copy.deepcopy(model.config.to_dict())
+    body = {name.removeprefix("bert."): size for name, size in shapes(model).items()}
+    alone = shapes(cls(model.config))
+    assert any(body.get(name.removeprefix("bert.")) == size for name, size in alone.items() if size[0] == 16)
+    for built in built_by_threads(lambda: cls(model.config)):
+        assert not isinstance(built, Exception), built
+        assert is_compact(type(built)) and shapes(built) == alone
+    assert model.config.oto is record and model.config.to_dict() == before
+
+
+def test_a_record_taken_out_of_the_config_is_no_way(compact_bert):
+    """Negative control: while one thread has taken the record out, another builds a dense model, or fails."""
+    config = copy.deepcopy(compact_bert[0].config)
+
+    def build():
+        record = config.oto
+        del config.oto
+        try:
+            model = tf.BertForSequenceClassification(config)
+        finally:
+            config.oto = record
+        restore_(model, record)
+        return shapes(model)
+
+    expected = shapes(compact_bert[0])
+    assert any(built != expected for built in built_by_threads(build))
+
+
+def test_the_config_is_shared_as_ever(compact_bert):
+    """A model has the config object it was built from, its parts too; one of another class has its own."""
+    config = compact_bert[0].config
+    twin, body = tf.BertForSequenceClassification(config), tf.BertModel(config)
+    assert {id(m.config) for m in twin.modules() if "config" in vars(m)} == {id(config)}
+    assert {id(m.config) for m in body.modules() if "config" in vars(m)} == {id(body.config)} != {id(config)}
+    assert config.architectures == ["BertForSequenceClassification"] and body.config.architectures == ["BertModel"]
+
+
+# Hooks of others
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """What PreTrainedModel has under both names now; put back at the end."""
+    for name in ("__new__", "_finalize_model_loading"):
+        monkeypatch.setattr(tf.PreTrainedModel, name, vars(tf.PreTrainedModel)[name])
+    return tf.PreTrainedModel
+
+
+def put(cls, name, calls, before):
+    """Puts a function of somebody else's under a name of the class, which calls `before`."""
+
+    def theirs(*args, **kwargs):
+        calls.append(name)
+        return before(*args, **kwargs)
+
+    setattr(cls, name, staticmethod(theirs))
+
+
+def without_us(function):
+    """What our hook calls, the function itself where it is not ours."""
+    return function.__wrapped__ if getattr(function, "_oto_hook", False) else function
+
+
+@pytest.mark.parametrize("when", ["before", "after", "around"])
+def test_hooks_of_others_are_called_too(hooks, saved, when):
+    calls = []
+    for name in ("__new__", "_finalize_model_loading"):
+        ours = getattr(hooks, name)
+        put(hooks, name, calls, without_us(ours) if when == "before" else ours)
+    if when != "after":
+        hf_oto.saving.install_hook()
+    for _ in range(3):
+        installed = hooks.__new__, hooks._finalize_model_loading
+        hf_oto.saving.install_hook()
+    assert installed == (hooks.__new__, hooks._finalize_model_loading)
+    model = tf.BertForSequenceClassification.from_pretrained(saved / "bert")
+    assert calls == ["__new__", "__new__", "_finalize_model_loading"]  # the model, its body
+    assert is_compact(type(model)) and not is_compact(type(model.bert))
+    compact_class(tf.BertForSequenceClassification).from_pretrained(saved / "bert")  # as without hf_oto
+    assert calls[3:] == ["__new__", "__new__", "_finalize_model_loading"]
+    inputs, logits = torch.load(saved / "bert.pt")
+    with torch.no_grad():
+        assert (model(**inputs).logits - logits).abs().max() < 1e-6
+
+
+def test_a_hook_that_calls_nobody_is_the_end_of_ours(hooks, compact_bert):
+    """Negative control: such a one makes dense models, until ours is installed over it."""
+    config = compact_bert[0].config
+    hooks.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
+    assert type(tf.BertForSequenceClassification(config)) is tf.BertForSequenceClassification
+    hf_oto.saving.install_hook()
+    assert is_compact(type(tf.BertForSequenceClassification(config)))
+
+
+def test_classes_that_make_their_own_objects(compact_bert):
+    """What `__new__` of a base behind PreTrainedModel is given are the arguments, as Python gives them."""
+    seen = []
+
+    class Behind:
+        def __new__(cls, *args, **kwargs):
+            seen.append(args)
+            return super().__new__(cls)
+
+    class Mine(tf.PreTrainedModel, Behind):
+        config_class = tf.PreTrainedConfig
+
+    config = tf.PreTrainedConfig()
+    assert type(Mine(config)) is Mine and seen == [(config,)]
+
+
+# Initialisation
+
+
+class Decaying(tf.PreTrainedModel):
+    """Its `_init_weights` computes with a size of the config, whatever shape the weight has by then."""
+
+    __module__ = "transformers.decaying"  # else it counts as custom code, of which no loaded module is initialised
+    config_class, base_model_prefix = tf.PreTrainedConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = torch.nn.Linear(6, config.units), torch.nn.Linear(config.units, 4)
+        self.decay = torch.nn.Parameter(torch.zeros(config.units))
+        self.post_init()
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * self.decay)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Decaying):
+            slopes = torch.linspace(0, 1, module.config.units)
+            initialization.copy_(module.decay, torch.zeros_like(module.decay + slopes) + slopes)
+
+
+def test_weights_that_were_loaded_are_not_initialised(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Decaying(tf.PreTrainedConfig(units=16)).eval()
+    assert model.decay[-1] == 1  # it was called
+    x = torch.randn(3, 6)
+    partition = hf_oto.partition_zigs(model, {"x": x})
+    hf_oto.compact(model, partition, hf_oto.PruningPlan({"up.weight[0]": [0, 3, 4, 9]}))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Decaying.from_pretrained(tmp_path)(x), model(x))
+    twin = Decaying(model.config)  # initialised at its stock size, then cut
+    assert twin.decay.shape == (4,) and twin.decay.any()
+    monkeypatch.setattr("hf_oto.modeling_oto._mark_loaded_modules_", lambda *_: None)  # negative control
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(16\)"):
+        Decaying.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_missing_are_initialised(saved):
+    """A head that no checkpoint has, beside compact layers, is drawn as the stock model draws it."""
+    torch.manual_seed(0)
+    head = tf.BertForMaskedLM.from_pretrained(saved / "bert").cls.predictions
+    drawn = head.transform.dense.weight.std() / head.transform.dense.weight.new_tensor(0.02)
+    assert 0.8 < drawn < 1.2 and not head.transform.dense.bias.any() and head.transform.LayerNorm.weight.eq(1).all()
+
+
+def test_a_new_head_is_that_of_the_stock_model(draw_plan, tmp_path):
+    """Wav2Vec2 draws random numbers for weights that it has loaded, before those of a new head are drawn."""
+    model, inputs = make("wav2vec2").eval(), TABLE["wav2vec2"].inputs(2)
+    partition = hf_oto.partition_zigs(model, inputs)
+    hf_oto.compact(model, partition, draw_plan(partition)).save_pretrained(tmp_path / "compact")
+    hf_oto.to_dense(model).save_pretrained(tmp_path / "dense")
+    heads = []
+    for kind in ("compact", "dense"):
+        torch.manual_seed(0)
+        heads.append(tf.AutoModelForAudioClassification.from_pretrained(tmp_path / kind).classifier.weight)
+    assert torch.equal(*heads) and heads[0].std() > 0
+
+
+def test_rwkv(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "attention_hidden_size": 24, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = tf.RwkvForCausalLM(tf.RwkvConfig(num_hidden_layers=2, context_length=16, **sizes)).eval()
+    inputs = {"input_ids": torch.arange(12).view(2, 6), "use_cache": False}
+    partition = hf_oto.partition_zigs(model, inputs)
+    assert {axis.size for axis in partition.axes} >= {24, 32}
+    plan = hf_oto.PruningPlan({axis.name: range(axis.size // 2) for axis in partition.axes})
+    hf_oto.compact(model, partition, plan).save_pretrained(tmp_path)
+    assert difference(model, tf.AutoModelForCausalLM.from_pretrained(tmp_path), inputs) == 0.0
+
+
 def test_body_compacted_inside_its_head(tmp_path):
     model, (tensors, attributes), inputs = bert()
     tensors, attributes = ({k.removeprefix("bert."): v for k, v in x.items()} for x in (tensors, attributes))
@@ -486,12 +713,12 @@ def test_other_number_of_labels_keeps_the_compact_layers(saved):
 
 def test_cut_again():
     model, inputs = compact("bert")
-    path = "bert.encoder.layer.1"
+    path, step = "bert.encoder.layer.1", len(model.config.oto["cuts"])
     again = together(linear(f"{path}.intermediate.dense", 0, [1, 2]), linear(f"{path}.output.dense", 1, [1, 2]))
     become_compact_(model, cut_(model, *again))
     entry = model.config.oto["modules"][f"{path}.intermediate.dense"]
     assert entry == {"attributes": {"out_features": 2}, "shapes": {"weight": [2, None], "bias": [2]}}
-    assert len(model.config.oto["cuts"]) == 2
+    assert {cut["step"] for cut in model.config.oto["cuts"]} == {0, step} and step > 0
     twin = tf.BertForSequenceClassification(model.config).eval()
     twin.load_state_dict(model.state_dict())
     assert difference(model, twin, inputs) == 0.0
@@ -509,6 +736,135 @@ def test_user_defined_class(tmp_path):
     become_compact_(model, cut_(model, *cuts)).save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     assert difference(model, Mine.from_pretrained(tmp_path), inputs) == 0.0
+
+
+# Models whose code lies beside their weights
+
+CUSTOM = """
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from .configuration_mine import MineConfig
+
+
+class MineModel(PreTrainedModel):
+    config_class, base_model_prefix = MineConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = torch.nn.Linear(6, config.units), torch.nn.Linear(config.units, 6)
+        self.post_init()
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class MineForSequenceClassification(PreTrainedModel):
+    config_class, base_model_prefix = MineConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body, self.head = MineModel(config), torch.nn.Linear(6, 3)
+        self.post_init()
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=self.head(self.body(x)))
+"""
+CUSTOM_CONFIG = """
+from transformers import PreTrainedConfig
+
+
+class MineConfig(PreTrainedConfig):
+    model_type = "mine"
+
+    def __init__(self, units=16, **kwargs):
+        self.units = units
+        super().__init__(**kwargs)
+"""
+CUSTOM_MAP = {
+    "AutoConfig": "configuration_mine.MineConfig",
+    "AutoModel": "modeling_mine.MineModel",
+    "AutoModelForSequenceClassification": "modeling_mine.MineForSequenceClassification",
+}
+FRESH_CUSTOM = """
+import sys, json, torch, transformers as tf
+folder, out, with_us = sys.argv[1], sys.argv[2], sys.argv[3] == "with"
+if with_us:
+    import hf_oto
+else:
+    sys.modules["hf_oto"] = None  # import hf_oto raises
+auto, x, logits = tf.AutoModelForSequenceClassification, *torch.load(f"{folder}/expected.pt")
+results = {}
+for source in (folder, f"{out}/once", f"{out}/twice"):
+    model = auto.from_pretrained(source, trust_remote_code=True).eval()
+    body = tf.AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+    with torch.no_grad():
+        results[source] = [(found - logits).abs().max().item() for found in (model(x).logits, model.head(body(x)))]
+    assert model.body.up.out_features == 4 and type(model).__name__ == "MineForSequenceClassification"
+    model.save_pretrained(f"{out}/once" if source == folder else f"{out}/twice")
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory):
+    """A folder with a checkpoint of custom code, as anybody publishes one, and a folder with the compact model."""
+    folder = tmp_path_factory.mktemp("custom")
+    (folder / "full").mkdir()
+    (folder / "full" / "modeling_mine.py").write_text(CUSTOM)
+    (folder / "full" / "configuration_mine.py").write_text(CUSTOM_CONFIG)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = {"model_type": "mine", "units": 16, "auto_map": CUSTOM_MAP}
+    (folder / "full" / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    config = tf.AutoConfig.from_pretrained(folder / "full", trust_remote_code=True)
+    model = tf.AutoModelForSequenceClassification.from_config(config, trust_remote_code=True).eval()
+    model.save_pretrained(folder / "full")
+    loaded = tf.AutoModelForSequenceClassification.from_pretrained(folder / "full", trust_remote_code=True).eval()
+    x = torch.randn(3, 6)
+    partition = hf_oto.partition_zigs(loaded, {"x": x})
+    plan = hf_oto.PruningPlan({"body.up.weight[0]": [0, 3, 4, 9]})
+    hf_oto.compact(loaded, partition, plan).save_pretrained(folder / "compact")
+    torch.save((x, loaded(x).logits.detach()), folder / "compact" / "expected.pt")
+    monkeypatch.undo()
+    return folder
+
+
+@pytest.mark.parametrize("hf_oto_is", ["with", "without"])
+def test_custom_code_comes_back(custom, tmp_path, hf_oto_is):
+    """Beside it lies a file that makes its classes compact, and auto_map names it: they load without hf_oto too."""
+    names = {file.name for file in (custom / "compact").iterdir()}
+    assert names >= {"modeling_mine.py", "configuration_mine.py", "modeling_oto.py", "compact_modeling_mine.py"}
+    assert json.loads((custom / "compact" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModel": "compact_modeling_mine.MineModel",
+        "AutoModelForSequenceClassification": "compact_modeling_mine.MineForSequenceClassification",
+    }
+    done = run_custom(custom / "compact", tmp_path, hf_oto_is)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 3 and all(found == [0.0, 0.0] for found in results.values())
+    names |= {"expected.pt"}
+    assert {file.name for file in (tmp_path / "twice").iterdir()} | {"expected.pt"} == names
+
+
+def test_custom_code_alone_knows_no_record(custom, tmp_path):
+    """Negative control: by its own class, and without hf_oto, the sizes don't fit."""
+    shutil.copytree(custom / "compact", tmp_path / "copy")
+    config = json.loads((custom / "compact" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"auto_map": CUSTOM_MAP}))
+    done = run_custom(tmp_path / "copy", tmp_path, "without")
+    assert done.returncode != 0 and "mismatch" in done.stderr
+
+
+def run_custom(folder, out, hf_oto_is):
+    keep = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or hf_oto_is == "with"}
+    keep |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    keep |= {"PYTHONPATH": str(REPO)} if hf_oto_is == "with" else {}
+    command = [sys.executable, "-c", FRESH_CUSTOM, str(folder), str(out), hf_oto_is]
+    return subprocess.run(command, cwd=out, env=keep, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def test_restore_keeps_parameter_identity_flags_and_parametrizations():
@@ -550,8 +906,8 @@ WRONG = {
     "has no 'cuts'": lambda r: r.pop("cuts"),
     r"cuts\[0\] is not": lambda r: r["cuts"][0].update(members=[["name", 0, 1]]),
     r"cuts\[0\] is not .*": lambda r: r["cuts"][0].update(members=[["name", "0", 0, [[1]]]]),
-    r".*cuts\[0\] is not": lambda r: r["cuts"][0].update(kept="5a5"),  # more bits than ZIGs
-    r"cuts\[1\] is not": lambda r: r["cuts"].append({"step": 0, "size": 4, "kept": 2, "members": []}),
+    r".*cuts\[0\] is not": lambda r: r["cuts"][0].update(kept="f" * 9),  # more bits than ZIGs
+    r"cuts\[20\] is not": lambda r: r["cuts"].append({"step": 0, "size": 4, "kept": 2, "members": []}),
     r"cuts\[0\] is not .*scales": lambda r: r["cuts"][0].update(scales=[["name", 1, 0, 0]]),
     "module 'bert.encoder.layer.9', which BertForSeq": lambda r: r["modules"].update({"bert.encoder.layer.9": {}}),
     "unknown keys": lambda r: module(r).update(shape={}),
@@ -592,7 +948,8 @@ def test_record_that_does_not_fit_the_weights(saved, tmp_path):
     """A record that fits the class but not the weights, here and without hf_oto: no layer is initialised anew."""
     config = json.loads((saved / "bert" / "config.json").read_text())
     module(config["oto"])["shapes"]["weight"] = [14, None]
-    config["oto"] = sealed(config["oto"])
+    cuts = [cut for cut in config["oto"]["cuts"] if f"{LAYER}.intermediate.dense.weight" not in cut["members"][0]]
+    config["oto"] = sealed(config["oto"] | {"cuts": cuts})
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((saved / "bert" / "model.safetensors").read_bytes())
     words = r"intermediate.dense.weight has shape \(15, 32\) in the checkpoint, \(14, 32\) by the record"
