@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .reasons import FACTORS, FIXED
+
 ID = np.int32  # of index ids: a model has a few million
 
 
@@ -177,7 +179,7 @@ class Algebra:
         while left and right:
             na, nb = len(left[0].ids), len(right[0].ids)
             if na % nb and nb % na:
-                self.pin((*a, *b), "its factors don't fit those of another axis")
+                self.pin((*a, *b), FACTORS)
                 return None
             if na > nb:
                 left[:1] = self.factor(left[0], (nb, na // nb))
@@ -216,7 +218,7 @@ class Algebra:
         """The dimension that indexing `dim` with known positions gives, shape (m,)."""
         if len(index) == 1:
             # One position of a dimension: it has to exist at that place ever after.
-            self.pin(dim, "a fixed position of it is read")
+            self.pin(dim, FIXED)
             return ()
         if not dim:
             return self.fixed(len(index))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
 from collections import deque
@@ -16,13 +17,11 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from . import reasons
 from .axes import Algebra, Dim, Leaf, Mark, size, with_zero
-from .trace import Call, Ref, Trace
+from .trace import Call, Equation, Ref, Trace
 
 logger = logging.getLogger(__name__)
-
-OUTPUT = "it is part of the model's output"
-MEETS = "it meets a position that stays (of an input or an index, say)"
 
 # Whether the result of two operands is zero where they (or not) are
 both, either = operator.and_, operator.or_
@@ -41,6 +40,8 @@ class Axes:
         calls: the calls that the outputs depend on.
         weights: value number -> how much of a weight it is: 2 for what depends on parameters and buffers only, 1 for
             parts of such that are chosen by the data (an expert's weights, say); activations have no entry.
+        maker: value number -> the call that made it.
+        aliases: value number -> the numbers of all tensors seen so far that share its memory, one set for all of them.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,8 @@ class Axes:
         self.dims: dict[int, list[Dim]] = {}
         self.calls: list[Call] = []
         self.weights: dict[int, int] = {}
+        self.maker: dict[int, Call] = {}
+        self.aliases: dict[int, set[int]] = {}
         self.layer = ""
 
     def of(self, ref: Ref, ndim: int = 0) -> list[Dim]:
@@ -82,7 +85,7 @@ class Axes:
             return tuple(Leaf(x.ids, zero(x.zero, False) if a else zero(False, x.zero)) for x in a or b)
         if size(a) != size(b):
             raise ValueError(f"sizes {size(a)} and {size(b)} don't match")
-        pair = self.algebra.align(a, b, self.why(MEETS))
+        pair = self.algebra.align(a, b, self.why(reasons.MEETS))
         if pair is None:
             return self.algebra.fixed(size(a))
         return tuple(Leaf(x.ids, zero(x.zero, y.zero)) for x, y in zip(*pair, strict=True))
@@ -96,11 +99,11 @@ class Axes:
 
     def contract(self, a: Dim, b: Dim, a_weight: int, b_weight: int) -> None:
         """The summed dimension of a product: the weight's side consumes what the other side produces."""
-        pair = self.algebra.align(a, b, self.why(MEETS)) if a and b else None
+        pair = self.algebra.align(a, b, self.why(reasons.MEETS)) if a and b else None
         for x, y in zip(*pair, strict=True) if pair else ():
             weight, data = (x, y) if a_weight > b_weight else (y, x)
             if not (x.zero or y.zero):  # between activations, or a reader that can't be zeroed: a buffer, exp(weight)
-                self.pin((x,), "summed over, and neither side becomes zero")
+                self.pin((x,), reasons.SUMMED)
             if a_weight or b_weight:
                 self.algebra.mark((weight,), Mark.CONSUMER if data.zero else Mark.CONSUMER | Mark.NOT_ZERO)
             if a_weight and b_weight:
@@ -111,7 +114,21 @@ class Axes:
         for dim in (self.of(ref) if dims is None else dims) if self.weight(ref) else ():
             self.algebra.mark(dim, Mark.PRODUCER)
             if any((self.algebra.marks[leaf.ids] & Mark.NORMED).any() for leaf in dim):
-                self.pin(dim, "a norm is taken over it")
+                self.pin(dim, reasons.NORM)
+
+    def share(self, call: Call) -> None:
+        """Notes which results share memory with an argument; where zeros are overwritten, no alias holds them now."""
+        for a in (a for a in call.op._schema.arguments if a.alias_info and isinstance(call.given[a.name], Ref)):
+            old = call.given[a.name]
+            together = self.aliases.setdefault(old.value, {old.value})
+            for ref in call.outs if any(r.alias_info for r in call.op._schema.returns) else ():
+                self.aliases[ref.value] = together
+                together.add(ref.value)
+            if a.alias_info.is_write and call.outs and call.outs[0].shape == old.shape:
+                before, now = self.of(old), self.of(call.outs[0])
+                if any(_is_zero(x) and not _is_zero(y) for x, y in zip(before, now, strict=True)):
+                    for value in together & self.dims.keys():
+                        self.dims[value] = [with_zero(dim, False) for dim in self.dims[value]]
 
     def take(self, ref: Ref, d: int, index: np.ndarray) -> list[Dim]:
         """The dimensions of a tensor with known positions of one, of which there may be none."""
@@ -123,12 +140,21 @@ class Axes:
         return dims
 
 
+def _is_zero(dim: Dim) -> bool:
+    return all(leaf.zero for leaf in dim)
+
+
+def not_zero(dims: Sequence[Dim]) -> list[Dim]:
+    """The same dimensions of a tensor that need not be zero where positions were removed."""
+    return [with_zero(dim, False) for dim in dims]
+
+
 # elementwise ---------------------------------------------------------------------------------------
 
 ZEROS = {  # of two operands that broadcast against each other; of the results of other functions it isn't known
-    **dict.fromkeys("add sub maximum minimum where lerp hypot logical_or bitwise_or".split(), both),
-    **dict.fromkeys("mul logical_and bitwise_and".split(), either),
-    **dict.fromkeys("div floor_divide remainder fmod copy _prelu_kernel".split(), first),
+    **dict.fromkeys("add sub maximum minimum fmax fmin where lerp hypot logical_or bitwise_or complex".split(), both),
+    **dict.fromkeys("mul logical_and bitwise_and linalg_cross".split(), either),
+    **dict.fromkeys("div floor_divide remainder fmod copy polar _prelu_kernel rrelu_with_noise".split(), first),
 }
 
 
@@ -141,9 +167,12 @@ def elementwise(s: Axes, call: Call) -> list[list[Dim]]:
         refs = refs[::-1]
     if call.name == "masked_fill" and call.args[2] == 0:
         zero = first
+    if call.name == "div" and isinstance(call.args[1], Ref):
+        for leaf in (leaf for dim in s.of(call.args[1]) for leaf in dim if leaf.zero):
+            s.pin((leaf,), reasons.DIVISOR)
     result = s.of(refs[0], len(call.outs[0].shape))
     if len(refs) == 1:
-        result = result if _keeps_zero(call) else [with_zero(dim, False) for dim in result]
+        result = result if _keeps_zero(call) else not_zero(result)
     else:
         s.produce(refs[0])
     for i, ref in enumerate(refs[1:], 1):
@@ -164,6 +193,42 @@ def _keeps_zero(call: Call) -> bool:
     return False
 
 
+def cross(s: Axes, call: Call) -> list[list[Dim]]:
+    """... 3, ... 3 -> ... 3"""
+    for ref in call.refs:
+        s.pin(s.of(ref)[call.given["dim"]], reasons.ALONG.format("a cross product"))
+    return elementwise(s, call)
+
+
+def triangle(s: Axes, call: Call) -> list[list[Dim]]:
+    """zeros above or below the diagonal of a matrix, which stay there if its rows and columns go together"""
+    *batch, rows, columns = s.of(call.args[0])
+    same = len(rows) == len(columns) and all(np.array_equal(a.ids, b.ids) for a, b in zip(rows, columns, strict=True))
+    for dim in () if same and call.given["diagonal"] == 0 else (rows, columns):
+        s.pin(dim, reasons.TRIANGLE)
+    return [[*batch, rows, columns]]
+
+
+def fake_quantize(s: Axes, call: Call) -> list[list[Dim]]:
+    """rounded to a grid that zero is a point of (observers see to that for zero points that are tensors); `channel`:
+    each position of an axis to a grid of its own"""
+    x, scale, zero_point = call.args[:3]
+    given, dims = call.given, s.of(x)
+    if "axis" in given:
+        for ref in (scale, zero_point):
+            (dims[given["axis"]],) = s.join([dims[given["axis"]]], ref, first)
+    elif isinstance(zero_point, int) and not given["quant_min"] <= zero_point <= given["quant_max"]:
+        dims = not_zero(dims)
+    return [dims, *stay(s, call)[1:]]
+
+
+def loss(s: Axes, call: Call) -> list[list[Dim]]:
+    """elementwise where nothing is reduced, else a number that a zero more would change"""
+    if call.given["reduction"] == 0 and len(call.refs) == 2:
+        return elementwise(s, call)
+    return unknown(s, call)
+
+
 # layout --------------------------------------------------------------------------------------------
 
 
@@ -182,7 +247,7 @@ def strided(s: Axes, call: Call) -> list[list[Dim]]:
     dims = dict(enumerate(s.of(ref), 1)) | {None: ()}  # stride -> dimension, None: of size 1
     strides = [stride if n > 1 else None for n, stride in zip(example.shape, example.stride(), strict=True)]
     for stride in dims.keys() - set(strides):
-        s.pin(dims[stride], "a fixed position of it is read")
+        s.pin(dims[stride], reasons.FIXED)
     pairs = zip(strides, example.shape, strict=True)
     return [[s.new(n, marks=Mark.EXPANDED) if stride == 0 else dims[stride] for stride, n in pairs]] * len(call.outs)
 
@@ -200,10 +265,10 @@ def slice_(s: Axes, call: Call) -> list[list[Dim]]:
     index = np.arange(n)[start:stop:step]
     if step > 1 and n % step == 0 and len(index) == n // step:  # one of every `step`: these go together
         dims[d], inner = s.algebra.reshape([dims[d]], [n // step, step])
-        s.pin(inner, "a fixed position of it is read")
+        s.pin(inner, reasons.FIXED)
         return [dims]
     if step > 1:
-        s.pin(dims[d], "its positions are read at a stride")
+        s.pin(dims[d], reasons.STRIDE)
     return [s.take(ref, d, index)]
 
 
@@ -233,27 +298,76 @@ def cat(s: Axes, call: Call) -> list[list[Dim]]:
 
 
 def roll(s: Axes, call: Call) -> list[list[Dim]]:
-    """positions rotated, or (`flip`) reversed"""
+    """positions rotated, or (`flip`) reversed; those that a rotation by a number moves over the end must all stay"""
     ref, dims = call.args[0], call.given["dims"]
     if not dims:
         return unknown(s, call)
     result = s.of(ref)
     for d, shift in zip(dims, call.args[1], strict=True):
         index = np.arange(ref.shape[d])
-        index = index[::-1] if call.name == "flip" else np.roll(index, shift)
-        result[d] = s.algebra.take(result[d], index)
+        if call.name == "flip":
+            result[d] = s.algebra.take(result[d], index[::-1])
+        elif shift % len(index):
+            leaf = s.algebra.merge(result[d])
+            s.algebra.pin_ids(leaf.ids[index[-shift:] if shift > 0 else index[:-shift]], s.why(reasons.WRAPS))
+            result[d] = s.algebra.take(result[d], np.roll(index, shift))
+    return [result]
+
+
+def rot90(s: Axes, call: Call) -> list[list[Dim]]:
+    """a plane turned by quarters: a flip, then a transposition"""
+    ref, k, plane = call.given.values()
+    result = s.of(ref)
+    a, b = (d % len(result) for d in plane)
+    for d, quarters in ((a, (2, 3)), (b, (1, 2))):
+        if k % 4 in quarters:
+            result[d] = s.algebra.take(result[d], np.arange(ref.shape[d])[::-1])
+    if k % 2:
+        result[a], result[b] = result[b], result[a]
     return [result]
 
 
 def pad(s: Axes, call: Call) -> list[list[Dim]]:
     """positions added at both ends; taken away (amounts below 0) they would be others after a cut"""
-    ref, amounts = call.args[:2]
+    ref, amounts, value = call.given.values()
     if min(amounts) < 0:
         return unknown(s, call)
-    result = s.of(ref)
+    result = s.of(ref) if value == 0 else not_zero(s.of(ref))
     for d, ends in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):  # from the last dimension on
         start, end = s.fixed(ends)
         result[-d] = s.algebra.cat([part for part in (start, result[-d], end) if size(part)])
+    return [result]
+
+
+def windows(s: Axes, call: Call) -> list[list[Dim]]:
+    """n -> windows ... size"""
+    *dims, last = call.outs[0].shape
+    d = call.args[1] % len(dims)
+    result = s.of(call.args[0])
+    s.pin(result[d], reasons.SPATIAL)
+    result[d] = s.algebra.fixed(dims[d])
+    return [[*result, s.algebra.fixed(last)]]
+
+
+def diagonal(s: Axes, call: Call) -> list[list[Dim]]:
+    """... i i -> ... i: rows and columns go together"""
+    dims, out = s.of(call.args[0]), call.outs[0].shape
+    a, b = (call.given[d] % len(dims) for d in ("dim1", "dim2"))
+    if call.given["offset"] or size(dims[a]) != size(dims[b]):
+        return unknown(s, call)
+    s.produce(call.args[0])
+    both_ways = s.unify(dims[a], dims[b], either)
+    return [[*[dim for d, dim in enumerate(dims) if d not in (a, b)], both_ways][: len(out)]]
+
+
+def diag_embed(s: Axes, call: Call) -> list[list[Dim]]:
+    """... i -> ... i i: a row goes with its column"""
+    if call.given["offset"]:
+        return unknown(s, call)
+    *result, last = s.of(call.args[0])
+    s.produce(call.args[0])
+    for d in sorted(call.given[name] % len(call.outs[0].shape) for name in ("dim1", "dim2")):
+        result.insert(d, last)
     return [result]
 
 
@@ -271,8 +385,45 @@ def pixel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
     *batch, channels, h, w = s.of(ref)
     inner = s.algebra.reshape([channels], [ref.shape[-3] // r**2, r, r])
     for dim in (*inner[1:], h, w):
-        s.pin(dim, "it becomes part of the image plane")
+        s.pin(dim, reasons.PLANE)
     return [[*batch, inner[0], *s.fixed(call.outs[0].shape[-2:])]]
+
+
+def pixel_unshuffle(s: Axes, call: Call) -> list[list[Dim]]:
+    """n c (h r) (w r) -> n (c r r) h w"""
+    ref, r = call.args
+    *batch, channels, h, w = s.of(ref)
+    for dim in (h, w):
+        s.pin(dim, reasons.PLANE)
+    return [[*batch, (*channels, *s.algebra.fixed(r**2)), *s.fixed(call.outs[0].shape[-2:])]]
+
+
+def im2col(s: Axes, call: Call) -> list[list[Dim]]:
+    """b c h w -> b (c k) n, for k positions of a kernel at n places"""
+    *batch, channels, h, w = s.of(call.args[0])
+    for dim in (h, w):
+        s.pin(dim, reasons.SPATIAL)
+    kernel, places = call.args[1][0] * call.args[1][1], call.outs[0].shape[-1]
+    return [[*batch, (*channels, *s.algebra.fixed(kernel)), s.algebra.fixed(places)]]
+
+
+def col2im(s: Axes, call: Call) -> list[list[Dim]]:
+    """b (c k) n -> b c h w: what meets is summed"""
+    *batch, columns, places = s.of(call.args[0])
+    kernel, image = call.given["kernel_size"][0] * call.given["kernel_size"][1], call.outs[0].shape
+    channels, each = s.algebra.reshape([columns], [image[-3], kernel])
+    s.pin(each, reasons.KERNEL)
+    s.pin(places, reasons.SPATIAL)
+    return [[*batch, channels, *s.fixed(image[-2:])]]
+
+
+def channel_shuffle(s: Axes, call: Call) -> list[list[Dim]]:
+    """n (g c) x -> n (c g) x"""
+    ref, groups = call.args
+    batch, channels, *space = s.of(ref)
+    outer, inner = s.algebra.reshape([channels], [groups, ref.shape[1] // groups])
+    s.pin(outer, reasons.FIXED)  # how many groups there are is written in the code
+    return [[batch, (*inner, *outer), *space]]
 
 
 def as_complex(s: Axes, call: Call) -> list[list[Dim]]:
@@ -280,13 +431,11 @@ def as_complex(s: Axes, call: Call) -> list[list[Dim]]:
     dims = s.of(call.args[0])
     if call.name == "view_as_real":
         return [[*dims, s.algebra.fixed(2)]]
-    s.pin(dims[-1], "it holds the parts of a complex number")
+    s.pin(dims[-1], reasons.COMPLEX)
     return [dims[:-1]]
 
 
 # lookups -------------------------------------------------------------------------------------------
-
-NUMBERED = "positions are looked up by number"
 
 
 def index_(s: Axes, call: Call) -> list[list[Dim]]:
@@ -296,13 +445,13 @@ def index_(s: Axes, call: Call) -> list[list[Dim]]:
     if isinstance(index, Ref):
         index = [None] * (which[0] % len(dims) if which else 0) + [index]
     for dim in (dim for i in index if i is not None for dim in s.of(i)):
-        s.pin(dim, "it is an index")
+        s.pin(dim, reasons.INDEX)
     used = [k for k, i in enumerate(index) if i is not None]
     covered = len(index[used[0]].shape)
     if len(used) == 1 and len(shape) == len(dims) - covered + 1:  # a mask covers as many dimensions as it has
         used = list(range(used[0], used[0] + covered))
     for k in used:
-        s.pin(dims[k], NUMBERED)
+        s.pin(dims[k], reasons.NUMBERED)
     rest = [dim for k, dim in enumerate(dims) if k not in used]
     if len(rest) > 1 and s.weight(ref):  # one matrix of several, an expert's: what it is used for says who produces
         for dim in rest:
@@ -322,10 +471,101 @@ def gather(s: Axes, call: Call) -> list[list[Dim]]:
         if k != d % len(dims) and n == ref.shape[k]:
             found[k] = s.unify(dims[k], found[k], first)
         else:
-            s.pin(dims[k], NUMBERED)
-            s.pin(found[k], "it is an index")
+            s.pin(dims[k], reasons.NUMBERED)
+            s.pin(found[k], reasons.INDEX)
     s.produce(ref)
     return [found]
+
+
+def write(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[i, index[i, j]] = y[i, j] (`index_*`: x[i, index[j]]): positions of one dimension are looked up by number, the
+    others go together; added or reduced, zeros stay zeros as well"""
+    ref, d, index, value = call.args[:4]
+    dims, places, d = s.of(ref), s.of(index), d % len(ref.shape)
+    s.produce(ref)
+    each = "scatter" in call.name  # of its positions has an index of its own
+    shapes = [index.shape] if each else []
+    if isinstance(value, Ref) and value.shape:
+        s.produce(value)
+        shapes.append(value.shape)
+        values = s.of(value)
+    else:  # one number
+        values, dims = [()] * len(dims), dims if value == 0 else not_zero(dims)
+    result = []
+    for k, dim in enumerate(dims):
+        others = ([places[k]] if each else []) + [values[k]]
+        if k != d and all(shape[k] == ref.shape[k] for shape in shapes):
+            dim = s.unify(dim, values[k], both) if values[k] else dim
+            dim = s.unify(dim, places[k], first) if each else dim
+        else:
+            for other in (dim, *others):
+                s.pin(other, reasons.NUMBERED)
+        result.append(dim)
+    for dim in () if each else places:
+        s.pin(dim, reasons.INDEX)
+    return [result]
+
+
+def index_put(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[i, j, ...] = y: the dimensions after the last that is indexed go together"""
+    ref, index, value = call.args[:3]
+    dims, values = s.of(ref), s.of(value)
+    for whole in (ref, value):
+        s.produce(whole)
+    used = [k for k, i in enumerate(index) if i is not None]
+    last = used[-1] + 1
+    for dim in (dim for k in used for dim in s.of(index[k])):
+        s.pin(dim, reasons.INDEX)
+    shape = index[used[0]].shape
+    if len(used) == 1 and shape == ref.shape[used[0] : used[0] + len(shape)]:
+        last = used[0] + len(shape)  # it may be a mask, which covers as many dimensions as it has
+    rest = len(dims) - last
+    values = [()] * (rest - len(values)) + values
+    for dim in (*dims[:last], *values[: len(values) - rest]):
+        s.pin(dim, reasons.NUMBERED)
+    together = zip(dims[last:], values[len(values) - rest :], strict=True)
+    return [[*dims[:last], *[s.unify(a, b) for a, b in together]]]
+
+
+def masked_scatter(s: Axes, call: Call) -> list[list[Dim]]:
+    """x[mask] = y, row by row: exact along the last dimension where the mask is seen to be the same all along it"""
+    ref, mask, value = call.args
+    made = s.maker.get(mask.value)
+    spread = made and made.name == "expand" and made.args[0].shape[-1:] == (1,)
+    if not spread or mask.shape != ref.shape or value.shape[-1:] != ref.shape[-1:]:
+        return unknown(s, call)
+    dims, values, places = s.of(ref), s.of(value), s.of(mask)
+    for dim in (*dims[:-1], *values[:-1], *places[:-1]):
+        s.pin(dim, reasons.NUMBERED)
+    for whole in (ref, value):
+        s.produce(whole)
+    return [[*dims[:-1], s.unify(s.unify(dims[-1], values[-1]), places[-1], first)]]
+
+
+def embedding_bag(s: Axes, call: Call) -> list[list[Dim]]:
+    """v d, b i -> b d: a sum, average or maximum of rows that are looked up by number"""
+    table, outs = call.args[0], stay(s, call)
+    rows, columns = s.of(table)
+    s.pin(rows, reasons.NUMBERED)
+    s.produce(table, [columns])
+    return [[outs[0][0], columns], *outs[1:]]
+
+
+def embedding_renorm(s: Axes, call: Call) -> list[list[Dim]]:
+    """v d -> v d: rows that are looked up by number, made shorter; zeros leave their norms alone"""
+    rows, columns = s.of(call.args[0])
+    s.pin(rows, reasons.NUMBERED)
+    return [[rows, columns]]
+
+
+def packed(s: Axes, call: Call) -> list[list[Dim]]:
+    """b t ... -> n ..., sequences without their padding, or (`_pad_packed_sequence`) back"""
+    ahead = 1 if call.name == "_pad_packed_sequence" else 2
+    dims, outs = s.of(call.args[0]), stay(s, call)
+    for dim in dims[:ahead]:
+        s.pin(dim, reasons.STEPS)
+    rest = dims[ahead:] if call.given.get("padding_value", 0) == 0 else not_zero(dims[ahead:])
+    return [[*outs[0][: 3 - ahead], *rest], *outs[1:]]
 
 
 # contractions --------------------------------------------------------------------------------------
@@ -351,7 +591,7 @@ def convolution(s: Axes, call: Call) -> list[list[Dim]]:
     batch, channels, *space = s.of(x)
     outer, inner, *kernel = s.of(weight)
     for dim in (*space, *kernel):
-        s.pin(dim, "it is a spatial axis")
+        s.pin(dim, reasons.SPATIAL)
     of_x, inside = s.algebra.reshape([channels], [groups, x.shape[1] // groups])
     of_weight, outer = s.algebra.reshape([outer], [groups, weight.shape[0] // groups])
     read, made = (outer, inner) if transposed else (inner, outer)
@@ -366,6 +606,55 @@ def convolution(s: Axes, call: Call) -> list[list[Dim]]:
     return [[batch, *s.join([out], bias), *s.fixed(call.outs[0].shape[2:])]]
 
 
+def trilinear(s: Axes, call: Call) -> list[list[Dim]]:
+    """b i, o i j, b j -> b o: three tensors multiplied and summed; `expand` says which dimensions each lacks"""
+    sides, given, out = [], call.given, []
+    for n, ref in enumerate(call.refs, 1):
+        dims = s.of(ref)
+        for d in given[f"expand{n}"]:
+            dims.insert(d, ())
+        sides.append((dims, s.weight(ref)))
+        s.produce(ref, [dim for d, dim in enumerate(dims) if d not in given["sumdim"]])
+    for d in range(len(sides[0][0])):
+        here = [(dims[d], weight) for dims, weight in sides if dims[d]]
+        if d not in given["sumdim"]:
+            out.append(functools.reduce(lambda a, b: s.unify(a, b, either), [dim for dim, _ in here], ()))
+        elif len(here) == 2:
+            (a, a_weight), (b, b_weight) = here
+            s.contract(a, b, a_weight, b_weight)
+        else:
+            for dim, _ in here:
+                s.pin(dim, reasons.SUMMED)
+    return [out]
+
+
+def distance(s: Axes, call: Call) -> list[list[Dim]]:
+    """b i k, b j k -> b i j: a norm of differences over k, where zeros leave it alone"""
+    (*batch, i, left), (*others, j, right) = (s.of(ref) for ref in call.refs)
+    for leaf in s.unify(left, right):
+        if not leaf.zero or call.given.get("p", 2) < 0:
+            s.pin((leaf,), reasons.NORM)
+    batch = [s.unify(a, b, lambda a, b: False) for a, b in zip(batch, others, strict=True)]
+    return [not_zero([*batch, i, j])]
+
+
+def recurrent(s: Axes, call: Call) -> list[list[Dim]]:
+    """t b i, (g h) i, (g h) h -> t b h: g gates lie together in the weights, and the state of size h is fed back"""
+    x, w_input, w_state, *biases, hidden, cell = call.args[:7]
+    time, batch, features = s.of(x)
+    s.pin(time, reasons.STEPS)
+    state = s.unify(s.of(hidden)[-1], s.of(cell)[-1])
+    for ref in (w_input, w_state, *biases):
+        gates, units = s.algebra.reshape([s.of(ref)[0]], [ref.shape[0] // hidden.shape[-1], hidden.shape[-1]])
+        s.pin(gates, reasons.GATES)
+        s.produce(ref, [units])
+        state = s.unify(state, units)  # zero in all of these it is zero for ever
+    s.contract(features, s.of(w_input)[1], s.weight(x), s.weight(w_input))
+    s.contract(state, s.of(w_state)[1], 0, s.weight(w_state))
+    states = [[*s.fixed(out.shape[:-1]), state] for out in call.outs[1:3]]
+    return [[time, batch, state], *states, *stay(s, call)[3:]]
+
+
 def attention(s: Axes, call: Call) -> list[list[Dim]]:
     """b h q d, b h k d, b h k v -> b h q v: heads go together, d and k are contracted"""
     q, k, v, *mask = call.refs[:4]
@@ -377,7 +666,7 @@ def attention(s: Axes, call: Call) -> list[list[Dim]]:
     s.algebra.mark(heads, Mark.HEADS)
     s.contract(dq[3], dk[3], 0, 0)
     for dim in (dk[2], dv[2]):
-        s.pin(dim, "attention runs over it")
+        s.pin(dim, reasons.ATTENTION)
     s.join([batch, heads, dq[2], dk[2]], *mask or [None])
     return [[batch, heads, dq[2], dv[3]], *stay(s, call)[1:]]
 
@@ -390,7 +679,7 @@ def solve_triangular(s: Axes, call: Call) -> list[list[Dim]]:
     for ref in call.args:
         s.produce(ref)
     for dim in (*matrix[-2:], known[-2]):
-        s.pin(dim, "a linear system is solved along it")
+        s.pin(dim, reasons.SYSTEM)
     batch = [s.unify(b, a, first) for a, b in zip(matrix[:-2], known[:-2], strict=True)]
     return [[*batch, *known[-2:]]]
 
@@ -411,6 +700,9 @@ def multiplications(call: Call) -> list[list[tuple[Ref, int]]]:
         x, weight = call.refs[:2]
         image = x if call.args[6] else call.outs[0]  # a transposed one multiplies once per input position
         return [[*all_of(image, 1), *all_of(weight)]]
+    if RULES.get(call.name) is recurrent:
+        x, w_input, w_state = call.refs[:3]
+        return [[*all_of(x), (w_input, 0)], [*all_of(x, 2), *all_of(w_state)]]
     if RULES.get(call.name) is attention:
         q, k, v = call.refs[:3]
         return [[*all_of(q), (k, 2)], [*all_of(q, 3), (k, 2), (v, 3)]]
@@ -426,9 +718,19 @@ def layer_norm(s: Axes, call: Call) -> list[list[Dim]]:
     dims = s.of(x)
     kept, normed = dims[: -len(shape)], dims[-len(shape) :]
     for dim in normed:
-        s.pin(dim, "a layer norm takes mean and variance over it")
+        s.pin(dim, reasons.LAYER_NORM)
     normed = s.join(s.join(normed, weight), bias)
     return [[*[with_zero(dim, False) for dim in kept], *normed], *stay(s, call)[1:]]
+
+
+def rms_norm(s: Axes, call: Call) -> list[list[Dim]]:
+    """divided by the root of an average over the last dimensions; scales.py sees to the number of positions"""
+    x, shape, weight = call.args[:3]
+    dims = s.of(x)
+    kept, normed = dims[: -len(shape)], dims[-len(shape) :]
+    for leaf in (leaf for dim in normed for leaf in dim if not leaf.zero):
+        s.pin((leaf,), reasons.AVERAGE)
+    return [[*kept, *s.join(normed, weight, either)], *stay(s, call)[1:]]
 
 
 def batch_norm(s: Axes, call: Call) -> list[list[Dim]]:
@@ -436,7 +738,7 @@ def batch_norm(s: Axes, call: Call) -> list[list[Dim]]:
     x, *vectors = call.args[:5]
     batch, channels, *space = s.of(x)
     for dim in (batch, *space):
-        s.pin(dim, "a batch norm averages over it")
+        s.pin(dim, reasons.BATCH_NORM)
     return [[batch, _affine(s, channels, *vectors), *space], *stay(s, call)[1:]]
 
 
@@ -445,7 +747,7 @@ def group_norm(s: Axes, call: Call) -> list[list[Dim]]:
     x, weight, bias, _, channels, _, groups, _ = call.args
     batch, dim, *space = s.of(x)
     outer, inner = s.algebra.reshape([dim], [groups, channels // groups])
-    s.pin(inner, "a group norm takes mean and variance over it")
+    s.pin(inner, reasons.GROUP_NORM)
     s.algebra.mark(outer, Mark.GROUPS)
     return [[batch, _affine(s, (*outer, *inner), weight, bias), *space], *stay(s, call)[1:]]
 
@@ -479,34 +781,49 @@ def reduction(s: Axes, call: Call) -> list[list[Dim]]:
     """over some dimensions, where zeros leave a sum or norm alone; of an average they change only the number of
     positions, and scales.py sees to that"""
     ref, name, which = call.args[0], call.name, reduced_dims(call)
-    total = name in ("sum", "linalg_vector_norm")
+    norm = name in ("linalg_vector_norm", "norm")
+    power = call.given.get("ord", call.given.get("p"))
+    total = name in ("sum", "nansum") or (norm and (power is None or power >= 0))
     if total:
         s.produce(ref)
-    why = {"sum": "it is summed over, and not zero", "linalg_vector_norm": "a norm is taken over it"}
+    why = dict.fromkeys(("sum", "nansum"), reasons.SUM) | dict.fromkeys(("linalg_vector_norm", "norm"), reasons.NORM)
+    why |= dict.fromkeys(("mean", "var", "std", "var_mean", "std_mean"), reasons.AVERAGE)
     dims = s.of(ref)
     for leaf in (leaf for d in which for leaf in dims[d]):
         if not (leaf.zero and (total or (name == "mean" and not s.weight(ref)))):
-            s.pin((leaf,), why.get(name, "an average is taken over it"))
+            s.pin((leaf,), why.get(name, reasons.TAKEN.format(name)))
     keep = len(call.outs[0].shape) == len(dims)
     dims = [() if d in which else dim for d, dim in enumerate(dims) if keep or d not in which]
-    return [dims if total or "mean" in name else [with_zero(dim, False) for dim in dims]] * len(call.outs)
+    if name in ("logsumexp", "argmax", "argmin"):  # of zeros it is no zero
+        dims = not_zero(dims)
+    second = dims if "mean" in name else not_zero(dims)  # a mean, or the place of a maximum
+    return [dims, *[second for _ in call.outs[1:]]]
 
 
 def along(s: Axes, call: Call) -> list[list[Dim]]:
-    """normalised, ordered or accumulated along one dimension, which stays"""
-    dims, d = s.of(call.args[0]), call.given["dim"]
-    s.pin(dims[d], f"{call.name.strip('_')} runs along it")
-    dims[d] = s.algebra.fixed(call.outs[0].shape[d])
-    return [[with_zero(dim, False) for dim in dims]] * len(call.outs)
+    """normalised, ordered, accumulated or transformed along some dimensions, which stay"""
+    dims, which = s.of(call.args[0]), call.given["dim"]
+    for d in [which] if isinstance(which, int) else which:
+        s.pin(dims[d], reasons.ALONG.format(call.name.strip("_")))
+        dims[d] = s.algebra.fixed(call.outs[0].shape[d])
+    if "softmax" in call.name or call.name == "logcumsumexp":  # of zeros it is no zero
+        dims = not_zero(dims)
+    return [dims, *[not_zero(dims)] * (len(call.outs) - 1)]
 
 
 def spatial(s: Axes, call: Call) -> list[list[Dim]]:
-    """b c x -> b c y: pooling and resizing within the image plane"""
+    """b c x -> b c y: pooling and resizing within the image plane, and back by the places that a maximum came from"""
     k = next(k for k in (1, 2, 3) if f"{k}d" in call.name)
     dims = s.of(call.args[0])
+    kept = dims[:-k]
     for dim in dims[-k:]:
-        s.pin(dim, "it is a spatial axis")
-    return [[*dims[:-k], *s.fixed(out.shape[-k:])] for out in call.outs]
+        s.pin(dim, reasons.NEIGHBOURS)
+    if "unpool" in call.name:
+        kept = [s.unify(a, b, first) for a, b in zip(kept, s.of(call.args[1])[:-k], strict=True)]
+    if "grid" in call.name:
+        for dim in s.of(call.args[1])[1:]:
+            s.pin(dim, reasons.INDEX)
+    return [[*(not_zero(kept) if i else kept), *s.fixed(out.shape[-k:])] for i, out in enumerate(call.outs)]
 
 
 # new tensors and the rest --------------------------------------------------------------------------
@@ -523,19 +840,24 @@ def stay(s: Axes, call: Call) -> list[list[Dim]]:
 
 
 def unknown(s: Axes, call: Call) -> list[list[Dim]]:
-    """no rule, or positions found by number at run time: nothing that takes part may be cut"""
-    why = NUMBERED if RULES.get(call.name) is unknown else f"{call.name} has no rule"
+    """no rule, or none that would leave an axis free: nothing that takes part may be cut"""
     for ref in call.refs:
         s.produce(ref)
         for dim in s.of(ref):
-            s.pin(dim, why)
+            s.pin(dim, WHOLE.get(call.name, reasons.NO_RULE).format(call.name.strip("_")))
     return stay(s, call)
 
 
 _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     elementwise: """_to_copy copy hardswish native_dropout alias detach lift_fresh lift contiguous rsub zeros_like
-        ones_like full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel
-        tril triu _conj floor_divide masked_fill""",
+        ones_like full_like empty_like rand_like randn_like bernoulli fill zero _prelu_kernel rrelu_with_noise
+        log_sigmoid_forward polar complex _conj floor_divide masked_fill normal uniform exponential geometric cauchy
+        log_normal random poisson""",
+    cross: "linalg_cross",
+    triangle: "tril triu",
+    fake_quantize: """fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask
+        _fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine""",
+    loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss",
     view: "view _unsafe_view reshape _reshape_alias",
     strided: "permute transpose t unsqueeze squeeze expand select unbind",
     split: "split split_with_sizes unsafe_split chunk unsafe_chunk split_copy split_with_sizes_copy",
@@ -544,33 +866,66 @@ _NAMES: dict[Callable[[Axes, Call], list[list[Dim]]], str] = {
     roll: "roll flip",
     slice_: "slice",
     pad: "constant_pad_nd",
+    windows: "unfold",
+    channel_shuffle: "channel_shuffle native_channel_shuffle",
     weight_norm: "_weight_norm_interface",
     index_: "index index_select embedding",
-    unknown: """scatter scatter_add index_put index_add index_copy bucketize searchsorted nonzero masked_select
-        one_hot histc _local_scalar_dense""",
-    mm: "mm addmm bmm baddbmm mv addmv dot",
+    write: "scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce",
+    index_put: "index_put _index_put_impl",
+    embedding_bag: "_embedding_bag _embedding_bag_forward_only",
+    packed: "_pack_padded_sequence _pad_packed_sequence",
+    mm: "mm addmm bmm baddbmm mv addmv dot vdot",
+    trilinear: "_trilinear",
+    distance: "_cdist_forward _euclidean_dist",
     convolution: "convolution _convolution",
+    recurrent: "mkldnn_rnn_layer",
     attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math""",
     solve_triangular: "linalg_solve_triangular",
     layer_norm: "native_layer_norm",
+    rms_norm: "_fused_rms_norm",
     batch_norm: """native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm
-        miopen_batch_norm _batch_norm_no_update""",
+        miopen_batch_norm _batch_norm_no_update _batch_norm_with_update""",
     group_norm: "native_group_norm",
-    reduction: """sum linalg_vector_norm mean var std var_mean std_mean amax amin max min prod all any argmax argmin
-        logsumexp""",
-    along: "_softmax _log_softmax _safe_softmax cumsum cumprod topk sort logcumsumexp",
+    reduction: """sum nansum linalg_vector_norm norm mean var std var_mean std_mean amax amin max min prod all any
+        argmax argmin logsumexp median nanmedian kthvalue mode""",
+    along: """_softmax _log_softmax _safe_softmax cumsum cumprod topk sort logcumsumexp cummax cummin _fft_c2c _fft_r2c
+        _fft_c2r""",
     spatial: """max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
-        avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d
-        upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-        upsample_linear1d grid_sampler_2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d""",
+        avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
+        upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+        grid_sampler_2d grid_sampler_3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+        replication_pad2d replication_pad3d""",
     fill: """zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor rand randn empty_strided
         new_empty_strided""",
     stay: "arange linspace eye tril_indices triu_indices randint randperm",
 }
-LAYOUT = (view, strided, repeat, slice_, split, cat, roll, pad, as_complex, index_, gather)
-RULES = {rule.__name__: rule for rule in (repeat, glu, pixel_shuffle, gather)}
+LAYOUT = (
+    view, strided, repeat, slice_, split, cat, roll, rot90, pad, windows, diagonal, diag_embed, pixel_shuffle,
+    pixel_unshuffle, im2col, col2im, channel_shuffle, as_complex, index_, gather, masked_scatter, packed,
+)  # fmt: skip
+_OWN_NAME = (repeat, glu, rot90, diagonal, diag_embed, pixel_shuffle, pixel_unshuffle, im2col, col2im, gather,
+    masked_scatter, embedding_renorm)  # fmt: skip
+_WHOLE = {  # why nothing that these take may be cut
+    reasons.NUMBERED: """put take bucketize searchsorted nonzero masked_select masked_scatter one_hot histc unique_dim
+        _unique2 _local_scalar_dense""",
+    reasons.FIXED: "constant_pad_nd diagonal diag_embed",
+    reasons.MIXED: """linalg_inv_ex linalg_matrix_exp linalg_qr linalg_householder_product linalg_cholesky_ex
+        _linalg_svd _linalg_eigh _linalg_det _linalg_slogdet _linalg_solve_ex linalg_eig linalg_lstsq linalg_lu
+        linalg_lu_factor_ex linalg_lu_solve linalg_solve_triangular linalg_ldl_factor_ex geqrf ormqr cholesky
+        cholesky_solve cholesky_inverse linalg_pinv trace roll renorm _pdist_forward""",
+    reasons.MEMORY: "as_strided resize resize_as set",
+    reasons.OBSERVED: "aminmax _fused_moving_avg_obs_fq_helper",
+    reasons.RANDOM: "fractional_max_pool2d fractional_max_pool3d multinomial",
+    reasons.LOSS: """nll_loss_forward nll_loss2d_forward mse_loss smooth_l1_loss huber_loss binary_cross_entropy
+        soft_margin_loss multi_margin_loss multilabel_margin_loss_forward _ctc_loss""",
+    reasons.FUSED: "_cudnn_rnn miopen_rnn _thnn_fused_lstm_cell _thnn_fused_gru_cell",
+}
+WHOLE = {name: why for why, names in _WHOLE.items() for name in names.split()}
+RULES = dict.fromkeys(WHOLE, unknown) | {rule.__name__: rule for rule in _OWN_NAME}
 RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
@@ -643,7 +998,7 @@ def apply_rules(trace: Trace) -> Axes:
     for name, ref in trace.sources.items():  # a parameter is zero where it is removed, a buffer is not
         s.dims[ref.value] = [s.new(n, zero=name in trace.parameters) for n in ref.shape]
         s.weights[ref.value] = 2
-    s.algebra.reason(OUTPUT)  # the first: what a person should read, if there are others too
+    s.algebra.reason(reasons.OUTPUT)  # the first: what a person should read, if there are others too
     missing: set[str] = set()
     s.calls = _live(trace)
     for call in s.calls:
@@ -666,6 +1021,30 @@ def apply_rules(trace: Trace) -> Axes:
         for ref, dims in zip(call.outs, outs, strict=True):
             s.dims[ref.value] = dims
             s.weights[ref.value] = weight
+            s.maker[ref.value] = call
+        s.share(call)
     for dim in (dim for ref in trace.outputs for dim in s.of(ref)):
-        s.algebra.pin(dim, OUTPUT)
+        s.algebra.pin(dim, reasons.OUTPUT)
+    for equation in trace.equations:
+        _tie_parts(s, equation)
     return s
+
+
+def _tie_parts(s: Axes, equation: Equation) -> None:
+    """Where the code divides an axis by a number, and what it makes of a part of that size is a part of the axis, all
+    parts have to stay equal: the positions of equal place in them go together."""
+    left, right, s.layer = equation
+    whole, part = (left[1], right) if left[0] == "//" else (right, left[-1])
+    if left[0] not in ("//", "*") or not whole[0] == part[0] == "span":
+        return
+    sides = []
+    for _, value, d, start, stop in (whole, part):
+        dim = s.dims[value][d] if value in s.dims else ()
+        sides.append(dim[0].ids[start:stop] if len(dim) == 1 else np.zeros(0))
+    positions, some = sides
+    if not positions.any() or not 0 < len(some) < len(positions) or len(positions) % len(some):
+        return
+    parts = positions.reshape(-1, len(some))
+    if (parts == some).all(1).any():
+        for other in parts[1:]:
+            s.algebra.align((Leaf(parts[0], False),), (Leaf(other, False),), s.why(reasons.MEETS))

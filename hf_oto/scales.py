@@ -8,7 +8,7 @@ want equal ones, an average adds 1, and what isn't linear wants 0: solved for th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -72,7 +72,7 @@ class Exponents:
     def follow(self, call: Call) -> None:
         """Finds the exponents of what a call makes."""
         rule = RULES.get(call.name, none)
-        if rule not in (mean, filled) and not any(map(self.read, call.refs)):
+        if rule not in (mean, rms_norm, filled) and not any(map(self.read, call.refs)):
             return
         if call.outs and call.outs[0].value in self.sums:
             self.of[call.outs[0].value] = self.of[self.sums[call.outs[0].value]]
@@ -84,7 +84,7 @@ class Exponents:
         for a in call.op._schema.arguments:  # in place: the tensors that it is a view of hold it too
             if a.alias_info and a.alias_info.is_write and isinstance(call.given[a.name], Ref):
                 self.equate(result, self.read(call.given[a.name]))
-        outs = call.outs[:1] if rule is attention else call.outs  # the others are statistics
+        outs = call.outs[:1] if rule in (attention, rms_norm) else call.outs  # the others are statistics
         self.of |= dict.fromkeys((ref.value for ref in outs), result)
 
 
@@ -92,8 +92,8 @@ class Exponents:
 
 VALUES = {  # the arguments of an op that the result is made of, where these are not its first alone
     **dict.fromkeys("add sub rsub copy".split(), (0, 1)),
-    **dict.fromkeys("masked_fill constant_pad_nd index_put".split(), (0, 2)),
-    **dict.fromkeys("index_add index_copy scatter_add".split(), (0, 3)),
+    **dict.fromkeys("masked_fill constant_pad_nd index_put masked_scatter".split(), (0, 2)),
+    **dict.fromkeys("index_add index_copy index_fill scatter_add".split(), (0, 3)),
     "where": (1, 2),
 }
 
@@ -140,8 +140,12 @@ def power(x: Exponents, call: Call) -> Exponent:
 
 def mean(x: Exponents, call: Call) -> Exponent:
     """An average adds 1 for each axis that it runs over."""
-    total = x.read(call.args[0])
-    for leaf in (leaf for d in reduced_dims(call) for leaf in x.found.of(call.args[0])[d]):
+    return averaged(x, call.args[0], reduced_dims(call), x.read(call.args[0]))
+
+
+def averaged(x: Exponents, ref: Ref, which: Iterable[int], total: Exponent) -> Exponent:
+    """An exponent with 1 more for each axis of these dimensions of a tensor."""
+    for leaf in (leaf for d in which for leaf in x.found.of(ref)[d]):
         axes = set(x.axis_of[leaf.ids].tolist())
         zigs, counts = np.unique(x.zig_of[leaf.ids], return_counts=True)
         if axes == {-1}:
@@ -151,6 +155,14 @@ def mean(x: Exponents, call: Call) -> Exponent:
         else:
             total = plus(total, {~axes.pop(): Fraction(1)})
     return total
+
+
+def rms_norm(x: Exponents, call: Call) -> Exponent:
+    """x / sqrt(mean(x ** 2) + eps) * weight: eps has exponent 0, and so has what it is added to"""
+    ref, shape, weight = call.args[:3]
+    n = len(ref.shape)
+    x.equate(averaged(x, ref, range(n - len(shape), n), plus({}, x.read(ref), 2)), {})
+    return plus(x.read(ref), x.read(weight)) if weight is not None else x.read(ref)
 
 
 def attention(x: Exponents, call: Call) -> Exponent:
@@ -180,15 +192,16 @@ def none(x: Exponents, call: Call) -> Exponent:
 
 
 _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
-    same: """scatter_add index_put index_add index_copy alias detach clone contiguous copy _to_copy lift lift_fresh add
-        sub where masked_fill neg abs sum cumsum tril triu""",
+    same: """scatter_add index_put index_add index_copy index_fill alias detach clone contiguous copy _to_copy lift
+        lift_fresh add sub where masked_fill neg abs sum cumsum tril triu""",
     product: "mul div",
     power: "pow square sqrt rsqrt reciprocal",
     mean: "mean",
     filled: """zeros new_zeros zeros_like empty new_empty empty_like ones new_ones ones_like full new_full full_like
         scalar_tensor""",
 }
-_LIKE = {rules.mm: product, rules.convolution: product, rules.attention: attention} | dict.fromkeys(rules.LAYOUT, same)
+_LIKE = {rules.mm: product, rules.convolution: product, rules.attention: attention, rules.rms_norm: rms_norm}
+_LIKE |= dict.fromkeys(rules.LAYOUT, same)
 RULES = {name: _LIKE[rule] for name, rule in rules.RULES.items() if rule in _LIKE}
 RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
 

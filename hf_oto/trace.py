@@ -253,6 +253,14 @@ def _default_scale(ref: Callable, out: Any, query: Any, *_: Any, scale: float | 
         yield query.shape[-1], span(ref(query), -1)
 
 
+def _all_heads(ref: Callable, out: Any, query: Any, *args: Any, **named: Any) -> Pairs:
+    """Of attention with all its projections in one function, head_dim is embed_dim // num_heads: it stays whole."""
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    for tensor, dim in ((query, -1), (args[4], 0), *((named.get(name), 0) for name in names)):
+        if tensor is not None:
+            yield tensor.shape[dim], span(ref(tensor), dim)
+
+
 SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
     **dict.fromkeys(
@@ -263,7 +271,7 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
     "unflatten": lambda ref, out, input, dim, sizes: _shape(ref, out, sizes, dim % input.dim()),
     **dict.fromkeys(
-        ["layer_norm", "rms_norm"],
+        ["layer_norm", "rms_norm", "_fused_rms_norm"],
         lambda ref, out, input, normalized_shape, *_, **__: _shape(ref, out, normalized_shape, -len(normalized_shape)),
     ),
     "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
@@ -272,6 +280,12 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     **dict.fromkeys(
         ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
         lambda ref, out, input, *more, **named: _groups(ref, input, out, *more, **named),
+    ),
+    "__setitem__": lambda ref, out, input, index, value: _slices(ref, out, input, index),
+    "multi_head_attention_forward": _all_heads,
+    **dict.fromkeys(
+        ["affine_grid", "affine_grid_generator"],  # (n, c, h, w), of which the channels decide nothing
+        lambda ref, out, theta, size, *_, **__: _shape(ref, out, [size[0], *size[2:]]),
     ),
     "group_norm": _group_norm, "scaled_dot_product_attention": _default_scale,
 }  # fmt: skip

@@ -22,23 +22,11 @@ import torch
 
 from .axes import Algebra, Dim, Mark
 from .modeling_oto import OTOError, named_tensors
+from .reasons import INSIDE, LONELY, STAYS, UNMADE, UNREAD, UNUSED, lift
 
 Role = Literal["producer", "consumer", "statistic"]
 
 SOME = " (some positions)"
-LIFTS = {  # part of a reason -> what would lift the pin; of anything else the width has a meaning
-    "model's output": "nothing: it would change what the model returns",
-    "position that stays": "nothing: the input has this width",
-    "never used it": "a batch that uses it: partition_zigs(model, inputs)",
-    "has no rule": "a rule for this operation: please report it",
-    "can't follow it": "model code that takes this size from the layer it belongs to",
-    "in rehearsal": "please report it: hf_oto can't rebuild the cut layer",
-    "protected": "leaving it out of protect",
-    "inside a group": "nothing: it goes with its group",
-    "an average": "nothing in this model: it changes with the width, and no scaling of weights undoes that",
-    "mean and variance": "nothing in this model: they change with the width; batch norm would not mind",
-    "no parameter": "nothing: there is no weight to save",
-}
 
 
 @dataclass(frozen=True)
@@ -330,8 +318,7 @@ class ZIGPartition:
         for why, found in reasons.items():
             names = [_together(names) for names in found.values()]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lift = next((lift for text, lift in LIFTS.items() if text in why), "nothing: its width has a meaning")
-            pins.append((f"{why} ({lift})", f"{', '.join(names[:3])}{more}"))
+            pins.append((f"{why} ({lift(why)})", f"{', '.join(names[:3])}{more}"))
         return pins
 
     def to_dict(self) -> dict[str, Any]:
@@ -423,10 +410,10 @@ def solve(
     for dims in sources.values():
         for leaf in (leaf for dim in dims for leaf in dim):
             if not (algebra.marks[leaf.ids] & (Mark.PRODUCER | Mark.CONSUMER | Mark.FOLLOWER)).any():
-                algebra.pin_ids(leaf.ids, "the traced forward never used it")
+                algebra.pin_ids(leaf.ids, UNUSED)
     root = algebra.roots()
     reason = _earliest(root, algebra.pins)
-    reason[0] = algebra.reason("it meets a position that can't go")  # id 0 is pinned
+    reason[0] = algebra.reason(STAYS)  # id 0 is pinned
     _settle_products(algebra, root, reason)
     reason = _earliest(algebra.roots(), reason[root])
     return _axes(algebra, sources, buffers, reason)
@@ -459,7 +446,7 @@ def _spread_marks(algebra: Algebra) -> None:
 def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> None:
     """Spreads pins through the products and pins all free factors of each but the outermost, which it then equals."""
     products = [(root[p.parent], [root[f] for f in p.factors]) for p in algebra.products]
-    inner = algebra.reason("it is a position inside a group (a head, say) that is pruned as a whole")
+    inner = algebra.reason(INSIDE)
 
     def spread() -> None:
         count = -1
@@ -509,8 +496,8 @@ def _axes(
             made[roots] |= role == "producer"
             used[roots] |= name not in buffers and bool((raw & Mark.CONSUMER).any())
 
-    reason[~made & (reason == 0)] = algebra.reason("no parameter makes it")
-    reason[~used & (reason == 0)] = algebra.reason("no parameter consumes it")
+    reason[~made & (reason == 0)] = algebra.reason(UNMADE)
+    reason[~used & (reason == 0)] = algebra.reason(UNREAD)
     rng = np.random.default_rng(0)
     signature = np.zeros(algebra.count, np.uint64)
     for _, _, _, roots in dims:
@@ -520,7 +507,7 @@ def _axes(
     _, firsts, group = np.unique(signature[classes], return_index=True, return_inverse=True)
     order = np.argsort(firsts[group], kind="stable")
     groups = np.split(classes[order], np.flatnonzero(np.diff(firsts[group][order])) + 1)
-    reason[[ids[0] for ids in groups if len(ids) == 1]] = algebra.reason("it is the only one of its axis")
+    reason[[ids[0] for ids in groups if len(ids) == 1]] = algebra.reason(LONELY)
     groups = [ids for ids in groups if len(ids) > 1]
     starts = np.cumsum([0, *map(len, groups)])
     zig_of = np.full(algebra.count, -1, np.int32)
