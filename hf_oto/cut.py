@@ -167,9 +167,16 @@ OWN_SIZES = {  # what the first dimensions of a layer's weight are called; a sub
 def own_sizes(module: nn.Module) -> dict[str, int]:
     """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
     names = next((names for layer, names in OWN_SIZES.items() if isinstance(module, layer)), None)
-    if names is None or module.weight is None:
+    if names is None:
         return {}
-    sizes = dict(zip(names, module.weight.shape, strict=False))
+    # a parametrised weight is computed when it is read, which in train mode may move what it is computed with
+    modes = {part: part.training for part in module.modules()}
+    weight = module.eval().weight
+    for part, training in modes.items():
+        part.training = training
+    if weight is None:
+        return {}
+    sizes = dict(zip(names, weight.shape, strict=False))
     if isinstance(module, nn.modules.conv._ConvNd):
         sizes[names[1]] *= module.groups
     return sizes

@@ -26,6 +26,7 @@ from .calls import Forward, Inputs, as_forwards, make_inputs, raise_if_out_of_me
 from .certificate import cut_difference, refuse_random
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
+from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
 from .restore import evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
@@ -74,9 +75,11 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
     living = [q for q in traced.equations if not any(e[1] in dead for side in q[:2] for e in spans_of(side))]
     traced = traced._replace(equations=living)
-    for name in protected & traced.sources.keys():
-        for dim in found.of(traced.sources[name]):
-            found.algebra.pin(dim, "protected by the caller")
+    scripted = [f"{path}." for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    for name in traced.sources:
+        why = PROTECTED if name in protected else SCRIPTED if name.startswith(tuple(scripted)) else ""
+        for dim in found.of(traced.sources[name]) if why else ():
+            found.algebra.pin(dim, why)
     _pin_around_what_never_ran(traced, found)
     return _rehearsed(model, forwards, traced, found)
 
@@ -142,7 +145,7 @@ def _pin_around_what_never_ran(traced: Trace, found: Axes) -> None:
                 for stop in range(start + 1, len(dims) + 1):
                     name = widths.get(math.prod(sizes[start:stop]))
                     for dim in dims[start:stop] if name else ():
-                        found.algebra.pin(dim, f"{fold(name)}, which never ran, may read it")
+                        found.algebra.pin(dim, IDLE.format(fold(name)))
 
 
 def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
@@ -190,7 +193,7 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
         partition, zig_of, axis_of = _solved(model, traced, found)
         scales, unfit = solve_scales(traced, found, partition, zig_of)
         if unfit:
-            found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, [*unfit])), "an average is taken over it")
+            found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, [*unfit])), AVERAGE)
             continue
         axes = (dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes))
         partition = dataclasses.replace(partition, axes=tuple(axes))
@@ -205,7 +208,7 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
             return partition, axis_of
         axes = axis_of[np.isin(zig_of, partition.sizes.involved(conflicts, removed))]
         layer = next((c.layer for c in conflicts if c.layer), "forward")
-        found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), f"a size used in {layer} can't follow it")
+        found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), SIZE.format(layer))
 
 
 # rehearsal -----------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
                     logger.info("pinned %s: %s", family, why)
                     bad = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == family]
                     ids = np.flatnonzero(np.isin(axis_of, bad))
-                    found.algebra.pin_ids(ids, f"cutting it failed in rehearsal: {why}")
+                    found.algebra.pin_ids(ids, REHEARSAL.format(why))
                 else:
                     good.add(family)
             partition, axis_of = _consistent(model, traced, found)

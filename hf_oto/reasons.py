@@ -43,8 +43,11 @@ DIVISOR = "it is divided by, and becomes zero"
 RANDOM = "{} draws random numbers for each of its positions"
 LOSS = "a loss compares it with a target"
 FUSED = "{} is one kernel of a GPU"
+BY_NUMBER = "flex attention may treat each of its heads and positions by number"
 NO_RULE = "{} has no rule"
 UNUSED = "the traced forward never used it"
+IDLE = "{}, which never ran, may read it"
+SCRIPTED = "TorchScript reads it"
 INSIDE = "it is a position inside a group (a head, say) that is pruned as a whole"
 UNMADE = "no parameter makes it"
 UNREAD = "no parameter consumes it"
@@ -62,6 +65,7 @@ LIFTS = {  # reason -> what would lift it
     LOSS: "nothing: it would change what the model learns",
     MEETS: "nothing: the input has this width",
     **dict.fromkeys((FIXED, STRIDE, WRAPS), "model code that does not count positions of this axis"),
+    BY_NUMBER: "the attention implementation sdpa or eager",
     MEMORY: "view, narrow or unfold in its place",
     NORM: "nothing in this model: weights that the norm counts would go",
     AVERAGE: "nothing in this model: it changes with the width, and no scaling of weights undoes that",
@@ -74,7 +78,8 @@ LIFTS = {  # reason -> what would lift it
     RANDOM: "nothing: other numbers would be drawn",
     FUSED: "a partition of the model on the CPU or the meta device",
     NO_RULE: "a rule for this operation: please report it; or, for one of your own, operations of PyTorch",
-    UNUSED: "a batch that uses it: partition_zigs(model, inputs)",
+    **dict.fromkeys((UNUSED, IDLE), "a batch, or several calls, that use it: partition_zigs(model, inputs)"),
+    SCRIPTED: "the module as it is before torch.jit.script",
     INSIDE: "nothing: it goes with its group",
     **dict.fromkeys((UNMADE, UNREAD), "nothing: there is no weight to save"),
     PROTECTED: "leaving it out of protect",

@@ -284,8 +284,9 @@ def _eager() -> Iterator[None]:
     """No compiled code and no fused path of inference: a trace would not see inside."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    # Importing dynamo takes seconds; where nobody has, nothing is compiled.
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    # Importing dynamo takes seconds; where nobody has it, and no flex attention that will, nothing is compiled.
+    compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
         with stance:
             yield

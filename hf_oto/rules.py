@@ -913,6 +913,7 @@ _WHOLE = {  # why nothing that these take may be cut
     reasons.NUMBERED: """put take bucketize searchsorted nonzero masked_select masked_scatter one_hot histc unique_dim
         _unique2 _local_scalar_dense""",
     reasons.FIXED: "constant_pad_nd diagonal diag_embed",
+    reasons.BY_NUMBER: "flex_attention",
     reasons.MIXED: """linalg_inv_ex linalg_matrix_exp linalg_qr linalg_householder_product linalg_cholesky_ex
         _linalg_svd _linalg_eigh _linalg_det _linalg_slogdet _linalg_solve_ex linalg_eig linalg_lstsq linalg_lu
         linalg_lu_factor_ex linalg_lu_solve linalg_solve_triangular linalg_ldl_factor_ex geqrf ormqr cholesky

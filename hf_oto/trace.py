@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +41,7 @@ class Ref:
 class Call(NamedTuple):
     """One ATen call; tensors in args and kwargs are `Ref`s."""
 
-    op: torch._ops.OpOverload
+    op: torch._ops.OpOverload | OpaqueOp
     args: tuple
     kwargs: dict[str, Any]
     outs: tuple[Ref, ...]
@@ -63,6 +64,24 @@ class Call(NamedTuple):
         schema = self.op._schema.arguments
         args = dict(zip((a.name for a in schema), self.args, strict=False)) | self.kwargs
         return {a.name: args.get(a.name, a.default_value) for a in schema}
+
+
+class Schema(NamedTuple):
+    """What ATen's schemas say, for an operator that has none."""
+
+    name: str
+    arguments: tuple = ()
+    returns: tuple = ()
+    is_mutable: bool = False
+
+
+class OpaqueOp:
+    """An operator above ATen, such as flex attention, of which only the tensors that it takes and gives are known."""
+
+    tags: tuple = ()
+
+    def __init__(self, op: HigherOrderOperator) -> None:
+        self._schema = Schema(f"higher_order::{op.name()}")
 
 
 class Equation(NamedTuple):
@@ -299,6 +318,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.supports_higher_order_operators = True
         self.calls: list[Call] = []
         self.layers = [""]
         self.count = 0
@@ -333,7 +353,10 @@ class _Recorder(TorchDispatchMode):
         refs = tree_map_only(torch.Tensor, self.ref, (args, kwargs))
         out = func(*args, **kwargs)
         outs = tuple(self.add(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
-        if outs or func is torch.ops.aten._local_scalar_dense.default:
+        if isinstance(func, HigherOrderOperator):
+            taken = tuple(ref for ref in tree_iter(refs) if isinstance(ref, Ref))
+            self.calls.append(Call(OpaqueOp(func), taken, {}, outs, self.layers[-1]))
+        elif outs or func is torch.ops.aten._local_scalar_dense.default:
             self.calls.append(Call(func, *refs, outs, self.layers[-1]))
         return out
 

@@ -457,8 +457,11 @@ def _settle_products(algebra: Algebra, root: np.ndarray, reason: np.ndarray) -> 
                     why = reason[parent].max(axis=tuple(i for i in range(parent.ndim) if i != k))
                     new = (why > 0) & (reason[factor] == 0)
                     reason[factor[new]] = why[new]
-                stay = [_along(reason[f] > 0, k, parent.ndim) for k, f in enumerate(factors)]
-                reason[parent[functools.reduce(np.logical_and, stay) & (reason[parent] == 0)]] = inner
+                why = [_along(reason[f], k, parent.ndim) for k, f in enumerate(factors)]
+                stay = functools.reduce(np.logical_and, [w > 0 for w in why]) & (reason[parent] == 0)
+                # the outermost factor that is no inner position says why: heads that stay keep all of their positions
+                said = functools.reduce(lambda a, b: np.where(a == inner, b, a), why)
+                reason[parent[stay]] = np.broadcast_to(said, parent.shape)[stay]
 
     def free(factors: list[np.ndarray]) -> list[int]:
         return [k for k, factor in enumerate(factors) if (reason[factor] == 0).any()]

@@ -376,8 +376,8 @@ EXACT = {
     "weight norm": Row(wrapped(parametrizations.weight_norm), [8, 6]),
     "weight norm of all": Row(wrapped(norm_of_all), [8, 6]),
     "weight norm by a hook": Row(hooked, [8, 6], values=True),
-    "spectral norm": Row(wrapped(parametrizations.spectral_norm), [8, 6], modes=("eval",)),
-    "spectral norm by a hook": Row(wrapped(nn.utils.spectral_norm), [8, 6], modes=("eval",)),
+    "spectral norm": Row(wrapped(parametrizations.spectral_norm), [8, 6]),
+    "spectral norm by a hook": Row(wrapped(nn.utils.spectral_norm), [8, 6]),
     "fake quantisation": Row(quantised(False, *PER_TENSOR), [8, 6], values=True),
     "by channel": Row(quantised(False, *PER_CHANNEL), [8, 6], values=True),
 }  # fmt: skip
