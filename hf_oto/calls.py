@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import enum
 import inspect
 import types
 from collections import deque
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_oto import OTOError
-from .restore import evaluating
+from .restore import NO_OBJECTS, evaluating
 
 
 class Forward(NamedTuple):
@@ -62,42 +61,42 @@ def own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.
     Args:
         tensor: makes the copy of a tensor.
     """
-    copies: dict[int, Any] = {}
+    return _own_copy(value, tensor, {})
 
-    def copied(value: Any) -> Any:
-        if id(value) not in copies:
-            copies[id(value)] = _copied(value, copied, tensor)
+
+def _own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], copies: dict[int, Any]) -> Any:
+    if id(value) in copies:
         return copies[id(value)]
-
-    return copied(value)
-
-
-def _copied(value: Any, copied: Callable[[Any], Any], tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return tensor(value.detach())
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if isinstance(value, tuple):
-        items = [copied(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if type(value) in (list, deque, set):
-        return type(value)(copied(item) for item in value)
-    if isinstance(value, (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)):
+        twin: Any = tensor(value.detach())
+    elif isinstance(value, torch.Generator):
+        twin = value.clone_state()
+    elif isinstance(value, tuple):
+        items = [_own_copy(item, tensor, copies) for item in value]
+        twin = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    elif type(value) in (list, deque, set):
+        twin = type(value)(_own_copy(item, tensor, copies) for item in value)
+    elif isinstance(value, NO_OBJECTS) or not (isinstance(value, (dict, list)) or hasattr(value, "__dict__")):
+        twin = value
+    else:
+        twin = _copy_of_object(value, tensor, copies)
+    copies[id(value)] = twin
+    return twin
+
+
+def _copy_of_object(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], copies: dict[int, Any]) -> Any:
+    try:
+        twin = copy.copy(value)
+    except Exception:  # a lock or a stream in it, say: then it is shared
         return value
-    if isinstance(value, (dict, list)) or hasattr(value, "__dict__"):
-        try:
-            twin = copy.copy(value)
-        except Exception:  # a lock or a stream in it, say: then it is shared
-            return value
-        if isinstance(value, list):
-            twin[:] = [copied(item) for item in value]
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                twin[key] = copied(item)
-        for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
-            object.__setattr__(twin, name, copied(item))
-        return twin
-    return value
+    if isinstance(value, list):
+        twin[:] = [_own_copy(item, tensor, copies) for item in value]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            twin[key] = _own_copy(item, tensor, copies)
+    for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
+        object.__setattr__(twin, name, _own_copy(item, tensor, copies))
+    return twin
 
 
 @contextlib.contextmanager

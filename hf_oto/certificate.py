@@ -160,12 +160,13 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False) -> Iterator[None]:
             weight.index_fill_(dim, where, 0)
 
     try:
-        for _, member, index in slices if noise else ():
-            write(member.param, member.dim, index, at_random=True)
-        for axis, member, index in slices:  # zeros win where a tensor is on both sides
-            silent = member.role == "consumer" if noise and not axis.zero_path else member in axis.group
-            if silent:
-                write(member.param, member.dim, index, at_random=False)
+        # With noise, one side of every ZIG is zero and the other one loud: where zero producers are not silent, they
+        # are loud and the consumers zero. Zeros come last: they win where a tensor is on both sides.
+        for at_random in (True, False) if noise else (False,):
+            for axis, member, index in slices:
+                silent = member.role == "consumer" if noise and not axis.zero_path else member in axis.group
+                if silent is not at_random:
+                    write(member.param, member.dim, index, at_random)
         yield
     finally:
         with uninterrupted():

@@ -389,8 +389,14 @@ def _check_widths(model: nn.Module, record: dict[str, Any], changes: Iterable[tu
         if isinstance(holder, torch.Tensor):
             widths = list(zip(dense, new, strict=True))
             recorded |= {(label, dim): width for dim, (_, width) in enumerate(widths)}
+            changed = {pair for pair in widths if pair[0] != pair[1]}
             for path in _modules_of(label):
-                shapes[path].update(pair for pair in widths if pair[0] != pair[1])
+                shapes[path] |= changed
+            path = label.rpartition(".")[0]
+            layer = model.get_submodule(path)
+            if isinstance(layer, nn.modules.conv._ConvNd):  # its weight has the channels of one group
+                groups = record["modules"][path].get("attributes", {}).get("groups", layer.groups)
+                shapes[path] |= {(old * layer.groups, new * groups) for old, new in widths}
     for (name, dim), width in left.items():
         fact = f"its cuts leave {width} positions of {name}[{dim}], its shapes {recorded.get((name, dim), 'all')}"
         require(recorded.get((name, dim)) == width, fact)

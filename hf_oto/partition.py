@@ -249,8 +249,10 @@ def _attempts(model: nn.Module, forwards: list[Forward], traced: Trace) -> Itera
     """Functions of a cut that say what is wrong with the cut model: it must run in every mode that was traced and
     keep the shapes of its outputs, and where there are weights, the outputs themselves in eval mode."""
     shapes = {training: [ref.shape for ref in returned] for training, returned in traced.returned.items()}
-    on_fakes = {training: shapes[training] for training, fake in traced.fake.items() if fake}
-    on_weights = {training: shapes[training] for training, fake in traced.fake.items() if training and not fake}
+    if traced.returned.get(True) == traced.returned[False]:
+        del shapes[True]  # train mode made the very same calls
+    on_fakes = {training: shapes[training] for training in shapes if traced.fake[training]}
+    on_weights = {training: shapes[training] for training in shapes if training and not traced.fake[training]}
     if on_fakes:
         yield functools.partial(_changes_shapes, model, forwards, on_fakes, True)
     if not any(p.is_meta for p in model.parameters()):
@@ -264,9 +266,9 @@ def _changes_shapes(
 ) -> str | None:
     """Whether the outputs of the cut model have other shapes in some mode; `shapes`: by mode, training or not."""
     fakes = Fakes(model)
-    with restored(model):
+    with restored(model) as kept:
         if on_fakes:  # cut without weights, which is several times as fast as cutting fakes
-            replace_tensors_(model, {id(t): _without_weight(t) for t in named_tensors(model).values()})
+            replace_tensors_(kept, {id(t): _without_weight(t) for t in named_tensors(model).values()})
         cut_(model, cut)
         weights = fakes.weights(model) if on_fakes else None
         for training, before in shapes.items():

@@ -8,7 +8,6 @@ copies the user's model.
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import functools
 import random
@@ -18,7 +17,7 @@ import threading
 import types
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,36 +44,48 @@ def contents(model: nn.Module, *owners: Any) -> Contents:
     Args:
         owners: other objects, whose own attributes are remembered too, with the containers in them.
     """
-    found, seen = Contents([], []), set()
-
-    def visit(value: Any, depth: int, objects: bool = True) -> None:
-        if isinstance(value, NO_OBJECTS) or id(value) in seen:
-            return
-        if type(value) in CONTAINERS:
-            container = value
-        elif isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
-            seen.add(id(value))
-            found.states.append(_generator_state(value))
-            return
-        elif objects and hasattr(value, "__dict__"):
-            container = vars(value)
-        else:
-            return
-        seen.update((id(value), id(container)))
-        if type(container) not in CONTAINERS:  # the read-only view of some class
-            return
-        found.containers.append((container, copy.copy(container)))
-        if depth and isinstance(container, dict):  # lists are not entered: a data set may be one
-            for inner in container.values():
-                visit(inner, depth - 1, objects)
-
-    for owner in owners:
-        visit(vars(owner), DEPTH, objects=False)
+    containers, generators = _kept_by(model, owners)
+    states = [_generator_state(generator) for generator in generators]
     for module in model.modules():
-        visit(vars(module), DEPTH)
         if isinstance(module, torch.jit.ScriptModule):
-            found.states.append((functools.partial(setattr, module, "training"), module.training))
-    return found
+            states.append((functools.partial(setattr, module, "training"), module.training))
+    return Contents([(container, container.copy()) for container in containers], states)
+
+
+def _kept_by(model: nn.Module, owners: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
+    """Every container and every random generator that the modules keep, in their own attributes or deeper."""
+    roots = [(vars(owner), False) for owner in owners] + [(vars(module), True) for module in model.modules()]
+    containers, generators, seen = [], [], set()
+    # A stack, no recursion: a closure that calls itself lives until the garbage collector comes, and tensors with it.
+    waiting = [(container, DEPTH, objects) for container, objects in roots]
+    while waiting:
+        container, depth, objects = waiting.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        containers.append(container)
+        if depth == 0 or not isinstance(container, dict):  # lists are not entered: a data set may be one
+            continue
+        for value in container.values():
+            kind = _kind(type(value))
+            if kind == "container":
+                waiting.append((value, depth - 1, objects))
+            elif kind == "object" and objects and type(vars(value)) in CONTAINERS:
+                waiting.append((vars(value), depth - 1, True))
+            elif kind == "generator" and id(value) not in seen:
+                seen.add(id(value))
+                generators.append(value)
+    return containers, generators
+
+
+@functools.lru_cache(4096)
+def _kind(cls: type) -> str:
+    """What the values of a type are to us: asked of tens of thousands of values, and of few types."""
+    if cls in CONTAINERS:
+        return "container"
+    if issubclass(cls, (torch.Generator, np.random.Generator, random.Random)):
+        return "generator"
+    return "object" if cls.__dictoffset__ and not issubclass(cls, NO_OBJECTS) else "other"
 
 
 def put_back(kept: Contents) -> None:
@@ -140,27 +151,37 @@ class Place(NamedTuple):
 def places(model: nn.Module) -> dict[int, list[Place]]:
     """Where the modules keep every tensor, by its id: as parameter or buffer, under one name or several, as an
     attribute, in a list (the flat weights of recurrent layers)."""
+    return _places(_kept_by(model)[0])
+
+
+def _places(containers: Iterable[Any]) -> dict[int, list[Place]]:
     found: dict[int, list[Place]] = {}
-    for container, _ in contents(model).containers:
+    for container in containers:
         if isinstance(container, set):
             continue
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            if isinstance(value, torch.Tensor):
+            if _is_tensor(type(value)):
                 found.setdefault(id(value), []).append(Place(container, key, None))
             elif isinstance(value, tuple):
                 for position, inner in enumerate(value):
-                    if isinstance(inner, torch.Tensor):
+                    if _is_tensor(type(inner)):
                         found.setdefault(id(inner), []).append(Place(container, key, position))
     return found
 
 
-def replace_tensors_(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
+@functools.lru_cache(4096)
+def _is_tensor(cls: type) -> bool:
+    return issubclass(cls, torch.Tensor)
+
+
+def replace_tensors_(kept: Contents, new: Mapping[int, torch.Tensor]) -> None:
     """Puts new tensors in the place of old ones, wherever the modules keep these.
 
     Args:
+        kept: the contents of the model.
         new: id of the old tensor -> the new one. The old ones must be alive.
     """
-    for old, somewhere in places(model).items():
+    for old, somewhere in _places(container for container, _ in kept.containers).items():
         for place in somewhere if old in new else ():
             place.put(new[old])
 
@@ -184,7 +205,7 @@ def evaluating(
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what a forward has to warn of, training will say
-        replace_tensors_(model, _writable(kept) if weights is None else weights)
+        replace_tensors_(kept, _writable(kept) if weights is None else weights)
         if training:
             stack.enter_context(_WithoutDropout())
         enter_mode_(model, training)
@@ -261,6 +282,8 @@ def renew_caches_(model: nn.Module) -> None:
 def _is_same(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return False
+    if not before:
+        return True
     if isinstance(container, dict):
         pairs: Iterable[tuple[Any, Any]] = zip(container.items(), before.items(), strict=True)
         return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
@@ -274,7 +297,7 @@ def _writable(kept: Contents) -> dict[int, torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for container, _ in kept.containers:
         for value in container.values() if isinstance(container, dict) else container:
-            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and id(value) not in found:
+            if _is_tensor(type(value)) and not isinstance(value, nn.Parameter) and id(value) not in found:
                 found[id(value)] = value.detach().clone()
     return found
 

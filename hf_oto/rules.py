@@ -935,9 +935,18 @@ def without_repeats(trace: Trace) -> Trace:
 
     What is left of train mode takes the results of eval mode in their place.
     """
+    known_values = {ref.value for call in trace.calls for ref in call.outs}
+    known_values |= {ref.value for ref in trace.sources.values()}
+
+    def meaning(call: Call) -> Any:
+        """What a call says to the algebra: a batch norm the same whether its statistics are its own or the batch's."""
+        if RULES.get(call.name) is batch_norm:
+            return batch_norm, tuple(_frozen(call.refs, known_values))
+        return call.op, _frozen(call.args, known_values), _frozen(call.kwargs, known_values)
+
     made: dict[Any, deque[Call]] = {}
     for call in trace.calls[: trace.evaluated]:
-        made.setdefault(_meaning(call), deque()).append(call)
+        made.setdefault(meaning(call), deque()).append(call)
     twins: dict[int, int] = {}  # what train mode made -> what eval mode made
 
     def known(ref: Ref) -> Ref:
@@ -953,7 +962,7 @@ def without_repeats(trace: Trace) -> Trace:
         call = original._replace(
             args=tree_map_only(Ref, known, original.args), kwargs=tree_map_only(Ref, known, original.kwargs)
         )
-        same = made.get(_meaning(call))
+        same = made.get(meaning(call))
         if same:
             pairs = zip(call.outs, same.popleft().outs, strict=False)
             twins |= {mine.value: its.value for mine, its in pairs if mine.shape == its.shape}
@@ -967,19 +976,15 @@ def without_repeats(trace: Trace) -> Trace:
     )
 
 
-def _meaning(call: Call) -> Any:
-    """What a call says to the algebra: a batch norm the same whether its statistics are the batch's or its own."""
-    if RULES.get(call.name) is batch_norm:
-        return batch_norm, tuple(ref.value for ref in call.refs)
-    return call.op, _frozen(call.args), _frozen(call.kwargs)
-
-
-def _frozen(value: Any) -> Any:
+def _frozen(value: Any, known_values: set[int]) -> Any:
+    """Arguments as something to compare; of tensors that come from outside nothing counts but the shape."""
+    if isinstance(value, Ref):
+        return value.value if value.value in known_values else value.shape
     if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
+        return tuple(_frozen(item, known_values) for item in value)
     if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    return value
+        return tuple((key, _frozen(item, known_values)) for key, item in value.items())
+    return value, type(value)
 
 
 def _live(trace: Trace) -> list[Call]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
 from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
@@ -56,7 +56,7 @@ class Call(NamedTuple):
     @property
     def refs(self) -> list[Ref]:
         """The tensors that it takes, in order."""
-        return [a for a in tree_iter((self.args, self.kwargs)) if isinstance(a, Ref)]
+        return [*_refs_in(self.args), *_refs_in(self.kwargs.values())]
 
     @property
     def given(self) -> dict[str, Any]:
@@ -64,6 +64,14 @@ class Call(NamedTuple):
         schema = self.op._schema.arguments
         args = dict(zip((a.name for a in schema), self.args, strict=False)) | self.kwargs
         return {a.name: args.get(a.name, a.default_value) for a in schema}
+
+
+def _refs_in(values: Iterable[Any]) -> Iterator[Ref]:
+    for value in values:
+        if isinstance(value, Ref):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _refs_in(value)
 
 
 class Schema(NamedTuple):
@@ -313,6 +321,15 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
 # recording -----------------------------------------------------------------------------------------
 
 
+def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Arguments with every leaf mapped: several times as fast as a pytree, and a trace maps many thousands."""
+    if type(value) is tuple or type(value) is list:
+        return type(value)(_mapped(inner, leaf) for inner in value)
+    if type(value) is dict:
+        return {key: _mapped(inner, leaf) for key, inner in value.items()}
+    return leaf(value)
+
+
 class _Recorder(TorchDispatchMode):
     """Numbers tensors by identity, kept alive so that it stays unique, and writes down every ATen call."""
 
@@ -350,7 +367,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        refs = tree_map_only(torch.Tensor, self.ref, (args, kwargs))
+        refs = _mapped((args, kwargs), lambda leaf: self.ref(leaf) if isinstance(leaf, torch.Tensor) else leaf)
         out = func(*args, **kwargs)
         outs = tuple(self.add(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
         if isinstance(func, HigherOrderOperator):
@@ -379,13 +396,15 @@ class _Tagger(TorchFunctionMode):
             return shape if dim is None else shape[dim]
         sizes: list[Size] = []
 
-        def untag(value: Size | slice) -> int | slice:
-            if isinstance(value, slice):
-                return slice(*tree_map_only(Size, untag, (value.start, value.stop, value.step)))
+        def untag(value: Any) -> Any:
+            if type(value) is slice:
+                return slice(untag(value.start), untag(value.stop), untag(value.step))
+            if type(value) is not Size:
+                return value
             sizes.append(value)
             return plain(value)
 
-        plain_args, plain_kwargs = tree_map_only((Size, slice), untag, (args, kwargs))
+        plain_args, plain_kwargs = _mapped((args, kwargs), untag)
         out = func(*plain_args, **plain_kwargs)
         if name not in SIZE_RULES:  # used as a number: it has to stay what it is
             self.equations += [Equation(n.expr, ("const", plain(n)), self.recorder.layers[-1]) for n in sizes]

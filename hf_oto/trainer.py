@@ -616,5 +616,5 @@ class WholeModel:
         for name, t in [*model.named_parameters(), *persistent_buffers(model).items()]:
             is_parameter = isinstance(t, torch.nn.Parameter)
             new[id(t)] = torch.nn.Parameter(whole[name], t.requires_grad) if is_parameter else whole[name]
-        replace_tensors_(model, new)
+        replace_tensors_(contents(model), new)
         return model.train(training)
