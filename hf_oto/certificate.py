@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,8 +132,9 @@ def outputs_differ(a: nn.Module, b: nn.Module, inputs: Inputs) -> tuple[float, f
 
 def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
     # the certificate judges the cut, not how its scaled weights are rounded
-    with TrialCut(model, cut, _arithmetic(model)):
-        return exact_outputs(model, forwards)
+    trial = TrialCut(model, cut, widening=_arithmetic(model))
+    with trial:
+        return exact_outputs(model, forwards, trial.scales)
 
 
 @contextlib.contextmanager
@@ -181,9 +182,15 @@ def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Ten
         return _outputs(model, forwards)
 
 
-def exact_outputs(model: nn.Module, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
-    """`own_outputs` with every operation computed in double, float32 on devices without, and the tolerance of that."""
-    wide = WideArithmetic(_arithmetic(model))
+def exact_outputs(
+    model: nn.Module, forwards: Sequence[Forward], scales: Mapping[int, tuple[float, float]] | None = None
+) -> tuple[list[torch.Tensor], float]:
+    """`own_outputs` with every operation computed in double, float32 on devices without, and the tolerance of that.
+
+    Args:
+        scales: of weights that are still to be scaled, see `WideArithmetic`.
+    """
+    wide = WideArithmetic(_arithmetic(model), scales)
     with evaluating(model):
         experts_at_once_(model)
         with wide:

@@ -22,6 +22,7 @@ from .calls import outermost_pretrained
 from .modeling_oto import VERSION, become_compact_, named_tensors, set_sizes_, sizes_of
 from .restore import contents, places, put_back, renew_caches_, restored
 from .sizes import Attribute
+from .wide import storage_of
 from .zigs import PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -84,18 +85,22 @@ def _scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, tu
     return factors
 
 
-def scaled(tensor: torch.Tensor, factor: float, offset: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(tensor + offset) * factor - offset, rounded once: to the dtype of the tensor, or to a given one."""
-    wide = tensor.to(torch.promote_types(dtype or tensor.dtype, torch.float32))
-    return (wide * factor + offset * (factor - 1)).to(dtype or tensor.dtype)
+def scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
+    """(tensor + offset) * factor - offset, rounded once."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
 
 
-def cut_(model: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
+def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> dict[int, tuple[float, float]]:
     """Cuts the tensors of a model, one at a time, and sets the sizes of its modules, in place; ties stay ties.
 
     Args:
-        dtype: of what is scaled; None: as it was.
+        widening: what will be widened to this dtype before it is used is not scaled here, which would round it.
+
+    Returns:
+        the scales that are still to be applied, by storage, as `WideArithmetic` takes them.
     """
+    to_scale: dict[int, tuple[float, float]] = {}
     positions, somewhere = cut.positions, places(model)
     ids = {name: id(tensor) for name, tensor in named_tensors(model).items()}
     names = {ids[name]: name for name in reversed([*(positions | cut.scales)])}  # what is tied is cut once
@@ -107,8 +112,11 @@ def cut_(model: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
         for dim, gone in positions.get(name, {}).items():
             keep = torch.from_numpy(np.delete(np.arange(new.shape[dim]), gone))
             new = new.index_select(dim, keep.to(new.device))
-        if name in cut.scales:
-            new = scaled(new, *cut.scales[name], dtype)
+        if name in cut.scales and (widening is None or new.dtype == widening):
+            new = scaled(new, *cut.scales[name])
+        elif name in cut.scales:
+            new = new if new is not old and name in positions else new.clone()  # a storage of its own
+            to_scale[storage_of(new)] = cut.scales[name]
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         for place in somewhere[tied]:
@@ -125,6 +133,7 @@ def cut_(model: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
         set_sizes_(module, own_sizes(module))
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it knows its weights by their addresses, too
+    return to_scale
 
 
 class TrialCut:
@@ -134,13 +143,16 @@ class TrialCut:
     beside the model, and no more; what is not cut, both share.
 
     Args:
-        dtype: of what the cut scales; None: as it was.
+        widening: see `cut_`.
+
+    Attributes:
+        scales: what it returns.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> None:
         self.model = model
         with restored(model):
-            cut_(model, cut, dtype)
+            self.scales = cut_(model, cut, widening)
             self._small = contents(model)
 
     def __enter__(self) -> nn.Module:

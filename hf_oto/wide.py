@@ -53,6 +53,8 @@ class WideArithmetic(TorchDispatchMode):
 
     Args:
         dtype: torch.float64, or torch.float32 for devices without it.
+        scales: storage of a narrow tensor, as by `storage_of` -> (factor, offset): what is stored there counts as
+            (value + offset) * factor - offset, computed when it is widened and never rounded.
 
     Attributes:
         narrow: operations that don't know `dtype` -> the dtype that they computed in, of several the coarsest. While
@@ -68,9 +70,12 @@ class WideArithmetic(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, scales: Mapping[int, tuple[float, float]] | None = None
+    ) -> None:
         super().__init__()
         self.dtype = dtype
+        self.scales = dict(scales or {})
         self.narrow: dict[str, torch.dtype] = {}
         self._wider = {torch.float16: dtype, torch.bfloat16: dtype, torch.complex32: torch.complex64}
         if dtype == torch.float64:
@@ -98,8 +103,14 @@ class WideArithmetic(TorchDispatchMode):
         if types and any(map(is_foreign, _tensors(given))):
             return self._beside_foreign(func, args, kwargs)
         if op.name in CHOOSING and not op.writes:
-            return self.widened(func(*args, **{k: self._dtype(v) for k, v in kwargs.items()}))
+            scale = self._scale_of(args[0])
+            if scale and op.name == "_to_copy":  # to another dtype, which has to have the scaled values
+                args, scale = (self.widened(args[0]), *args[1:]), None
+            chosen = func(*args, **{k: self._dtype(v) for k, v in kwargs.items()})
+            return self._wide(chosen, scale)
         narrow = self._narrow(given)
+        if self.scales and op.only_writes:
+            args = tuple(self.widened(v) if isinstance(v, torch.Tensor) and self._scale_of(v) else v for v in args)
         if op.only_writes and (op.name == "copy_" or narrow == sum(t.is_floating_point() for t in _tensors(given))):
             return func(*args, **kwargs)  # nothing in it is wider than what it writes into
         if narrow and func in PRODUCTS:
@@ -127,11 +138,29 @@ class WideArithmetic(TorchDispatchMode):
     def widened(self, value: Any) -> Any:
         """A tensor, or tensors in lists and tuples, in `dtype`; what is no narrow float stays as it is."""
         if isinstance(value, torch.Tensor):
-            wide = self._wider.get(value.dtype)
-            return value if wide is None or is_foreign(value) else value.to(wide)
+            return self._wide(value, self._scale_of(value))
         if type(value) in (list, tuple):
             return type(value)([self.widened(v) for v in value])
         return value
+
+    def asked_wide(self, value: Any) -> Any:
+        """`widened` for where the mode is on: it sees the conversion itself, and scales what that reads."""
+        if not isinstance(value, torch.Tensor) or value.dtype not in self._wider or is_foreign(value):
+            return type(value)(map(self.asked_wide, value)) if type(value) in (list, tuple) else value
+        return value.to(self._wider[value.dtype])
+
+    def _scale_of(self, tensor: torch.Tensor) -> tuple[float, float] | None:
+        return self.scales.get(storage_of(tensor)) if self.scales and not is_foreign(tensor) else None
+
+    def _wide(self, tensor: torch.Tensor, scale: tuple[float, float] | None) -> torch.Tensor:
+        dtype = self._wider.get(tensor.dtype)
+        if dtype is None or is_foreign(tensor):
+            return tensor
+        wide = tensor.to(dtype)
+        if scale is None:
+            return wide
+        factor, offset = scale
+        return wide.add_(offset).mul_(factor).sub_(offset) if offset else wide.mul_(factor)
 
     def _dtype(self, value: Any) -> Any:
         return self._wider.get(value, value) if isinstance(value, torch.dtype) else value
@@ -278,11 +307,17 @@ class WideArithmetic(TorchDispatchMode):
 
     def _narrowed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Every float in `dtype`."""
+        tensor = self._scaled(tensor)
         return tensor.to(dtype) if tensor.dtype in SMALLER or tensor.dtype == self.dtype else tensor
 
     def _lowered(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What the mode has widened in `dtype`; what is stored stays."""
+        tensor = self._scaled(tensor)
         return tensor.to(dtype) if tensor.dtype == self.dtype else tensor
+
+    def _scaled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is, or wide where only that has its values."""
+        return self.widened(tensor) if self._scale_of(tensor) else tensor
 
     def _rounded(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What the mode has widened rounded to `dtype`, and all of it wide."""
@@ -304,14 +339,14 @@ class _Front(TorchFunctionMode):
         kwargs = kwargs or {}
         with torch._C._DisableAutocast():  # else it would keep every weight it has cast until it is left
             if func in CHECKING:
-                args = tuple(v if i in CHECKING[func] else self.wide.widened(v) for i, v in enumerate(args))
-                kwargs = {k: v if k in CHECKING[func] else self.wide.widened(v) for k, v in kwargs.items()}
+                args = tuple(v if i in CHECKING[func] else self.wide.asked_wide(v) for i, v in enumerate(args))
+                kwargs = {k: v if k in CHECKING[func] else self.wide.asked_wide(v) for k, v in kwargs.items()}
             try:
                 return func(*args, **kwargs)
             except RuntimeError as error:
                 if "out" in kwargs or func.__name__.endswith("_") or _is_memory(error):
                     raise
-            wide = tree_map_only(torch.Tensor, self.wide.widened, (args, kwargs))
+            wide = tree_map_only(torch.Tensor, self.wide.asked_wide, (args, kwargs))
             return func(*wide[0], **wide[1])
 
 
@@ -400,6 +435,11 @@ def _operation(func: Any) -> _Operation:
         (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]
     return _Operation(name, view, tuple(writes), bool(writes) and all(info is not None for info in shared))
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What a tensor has in common with its views."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_foreign(tensor: torch.Tensor) -> bool:

@@ -375,9 +375,7 @@ def test_a_batch_the_model_cannot_take(tmp_path):
         train(tmp_path, data=data)
     wrong = [{"pixel_values": torch.zeros(3, 4, 4)}] * 16
     trainer = OTOTrainer(bert(), arguments(tmp_path, remove_unused_columns=False), train_dataset=wrong)
-    with pytest.raises(
-        OTOError, match=r"fails on its first batch: ValueError: You must specify exactly one"
-    ):
+    with pytest.raises(OTOError, match=r"fails on its first batch: ValueError: You must specify exactly one"):
         trainer.train()
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import hf_oto.wide
-from hf_oto.wide import WideArithmetic, wide_dtype
+from hf_oto.wide import WideArithmetic, storage_of, wide_dtype
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 EXACT = 1e-12  # of the largest entry
@@ -638,3 +638,34 @@ def test_names_of_torch_that_are_not_public():
         assert arguments[training] == "training"
     arguments = torch.ops.aten.convolution.default._schema.arguments
     assert (arguments[6].name, arguments[8].name) == ("transposed", "groups")
+
+
+SCALED = {  # ways to read a weight of (6, 4)
+    "linear": lambda w, x: nn.functional.linear(x, w),
+    "transposed": lambda w, x: x @ w.t(),
+    "embedding": lambda w, x: nn.functional.embedding(torch.tensor([1, 5]), w),
+    "row": lambda w, x: w[2] * x,
+    "float": lambda w, x: w.float() * 2,
+    "half": lambda w, x: w.half() * 2,
+    "one more": lambda w, x: (1 + w.float()) * 3,
+    "copied": lambda w, x: torch.zeros(6, 4).copy_(w) if w.dtype == torch.float32 else w.clone() + 0,
+    "rms_norm": lambda w, x: nn.functional.rms_norm(x, (4,), w[0]),
+    "sdpa": lambda w, x: nn.functional.scaled_dot_product_attention(w[None, None], w[None, None], w[None, None]),
+    "conv": lambda w, x: nn.functional.conv1d(torch.ones(1, 4, 3).to(w.dtype), w[:, :, None]),
+    "stacked": lambda w, x: torch.stack([w, w]).sum(0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("way", SCALED)
+def test_what_is_stored_unscaled_is_scaled_as_it_is_widened(way, offset, dtype):
+    """Once, whichever way it is read, and without rounding; control: the scale left out."""
+    weight, x = waves(6, 4).to(dtype), waves(2, 4).to(dtype)
+    with torch.no_grad(), WideArithmetic():
+        exact = SCALED[way]((weight.double() + offset) * 1.7 - offset, x.double())
+    for scales, same in (({storage_of(weight): (1.7, offset)}, True), (None, False)):
+        with torch.no_grad(), WideArithmetic(scales=scales):
+            out = SCALED[way](weight, x)
+        limit = 1e-7 if way == "copied" and dtype == torch.float32 else 1e-12  # that is rounded into a float32
+        assert bool((out.double() - exact).abs().max() <= limit) is same
