@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import enum
 import inspect
 import types
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_oto import OTOError
-from .restore import evaluating
+from .restore import evaluating, slots_of
 
 
 class Forward(NamedTuple):
@@ -79,12 +79,19 @@ def _copied(value: Any, copied: Callable[[Any], Any], tensor: Callable[[torch.Te
         return value.clone_state()
     if isinstance(value, tuple):
         items = [copied(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if type(value) is tuple:
+            return tuple(items)
+        return type(value)._make(items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) in (list, deque, set):
         return type(value)(copied(item) for item in value)
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType({key: copied(item) for key, item in value.items()})
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if isinstance(value, (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)):
         return value
-    if isinstance(value, (dict, list)) or hasattr(value, "__dict__"):
+    slots = slots_of(value)
+    if isinstance(value, (dict, list)) or hasattr(value, "__dict__") or slots:
         try:
             twin = copy.copy(value)
         except Exception:  # a lock or a stream in it, say: then it is shared
@@ -96,6 +103,8 @@ def _copied(value: Any, copied: Callable[[Any], Any], tensor: Callable[[torch.Te
                 twin[key] = copied(item)
         for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
             object.__setattr__(twin, name, copied(item))
+        for slot, item in slots:
+            slot.__set__(twin, copied(item))
         return twin
     return value
 
@@ -130,17 +139,33 @@ def recorded(model: nn.Module) -> Iterator[list[Forward]]:
         yield forwards
 
 
+CACHES = "transformers"  # the package whose objects that are no mapping are caches
+
+
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order; caches are no outputs."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in tensors_of(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in tensors_of(value)]
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [t for field in dataclasses.fields(output) for t in tensors_of(getattr(output, field.name))]
-    return []
+    """The tensors of a model's output, in order, those that objects in it hold, too; Transformers' caches are no
+    outputs."""
+    found: list[torch.Tensor] = []
+    seen: dict[int, Any] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (int, str, bytes, nn.Module, type, enum.Enum, np.ndarray, types.ModuleType)):
+            return
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple, deque)):
+            for item in value:
+                visit(item)
+        elif id(value) not in seen and type(value).__module__.partition(".")[0] != CACHES:
+            seen[id(value)] = value
+            for item in (*getattr(value, "__dict__", {}).values(), *(item for _, item in slots_of(value))):
+                visit(item)
+
+    visit(output)
+    return found
 
 
 def described(forwards: Sequence[Forward]) -> str:
@@ -182,9 +207,12 @@ ADVICE = (
 
 def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
     """Memory that runs out says nothing about a model: it is raised again, with advice, never taken for an answer."""
+    kinds = torch.OutOfMemoryError, MemoryError
     on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu:
-        raise type(error)(f"{error}\n{advice}") from error
+    if isinstance(error, kinds) or on_cpu:
+        # not the very type: numpy's, for one, takes other arguments
+        kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+        raise kind(f"{error}\n{advice}") from error
 
 
 # made from the config ------------------------------------------------------------------------------
@@ -235,7 +263,8 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
         try:
             with evaluating(model):
                 features = encode(**images)
-        except Exception:  # not its form
+        except Exception as error:  # not its form
+            raise_if_out_of_memory(error)
             continue
         features = tensors_of(getattr(features, "pooler_output", features))
         count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]

@@ -11,12 +11,14 @@ import contextlib
 import copy
 import enum
 import functools
+import operator
 import random
 import signal
 import sys
 import threading
 import types
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,12 +30,16 @@ from torch.overrides import TorchFunctionMode
 
 # these very types: what a subclass does when it is written to is its own affair
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-NO_OBJECTS = (nn.Module, torch.Tensor, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)
+ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+NO_OBJECTS = (int, str, torch.Tensor, type, enum.Enum, types.ModuleType)
 DEPTH = 3  # of containers and objects inside a module's own: beyond may lie data sets, trainers, the world
+MANY = 1000  # entries: a container with more may be a data set, and is remembered, but not entered
+LARGE = 2**26  # bytes: an array that is larger is no counter
+NOBODY_WRITES = ("torch", "builtins")  # packages whose classes keep nothing for one model
 
 
 class Contents(NamedTuple):
-    """What a model's modules keep: every container with a shallow copy, and what lives in C++ as (setter, value)."""
+    """What a model's modules keep: every container with a shallow copy, and what is none as (setter, value)."""
 
     containers: list[tuple[Any, Any]]
     states: list[tuple[Callable[[Any], Any], Any]]
@@ -42,38 +48,63 @@ class Contents(NamedTuple):
 def contents(model: nn.Module, *owners: Any) -> Contents:
     """Remembers what the modules of a model keep; tensors are not copied.
 
+    Modules that are registered nowhere count, too, and so does what functions keep for the model: the closures of
+    hooks and of a patched forward, its classes' attributes, containers of its files that its classes name, caches.
+
     Args:
         owners: other objects, whose own attributes are remembered too, with the containers in them.
     """
     found, seen = Contents([], []), set()
 
+    def remember(container: Any, depth: int, objects: bool = True) -> None:
+        seen.add(id(container))
+        found.containers.append((container, copy.copy(container)))
+        if not depth or isinstance(container, set) or len(container) > MANY:
+            return
+        for inner in list(container.values() if isinstance(container, dict) else container):
+            visit(inner, depth - 1, objects)
+
     def visit(value: Any, depth: int, objects: bool = True) -> None:
-        if isinstance(value, NO_OBJECTS) or id(value) in seen:
+        if type(value) in ATOMS or id(value) in seen or isinstance(value, NO_OBJECTS):
             return
         if type(value) in CONTAINERS:
-            container = value
-        elif isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+            remember(value, depth, objects)
+        elif isinstance(value, nn.Module):
+            visit_module(value)
+        elif not objects:
+            return
+        elif state := _state(value):
             seen.add(id(value))
-            found.states.append(_generator_state(value))
-            return
-        elif objects and hasattr(value, "__dict__"):
-            container = vars(value)
+            found.states.append(state)
+        elif isinstance(value, CALLABLES):
+            seen.add(id(value))
+            found.states.extend(_cells(value))
+            for inner in _held(value):  # a function is no step deeper
+                visit(inner, depth)
         else:
-            return
-        seen.update((id(value), id(container)))
-        if type(container) not in CONTAINERS:  # the read-only view of some class
-            return
-        found.containers.append((container, copy.copy(container)))
-        if depth and isinstance(container, dict):  # lists are not entered: a data set may be one
-            for inner in container.values():
-                visit(inner, depth - 1, objects)
+            seen.add(id(value))
+            found.states.extend(_slots(value))
+            # of some classes this is a read-only view
+            if hasattr(value, "__dict__") and type(vars(value)) in CONTAINERS:
+                remember(vars(value), depth)
 
-    for owner in owners:
-        visit(vars(owner), DEPTH, objects=False)
-    for module in model.modules():
-        visit(vars(module), DEPTH)
+    def visit_module(module: nn.Module) -> None:
+        seen.add(id(module))
+        remember(vars(module), DEPTH)
         if isinstance(module, torch.jit.ScriptModule):
             found.states.append((functools.partial(setattr, module, "training"), module.training))
+        for cls in type(module).__mro__:
+            if id(cls) not in seen and cls.__module__.partition(".")[0] not in NOBODY_WRITES:
+                seen.add(id(cls))
+                found.states.append((functools.partial(_put_back_class, cls), dict(vars(cls))))
+                for kept in (*_attributes(cls), *_named_globals(cls)):
+                    visit(kept, 1)
+
+    for owner in owners:
+        remember(vars(owner), DEPTH, objects=False)
+    for module in model.modules():
+        if id(module) not in seen:
+            visit_module(module)
     return found
 
 
@@ -174,8 +205,8 @@ def evaluating(
     Whatever a forward changes (what modules keep, buffers, random states) is undone in the end.
 
     Args:
-        weights: other tensors to run with, as in `replace_tensors_`. None: its own, of which the forward gets copies
-            of all that it might write to.
+        weights: other tensors to run with, as in `replace_tensors_`. None: its own. Of what is no parameter, and not
+            among them, the forward gets copies, since it might write to it.
     """
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(restored(model))
@@ -184,7 +215,8 @@ def evaluating(
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what a forward has to warn of, training will say
-        replace_tensors_(model, _writable(kept) if weights is None else weights)
+        # what is no weight is a copy among fakes, too: there a write of a number into a tensor is carried out
+        replace_tensors_(model, _writable(kept) | dict(weights or {}))
         if training:
             stack.enter_context(_WithoutDropout())
         enter_mode_(model, training)
@@ -253,7 +285,10 @@ def renew_caches_(model: nn.Module) -> None:
     """Lets every module renew what it computed from its weights, as it does when its mode changes."""
     modes = {module: module.training for module in model.modules()}
     enter_mode_(model, model.training)
-    for module, training in modes.items():  # modules in one model may be in different modes
+    for module, training in modes.items():  # modules in one model may be in different modes: outer ones come first
+        if module.training != training:
+            module.train(training)
+    for module, training in modes.items():  # a `train` of its own may have refused
         if module.training != training:
             module.training = training
 
@@ -266,7 +301,7 @@ def _is_same(container: Any, before: Any) -> bool:
         return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
     if isinstance(container, set):
         return container == before
-    return all(a is b for a, b in zip(container, before, strict=True))
+    return all(map(operator.is_, container, before))
 
 
 def _writable(kept: Contents) -> dict[int, torch.Tensor]:
@@ -299,10 +334,134 @@ def _device_state(device: torch.device) -> torch.Tensor:
     return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
 
 
-def _generator_state(generator: Any) -> tuple[Callable[[Any], Any], Any]:
-    if isinstance(generator, torch.Generator):
-        return generator.set_state, generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.setstate, generator.getstate()
-    bits = generator.bit_generator
-    return functools.partial(setattr, bits, "state"), bits.state
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+EMPTY = object()  # of a cell or a slot that nothing was put in
+
+
+def _state(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
+    """(setter, state) of what lives in C: generators of random numbers, caches, small arrays."""
+    if isinstance(value, torch.Generator):
+        return value.set_state, value.get_state()
+    if isinstance(value, random.SystemRandom):  # it has no state
+        return value.seed, None
+    if isinstance(value, random.Random):
+        return value.setstate, value.getstate()
+    if isinstance(value, np.random.RandomState):
+        return value.set_state, value.get_state()
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return functools.partial(setattr, bits, "state"), bits.state
+    if isinstance(value, functools._lru_cache_wrapper):
+        return functools.partial(_forget, value), value.cache_info().misses
+    if type(value) is np.ndarray and value.flags.writeable and not value.dtype.hasobject and value.nbytes <= LARGE:
+        return functools.partial(np.copyto, value), value.copy()
+    return None
+
+
+def _forget(cache: Any, misses: int) -> None:
+    """Empties a cache that has taken something up: of the entries, one can't be taken out alone."""
+    if cache.cache_info().misses != misses:
+        cache.cache_clear()
+
+
+def _cells(function: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """(setter, value) of the variables that a function shares with others."""
+    for cell in getattr(function, "__closure__", None) or ():
+        yield functools.partial(_put_back_cell, cell), _value(cell)
+
+
+def _value(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
+
+
+def _put_back_cell(cell: types.CellType, value: Any) -> None:
+    if value is EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = value
+
+
+def _held(function: Any) -> list[Any]:
+    """What a function holds: the values of its closure and its defaults, what is bound to it."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.MethodType):
+        return [function.__self__, function.__func__]
+    shared = [_value(cell) for cell in function.__closure__ or ()]
+    return [*shared, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)]
+
+
+def slots_of(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
+    """(slot, value) of the slots of an object that have one."""
+    slots = (slot for cls in type(value).__mro__ if "__slots__" in vars(cls) for slot in vars(cls).values())
+    members = [slot for slot in slots if isinstance(slot, types.MemberDescriptorType)]
+    return [(slot, slot.__get__(value)) for slot in members if hasattr(value, slot.__name__)]
+
+
+def _slots(value: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """(setter, value) of the slots of an object."""
+    full = dict(slots_of(value))
+    for cls in type(value).__mro__:
+        for slot in vars(cls).values() if "__slots__" in vars(cls) else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                yield functools.partial(_put_back_slot, slot, value), full.get(slot, EMPTY)
+
+
+def _put_back_slot(slot: types.MemberDescriptorType, owner: Any, value: Any) -> None:
+    if value is not EMPTY:
+        slot.__set__(owner, value)
+    elif hasattr(owner, slot.__name__):
+        slot.__delete__(owner)
+
+
+def _put_back_class(cls: type, before: Mapping[str, Any]) -> None:
+    for name in vars(cls).keys() - before.keys():
+        delattr(cls, name)
+    for name, value in before.items():
+        if vars(cls).get(name) is not value and not name.startswith("__"):
+            setattr(cls, name, value)
+
+
+def _attributes(cls: type) -> list[Any]:
+    return [value for name, value in vars(cls).items() if not name.startswith("__") and not callable(value)] + [
+        value for value in vars(cls).values() if isinstance(value, functools._lru_cache_wrapper)
+    ]
+
+
+NAMED: weakref.WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
+
+
+def _named_globals(cls: type) -> Iterator[Any]:
+    """The containers and caches of a file that the functions of a class name."""
+    if cls not in NAMED:
+        NAMED[cls] = [*_names(cls)]
+    for where, name in NAMED[cls]:
+        value = where.get(name)
+        if type(value) in CONTAINERS or isinstance(value, functools._lru_cache_wrapper):
+            yield value
+
+
+def _names(cls: type) -> Iterator[tuple[dict[str, Any], str]]:
+    """(globals, name) of all that the functions of a class name and that is no function, class or module, they or
+    functions that they name."""
+    todo = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    seen = set(map(id, todo))
+    while todo:
+        function = todo.pop()
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+            for name in code.co_names:
+                if name not in function.__globals__ or id(function.__globals__[name]) in seen:
+                    continue
+                value = function.__globals__[name]
+                seen.add(id(value))
+                if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
+                    yield function.__globals__, name
+                inner = getattr(value, "__wrapped__", value)
+                if isinstance(inner, types.FunctionType) and inner.__module__.partition(".")[0] not in NOBODY_WRITES:
+                    todo.append(inner)
