@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .axes import Leaf
-from .calls import Forward, Inputs, as_forwards, make_inputs, raise_if_out_of_memory, tensors_of
+from .calls import Forward, Inputs, as_forwards, input_tensors, make_inputs, raise_if_out_of_memory, tensors_of
 from .certificate import cut_difference, refuse_random
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
@@ -67,9 +68,22 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
             f"{type(model).__name__} is sharded already: make the partition before fully_shard or "
             "accelerator.prepare; of a model too large for that, on the meta device"
         )
+    name, weights = type(model).__name__, dict(model.named_parameters())
+    if lazy := [n for n, p in weights.items() if is_lazy(p)]:
+        raise OTOError(f"{lazy[0]} of {name} has no shape yet: call the model once, then partition it")
+    without = [n for n, p in weights.items() if p.is_meta]
+    if 0 < len(without) < len(weights):
+        raise OTOError(
+            f"{len(without)} of {len(weights)} weights of {name} are on the meta device, {without[0]} for one: load "
+            "all of them (no offload to disk or CPU), or none"
+        )
     protected = _protected(model, protect)
     given = ([batch] for batch in make_inputs(model)) if inputs is None else [inputs]
     forwards, traced = _first_traced(model, map(as_forwards, given))
+    if not without and any(t.is_meta for t in input_tensors(forwards)):
+        raise OTOError(
+            f"the inputs are on the meta device, and the weights of {name} are not: pass inputs with values"
+        )
     traced = without_repeats(traced)
     found = apply_rules(traced)
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
