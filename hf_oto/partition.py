@@ -28,7 +28,7 @@ from .certificate import cut_difference, refuse_random
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
-from .restore import evaluating, replace_tensors_, restored
+from .restore import MANY, evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
@@ -178,6 +178,7 @@ def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition,
         (path, name, i): n
         for path, module in model.named_modules()
         for name, value in sizes_of(module).items()
+        if isinstance(value, int) or len(value) <= MANY
         for i, n in ([(None, value)] if isinstance(value, int) else enumerate(value))
     }
     size = [axis.size for axis in partition.axes]

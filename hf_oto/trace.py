@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
 from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
-from .restore import enter_mode_, evaluating
+from .restore import MANY, enter_mode_, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +415,7 @@ def tag_(model: nn.Module, equations: list[Equation]) -> None:
         for name, value in sizes_of(module).items():
             if isinstance(value, int):
                 tagged[name] = Size(value, ("attribute", path, name, None), equations)
-            else:
+            elif len(value) <= MANY:  # longer ones are data
                 sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
                 tagged[name] = type(value)(sizes)
         set_sizes_(module, tagged)
