@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_oto import OTOError
-from .restore import evaluating, slots_of
+from .restore import CALLABLES, evaluating, held, slots_of
 
 
 class Forward(NamedTuple):
@@ -52,6 +52,10 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
     forwards = [call if isinstance(call, Forward) else Forward(kwargs=dict(call)) for call in several]
     if not forwards:
         raise ValueError("inputs is empty: pass one batch, the keyword arguments of forward, or a list of such")
+    for forward in forwards:
+        for value in (*forward.args, *forward.kwargs.values()):
+            if isinstance(value, Iterator):
+                raise ValueError(f"inputs hold a {type(value).__name__}, which can be read once only: pass a list")
     return forwards
 
 
@@ -159,6 +163,8 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
         elif isinstance(value, (list, tuple, deque)):
             for item in value:
                 visit(item)
+        elif isinstance(value, CALLABLES):
+            visit(held(value))
         elif id(value) not in seen and type(value).__module__.partition(".")[0] != CACHES:
             seen[id(value)] = value
             for item in (*getattr(value, "__dict__", {}).values(), *(item for _, item in slots_of(value))):

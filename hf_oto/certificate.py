@@ -20,7 +20,7 @@ from torch import nn
 from .calls import Forward, Inputs, as_forwards, described, raise_if_out_of_memory, tensors_of
 from .cut import Cut, TrialCut
 from .modeling_oto import OTOError
-from .restore import evaluating, seed_everything, uninterrupted
+from .restore import WeightsKept, evaluating, seed_everything, uninterrupted
 from .trace import experts_at_once_
 from .wide import WideArithmetic, wide_dtype
 from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition, random_half
@@ -187,7 +187,7 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
 
 def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
     """The floating-point outputs of all calls in eval mode, the same random numbers for all who draw any."""
-    with evaluating(model):
+    with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         return _outputs(model, forwards)
 
@@ -195,7 +195,7 @@ def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Ten
 def exact_outputs(model: nn.Module, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
     """`own_outputs` with every operation computed in double, float32 on devices without, and the tolerance of that."""
     wide = WideArithmetic(_arithmetic(model))
-    with evaluating(model):
+    with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         with wide:
             outputs = _outputs(model, forwards)
@@ -273,6 +273,8 @@ def refuse_random(model: nn.Module, inputs: Inputs) -> None:
             f"{name}, with nothing cut out, fails on {described(forwards)} when it computes in double: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if not first:
+        raise OTOError(f"{name} returns no floating-point tensor (logits, say): nothing can be certified of it")
     moved = largest_difference(first, again)
     if math.isnan(moved):
         raise OTOError(f"no output of {name} is a finite number (NaN or infinity): nothing can be certified of it")

@@ -6,7 +6,6 @@ taken off again: what can't be rebuilt exactly is pinned with that reason.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -28,7 +27,7 @@ from .certificate import cut_difference, refuse_random
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
-from .restore import MANY, evaluating, replace_tensors_, restored
+from .restore import MANY, WeightsKept, evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
@@ -246,6 +245,8 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
         while partition.axes and problem(attempt):
             if attempt.func is _differs:
                 refuse_random(model, forwards)  # no cut is to blame for what differs by itself
+            elif why := problem(attempt, ()):
+                raise OTOError(f"{type(model).__name__} can't be run again on the same inputs, nothing cut out: {why}")
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
             good: set[str] = set()
             for family in sorted(streams, key=lambda f: (streams[f], f)):  # of two that quarrel the later one goes
@@ -285,7 +286,7 @@ def _changes_shapes(
         cut_(model, cut)
         weights = fakes.weights(model) if on_fakes else None
         for training, before in shapes.items():
-            with evaluating(model, training, weights), fakes.mode if on_fakes else contextlib.nullcontext():
+            with evaluating(model, training, weights), fakes.mode if on_fakes else WeightsKept(model):
                 experts_at_once_(model)
                 tensor = fakes.of if on_fakes else torch.clone
                 outputs = [t for forward in forwards for t in tensors_of(forward.run(model, tensor))]

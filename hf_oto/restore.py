@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .wide import is_foreign
 
 # these very types: what a subclass does when it is written to is its own affair
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
@@ -79,7 +82,7 @@ def contents(model: nn.Module, *owners: Any) -> Contents:
         elif isinstance(value, CALLABLES):
             seen.add(id(value))
             found.states.extend(_cells(value))
-            for inner in _held(value):  # a function is no step deeper
+            for inner in held(value):  # a function is no step deeper
                 visit(inner, depth)
         else:
             seen.add(id(value))
@@ -221,6 +224,49 @@ def evaluating(
             stack.enter_context(_WithoutDropout())
         enter_mode_(model, training)
         yield
+
+
+class WeightsKept(TorchDispatchMode):
+    """While open, a forward may write into the model's weights (an embedding that shortens its rows does): in the end
+    they are as they were. What is written is copied at that moment, and nothing else.
+
+    Beside `evaluating`, which swaps what modules keep and can't see this; it costs microseconds per operation.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = {p.untyped_storage()._cdata: p for p in model.parameters() if _has_storage(p)}
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(given.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, (list, tuple)):
+            for one in tensor:
+                self._keep(one)
+        elif isinstance(tensor, torch.Tensor) and _has_storage(tensor):
+            weight = self._weights.pop(tensor.untyped_storage()._cdata, None)
+            if weight is not None:
+                self._kept.append((weight.data, weight.detach().clone()))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with uninterrupted():
+            for weight, before in self._kept:
+                weight.copy_(before)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not is_foreign(tensor)
 
 
 def enter_mode_(model: nn.Module, training: bool) -> None:
@@ -384,7 +430,7 @@ def _put_back_cell(cell: types.CellType, value: Any) -> None:
         cell.cell_contents = value
 
 
-def _held(function: Any) -> list[Any]:
+def held(function: Any) -> list[Any]:
     """What a function holds: the values of its closure and its defaults, what is bound to it."""
     if isinstance(function, functools.partial):
         return [function.func, *function.args, *function.keywords.values()]
