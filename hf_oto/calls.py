@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import enum
 import inspect
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_oto import OTOError
-from .restore import NO_OBJECTS, evaluating
+from .restore import CALLABLES, evaluating, held, slots_of
 
 
 class Forward(NamedTuple):
@@ -51,6 +52,10 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
     forwards = [call if isinstance(call, Forward) else Forward(kwargs=dict(call)) for call in several]
     if not forwards:
         raise ValueError("inputs is empty: pass one batch, the keyword arguments of forward, or a list of such")
+    for forward in forwards:
+        for value in (*forward.args, *forward.kwargs.values()):
+            if isinstance(value, Iterator):
+                raise ValueError(f"inputs hold a {type(value).__name__}, which can be read once only: pass a list")
     return forwards
 
 
@@ -73,13 +78,20 @@ def _own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], copies
         twin = value.clone_state()
     elif isinstance(value, tuple):
         items = [_own_copy(item, tensor, copies) for item in value]
-        twin = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        named = hasattr(value, "_fields")
+        twin = tuple(items) if type(value) is tuple else type(value)._make(items) if named else type(value)(items)
     elif type(value) in (list, deque, set):
         twin = type(value)(_own_copy(item, tensor, copies) for item in value)
-    elif isinstance(value, NO_OBJECTS) or not (isinstance(value, (dict, list)) or hasattr(value, "__dict__")):
+    elif isinstance(value, types.MappingProxyType):
+        twin = types.MappingProxyType({key: _own_copy(item, tensor, copies) for key, item in value.items()})
+    elif isinstance(value, np.ndarray):
+        twin = value.copy()
+    elif isinstance(value, (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)):
         twin = value
-    else:
+    elif isinstance(value, (dict, list)) or hasattr(value, "__dict__") or slots_of(value):
         twin = _copy_of_object(value, tensor, copies)
+    else:
+        twin = value
     copies[id(value)] = twin
     return twin
 
@@ -96,6 +108,8 @@ def _copy_of_object(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], 
             twin[key] = _own_copy(item, tensor, copies)
     for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
         object.__setattr__(twin, name, _own_copy(item, tensor, copies))
+    for slot, item in slots_of(value):
+        slot.__set__(twin, _own_copy(item, tensor, copies))
     return twin
 
 
@@ -129,17 +143,34 @@ def recorded(model: nn.Module) -> Iterator[list[Forward]]:
         yield forwards
 
 
+CACHES = "transformers"  # the package whose objects that are no mapping are caches
+
+
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order; caches are no outputs."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in tensors_of(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in tensors_of(value)]
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [t for field in dataclasses.fields(output) for t in tensors_of(getattr(output, field.name))]
-    return []
+    """The tensors of a model's output, in order, those that objects in it hold, too; Transformers' caches are no
+    outputs."""
+    found: list[torch.Tensor] = []
+    _collect(output, found, {})
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor], seen: dict[int, Any]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (list, tuple, deque)):
+        for item in value:
+            _collect(item, found, seen)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect(item, found, seen)
+    elif value is None or isinstance(value, (int, float, str, bytes, nn.Module, type, enum.Enum, types.ModuleType)):
+        return
+    elif isinstance(value, CALLABLES):
+        _collect(held(value), found, seen)
+    elif id(value) not in seen and type(value).__module__.partition(".")[0] != CACHES:
+        seen[id(value)] = value
+        _collect(list(getattr(value, "__dict__", {}).values()), found, seen)
+        _collect([item for _, item in slots_of(value)], found, seen)
 
 
 def described(forwards: Sequence[Forward]) -> str:
@@ -181,9 +212,12 @@ ADVICE = (
 
 def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
     """Memory that runs out says nothing about a model: it is raised again, with advice, never taken for an answer."""
+    kinds = torch.OutOfMemoryError, MemoryError
     on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu:
-        raise type(error)(f"{error}\n{advice}") from error
+    if isinstance(error, kinds) or on_cpu:
+        # not the very type: numpy's, for one, takes other arguments
+        kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+        raise kind(f"{error}\n{advice}") from error
 
 
 # made from the config ------------------------------------------------------------------------------
@@ -234,7 +268,8 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
         try:
             with evaluating(model):
                 features = encode(**images)
-        except Exception:  # not its form
+        except Exception as error:  # not its form
+            raise_if_out_of_memory(error)
             continue
         features = tensors_of(getattr(features, "pooler_output", features))
         count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .calls import Forward, Inputs, as_forwards, tensors_of
+from .calls import Forward, Inputs, as_forwards, described, raise_if_out_of_memory, tensors_of
 from .cut import Cut, TrialCut
 from .modeling_oto import OTOError
-from .restore import evaluating, seed_everything, uninterrupted
+from .restore import WeightsKept, evaluating, seed_everything, uninterrupted
 from .trace import experts_at_once_
 from .wide import WideArithmetic, wide_dtype
-from .zigs import PruningPlan, ZIGPartition, random_half
+from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def certify(model: nn.Module, cut: Cut, inputs: Inputs) -> Certificate:
     with zeroed(model, cut):
         quiet, tolerance = exact_outputs(model, forwards)
         rounded = own_outputs(model, forwards)
-    with zeroed(model, cut, noise=True):
+    # where a norm is taken over a whole weight, what zero consumers silence still moves that norm
+    with zeroed(model, cut, noise=True, producers_too=False):
         loud, _ = exact_outputs(model, forwards)
     invariance = largest_difference(quiet, loud)
     del loud
@@ -87,7 +88,9 @@ def check_zero_invariance(
     """Zeroes ZIGs, then fills what reads them once with zeros and once with noise; nothing may change.
 
     Two runs prove every group of the plan at once, independent of the rules that found them. The model is not
-    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.)
+    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.) Where the consumers are part
+    of a ZIG, these are zero and its producers noise; a norm over a whole weight (spectral norm) hears that noise, so
+    that outputs may move there though the cut is exact.
 
     Args:
         inputs: one batch, the keyword arguments of forward, or several calls.
@@ -138,15 +141,24 @@ def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tup
 
 
 @contextlib.contextmanager
-def zeroed(model: nn.Module, cut: Cut, noise: bool = False) -> Iterator[None]:
+def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool = True) -> Iterator[None]:
     """While open, what the cut removes is zero in the weights and, if `noise`, its other side filled at random.
 
     What is written over is kept and put back; what is zero already, as after training, is not written at all.
+
+    Args:
+        producers_too: whether the other side of zero consumers is filled, where these have to be zero.
     """
     slices = [s for s in cut.partition.slices(cut.removed) if s[1].role != "statistic"]
     tensors = cut.partition.tensors(model)
     kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     generator = torch.Generator().manual_seed(0)
+
+    def is_free(axis: PrunableAxis, member: Member) -> bool:
+        """Whether a slice may hold anything, since the other side is zero."""
+        if axis.zero_path or not producers_too:
+            return member not in axis.group
+        return member.role == "producer" and any(m.role == "consumer" for m in axis.members)
 
     def write(name: str, dim: int, index: np.ndarray, at_random: bool) -> None:
         weight = tensors[name].data  # through .data a graph that holds the weight for its backward stays whole
@@ -161,13 +173,12 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False) -> Iterator[None]:
             weight.index_fill_(dim, where, 0)
 
     try:
-        # With noise, one side of every ZIG is zero and the other one loud: where zero producers are not silent, they
-        # are loud and the consumers zero. Zeros come last: they win where a tensor is on both sides.
-        for at_random in (True, False) if noise else (False,):
-            for axis, member, index in slices:
-                silent = member.role == "consumer" if noise and not axis.zero_path else member in axis.group
-                if silent is not at_random:
-                    write(member.param, member.dim, index, at_random)
+        for axis, member, index in slices if noise else ():
+            if is_free(axis, member):
+                write(member.param, member.dim, index, at_random=True)
+        for axis, member, index in slices:  # zeros win where a tensor is on both sides
+            if member in axis.group and not (noise and is_free(axis, member)):
+                write(member.param, member.dim, index, at_random=False)
         yield
     finally:
         with uninterrupted():
@@ -177,7 +188,7 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False) -> Iterator[None]:
 
 def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
     """The floating-point outputs of all calls in eval mode, the same random numbers for all who draw any."""
-    with evaluating(model):
+    with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         return _outputs(model, forwards)
 
@@ -191,7 +202,7 @@ def exact_outputs(
         scales: of weights that are still to be scaled, see `WideArithmetic`.
     """
     wide = WideArithmetic(_arithmetic(model), scales)
-    with evaluating(model):
+    with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         with wide:
             outputs = _outputs(model, forwards)
@@ -227,6 +238,7 @@ def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> 
     Returns:
         inf where shapes or infinities differ; nan where nothing at all is finite.
     """
+    a, b = ([x if x.layout == torch.strided else x.to_dense() for x in some] for some in (a, b))
     if [x.shape for x in a] != [y.shape for y in b]:
         return math.inf
     finite = [torch.isfinite(x) for x in a]
@@ -258,9 +270,19 @@ def refuse_random(model: nn.Module, inputs: Inputs) -> None:
         OTOError: saying which.
     """
     forwards = as_forwards(inputs)
-    first, tolerance = exact_outputs(model, forwards)
-    again, _ = exact_outputs(model, forwards)
-    moved, name = largest_difference(first, again), type(model).__name__
+    name = type(model).__name__
+    try:
+        first, tolerance = exact_outputs(model, forwards)
+        again, _ = exact_outputs(model, forwards)
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise OTOError(
+            f"{name}, with nothing cut out, fails on {described(forwards)} when it computes in double: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not first:
+        raise OTOError(f"{name} returns no floating-point tensor (logits, say): nothing can be certified of it")
+    moved = largest_difference(first, again)
     if math.isnan(moved):
         raise OTOError(f"no output of {name} is a finite number (NaN or infinity): nothing can be certified of it")
     if moved > tolerance:

@@ -157,7 +157,11 @@ class TrialCut:
 
     def __enter__(self) -> nn.Module:
         self._full = contents(self.model)
-        put_back(self._small)
+        try:
+            put_back(self._small)
+        except BaseException:  # Ctrl-C, which waits until all is put, comes before the `with` that would undo it
+            self.__exit__()
+            raise
         return self.model
 
     def __exit__(self, *error: Any) -> None:
@@ -183,12 +187,19 @@ def own_sizes(module: nn.Module) -> dict[str, int]:
         return {}
     # a parametrised weight is computed when it is read, which in train mode may move what it is computed with
     modes = {part: part.training for part in module.modules()}
-    weight = module.eval().weight
+    module.eval()
+    weight = module.weight
     for part, training in modes.items():
         part.training = training
     if weight is None:
         return {}
-    sizes = dict(zip(names, weight.shape, strict=False))
+    shape = list(weight.shape)
+    if "weight" in vars(module):  # a hook computes it before every forward: it is still that of the last one
+        parts = [
+            p.shape for name, p in module._parameters.items() if name.startswith("weight_") and p.dim() == len(shape)
+        ]
+        shape = [max(sizes) for sizes in zip(*parts, strict=True)] or shape
+    sizes = dict(zip(names, shape, strict=False))
     if isinstance(module, nn.modules.conv._ConvNd):
         sizes[names[1]] *= module.groups
     return sizes

@@ -6,7 +6,6 @@ taken off again: what can't be rebuilt exactly is pinned with that reason.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,14 +19,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .axes import Leaf
-from .calls import Forward, Inputs, as_forwards, make_inputs, raise_if_out_of_memory, tensors_of
+from .calls import Forward, Inputs, as_forwards, input_tensors, make_inputs, raise_if_out_of_memory, tensors_of
 from .certificate import cut_difference, refuse_random
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
-from .restore import evaluating, replace_tensors_, restored
+from .restore import MANY, WeightsKept, evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, spans_of
@@ -67,9 +67,22 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
             f"{type(model).__name__} is sharded already: make the partition before fully_shard or "
             "accelerator.prepare; of a model too large for that, on the meta device"
         )
+    name, weights = type(model).__name__, dict(model.named_parameters())
+    if lazy := [n for n, p in weights.items() if is_lazy(p)]:
+        raise OTOError(f"{lazy[0]} of {name} has no shape yet: call the model once, then partition it")
+    without = [n for n, p in weights.items() if p.is_meta]
+    if 0 < len(without) < len(weights):
+        raise OTOError(
+            f"{len(without)} of {len(weights)} weights of {name} are on the meta device, {without[0]} for one: load "
+            "all of them (no offload to disk or CPU), or none"
+        )
     protected = _protected(model, protect)
     given = ([batch] for batch in make_inputs(model)) if inputs is None else [inputs]
     forwards, traced = _first_traced(model, map(as_forwards, given))
+    if not without and any(t.is_meta for t in input_tensors(forwards)):
+        raise OTOError(
+            f"the inputs are on the meta device, and the weights of {name} are not: pass inputs with values"
+        )
     traced = without_repeats(traced)
     found = apply_rules(traced)
     dead = {ref.value for call in traced.calls for ref in call.outs} - found.dims.keys()  # nobody uses these results
@@ -164,6 +177,7 @@ def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition,
         (path, name, i): n
         for path, module in model.named_modules()
         for name, value in sizes_of(module).items()
+        if isinstance(value, int) or len(value) <= MANY
         for i, n in ([(None, value)] if isinstance(value, int) else enumerate(value))
     }
     size = [axis.size for axis in partition.axes]
@@ -231,6 +245,8 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
         while partition.axes and problem(attempt):
             if attempt.func is _differs:
                 refuse_random(model, forwards)  # no cut is to blame for what differs by itself
+            elif why := problem(attempt, ()):
+                raise OTOError(f"{type(model).__name__} can't be run again on the same inputs, nothing cut out: {why}")
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}
             good: set[str] = set()
             for family in sorted(streams, key=lambda f: (streams[f], f)):  # of two that quarrel the later one goes
@@ -272,7 +288,7 @@ def _changes_shapes(
         cut_(model, cut)
         weights = fakes.weights(model) if on_fakes else None
         for training, before in shapes.items():
-            with evaluating(model, training, weights), fakes.mode if on_fakes else contextlib.nullcontext():
+            with evaluating(model, training, weights), fakes.mode if on_fakes else WeightsKept(model):
                 experts_at_once_(model)
                 tensor = fakes.of if on_fakes else torch.clone
                 outputs = [t for forward in forwards for t in tensors_of(forward.run(model, tensor))]

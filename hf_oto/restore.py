@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import operator
 import random
 import signal
 import sys
 import threading
 import types
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,15 +26,27 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .wide import is_foreign
 
 # these very types: what a subclass does when it is written to is its own affair
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-NO_OBJECTS = (nn.Module, torch.Tensor, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)
+ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+NO_OBJECTS = (int, str, torch.Tensor, type, enum.Enum, types.ModuleType)
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+STATES = (
+    torch.Generator, np.random.Generator, np.random.RandomState, random.Random, np.ndarray,
+    functools._lru_cache_wrapper,
+)  # fmt: skip
 DEPTH = 3  # of containers and objects inside a module's own: beyond may lie data sets, trainers, the world
+MANY = 1000  # entries: a container with more may be a data set, and is remembered, but not entered
+LARGE = 2**26  # bytes: an array that is larger is no counter
+NOBODY_WRITES = ("torch", "builtins")  # packages whose classes keep nothing for one model
 
 
 class Contents(NamedTuple):
-    """What a model's modules keep: every container with a shallow copy, and what lives in C++ as (setter, value)."""
+    """What a model's modules keep: every container with a shallow copy, and what is none as (setter, value)."""
 
     containers: list[tuple[Any, Any]]
     states: list[tuple[Callable[[Any], Any], Any]]
@@ -41,51 +55,90 @@ class Contents(NamedTuple):
 def contents(model: nn.Module, *owners: Any) -> Contents:
     """Remembers what the modules of a model keep; tensors are not copied.
 
+    Modules that are registered nowhere count, too, and so does what functions keep for the model: the closures of
+    hooks and of a patched forward, its classes' attributes, containers of its files that its classes name, caches.
+
     Args:
         owners: other objects, whose own attributes are remembered too, with the containers in them.
     """
-    containers, generators = _kept_by(model, owners)
-    states = [_generator_state(generator) for generator in generators]
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            states.append((functools.partial(setattr, module, "training"), module.training))
-    return Contents([(container, container.copy()) for container in containers], states)
+    walk = _Walk(model, owners)
+    return Contents([(container, container.copy()) for container in walk.containers], walk.states)
 
 
-def _kept_by(model: nn.Module, owners: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
-    """Every container and every random generator that the modules keep, in their own attributes or deeper."""
-    roots = [(vars(owner), False) for owner in owners] + [(vars(module), True) for module in model.modules()]
-    containers, generators, seen = [], [], set()
-    # A stack, no recursion: a closure that calls itself lives until the garbage collector comes, and tensors with it.
-    waiting = [(container, DEPTH, objects) for container, objects in roots]
-    while waiting:
-        container, depth, objects = waiting.pop()
-        if id(container) in seen:
-            continue
-        seen.add(id(container))
-        containers.append(container)
-        if depth == 0 or not isinstance(container, dict):  # lists are not entered: a data set may be one
-            continue
-        for value in container.values():
+class _Walk:
+    """One walk through all that a model keeps: `containers`, and `states` as (setter, value).
+
+    A class, as a closure that calls itself lives until the garbage collector comes, and tensors with it.
+    """
+
+    def __init__(self, model: nn.Module, owners: Sequence[Any] = ()) -> None:
+        self.containers: list[Any] = []
+        self.states: list[tuple[Callable[[Any], Any], Any]] = []
+        self._seen: set[int] = set()
+        for owner in owners:
+            self._enter(vars(owner), DEPTH, objects=False)
+        for module in model.modules():
+            if id(module) not in self._seen:
+                self._enter_module(module)
+
+    def _enter(self, container: Any, depth: int, objects: bool = True) -> None:
+        self._seen.add(id(container))
+        self.containers.append(container)
+        if not depth or isinstance(container, set) or len(container) > MANY:
+            return
+        for inner in list(container.values() if isinstance(container, dict) else container):
+            kind = _kind(type(inner))
+            if kind != "atom" and id(inner) not in self._seen:
+                self._visit(inner, kind, depth - 1, objects)
+
+    def _visit(self, value: Any, kind: str, depth: int, objects: bool) -> None:
+        if kind == "container":
+            self._enter(value, depth, objects)
+        elif kind == "module":
+            self._enter_module(value)
+        elif objects:
+            self._seen.add(id(value))
+            if kind == "state":
+                self.states += [state] if (state := _state(value)) else []
+            elif kind == "callable":
+                self.states += _cells(value)
+                self._visit_all(held(value), depth)  # a function is no step deeper
+            else:
+                self.states += _slots(value)
+                # of some classes this is a read-only view
+                if hasattr(value, "__dict__") and type(vars(value)) in CONTAINERS:
+                    self._enter(vars(value), depth)
+
+    def _visit_all(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
             kind = _kind(type(value))
-            if kind == "container":
-                waiting.append((value, depth - 1, objects))
-            elif kind == "object" and objects and type(vars(value)) in CONTAINERS:
-                waiting.append((vars(value), depth - 1, True))
-            elif kind == "generator" and id(value) not in seen:
-                seen.add(id(value))
-                generators.append(value)
-    return containers, generators
+            if kind != "atom" and id(value) not in self._seen:
+                self._visit(value, kind, depth, objects=True)
+
+    def _enter_module(self, module: nn.Module) -> None:
+        self._seen.add(id(module))
+        self._enter(vars(module), DEPTH)
+        if isinstance(module, torch.jit.ScriptModule):
+            self.states.append((functools.partial(setattr, module, "training"), module.training))
+        for cls in type(module).__mro__:
+            if id(cls) not in self._seen and cls.__module__.partition(".")[0] not in NOBODY_WRITES:
+                self._seen.add(id(cls))
+                self.states.append((functools.partial(_put_back_class, cls), dict(vars(cls))))
+                self._visit_all((*_attributes(cls), *_named_globals(cls)), 1)
 
 
 @functools.lru_cache(4096)
 def _kind(cls: type) -> str:
-    """What the values of a type are to us: asked of tens of thousands of values, and of few types."""
+    """What the values of a type are to a walk: asked of tens of thousands of values, and of few types."""
     if cls in CONTAINERS:
         return "container"
-    if issubclass(cls, (torch.Generator, np.random.Generator, random.Random)):
-        return "generator"
-    return "object" if cls.__dictoffset__ and not issubclass(cls, NO_OBJECTS) else "other"
+    if issubclass(cls, nn.Module):
+        return "module"
+    if cls in ATOMS or issubclass(cls, NO_OBJECTS):
+        return "atom"
+    if issubclass(cls, STATES):
+        return "state"
+    return "callable" if issubclass(cls, CALLABLES) else "object"
 
 
 def put_back(kept: Contents) -> None:
@@ -151,7 +204,7 @@ class Place(NamedTuple):
 def places(model: nn.Module) -> dict[int, list[Place]]:
     """Where the modules keep every tensor, by its id: as parameter or buffer, under one name or several, as an
     attribute, in a list (the flat weights of recurrent layers)."""
-    return _places(_kept_by(model)[0])
+    return _places(_Walk(model).containers)
 
 
 def _places(containers: Iterable[Any]) -> dict[int, list[Place]]:
@@ -195,8 +248,8 @@ def evaluating(
     Whatever a forward changes (what modules keep, buffers, random states) is undone in the end.
 
     Args:
-        weights: other tensors to run with, as in `replace_tensors_`. None: its own, of which the forward gets copies
-            of all that it might write to.
+        weights: other tensors to run with, as in `replace_tensors_`. None: its own. Of what is no parameter, and not
+            among them, the forward gets copies, since it might write to it.
     """
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(restored(model))
@@ -205,11 +258,55 @@ def evaluating(
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what a forward has to warn of, training will say
-        replace_tensors_(kept, _writable(kept) if weights is None else weights)
+        # what is no weight is a copy among fakes, too: there a write of a number into a tensor is carried out
+        replace_tensors_(kept, _writable(kept) | dict(weights or {}))
         if training:
             stack.enter_context(_WithoutDropout())
         enter_mode_(model, training)
         yield
+
+
+class WeightsKept(TorchDispatchMode):
+    """While open, a forward may write into the model's weights (an embedding that shortens its rows does): in the end
+    they are as they were. What is written is copied at that moment, and nothing else.
+
+    Beside `evaluating`, which swaps what modules keep and can't see this; it costs microseconds per operation.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = {p.untyped_storage()._cdata: p for p in model.parameters() if _has_storage(p)}
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(given.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, (list, tuple)):
+            for one in tensor:
+                self._keep(one)
+        elif isinstance(tensor, torch.Tensor) and _has_storage(tensor):
+            weight = self._weights.pop(tensor.untyped_storage()._cdata, None)
+            if weight is not None:
+                self._kept.append((weight.data, weight.detach().clone()))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with uninterrupted():
+            for weight, before in self._kept:
+                weight.copy_(before)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not is_foreign(tensor)
 
 
 def enter_mode_(model: nn.Module, training: bool) -> None:
@@ -274,7 +371,10 @@ def renew_caches_(model: nn.Module) -> None:
     """Lets every module renew what it computed from its weights, as it does when its mode changes."""
     modes = {module: module.training for module in model.modules()}
     enter_mode_(model, model.training)
-    for module, training in modes.items():  # modules in one model may be in different modes
+    for module, training in modes.items():  # modules in one model may be in different modes: outer ones come first
+        if module.training != training:
+            module.train(training)
+    for module, training in modes.items():  # a `train` of its own may have refused
         if module.training != training:
             module.training = training
 
@@ -289,7 +389,7 @@ def _is_same(container: Any, before: Any) -> bool:
         return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
     if isinstance(container, set):
         return container == before
-    return all(a is b for a, b in zip(container, before, strict=True))
+    return all(map(operator.is_, container, before))
 
 
 def _writable(kept: Contents) -> dict[int, torch.Tensor]:
@@ -322,10 +422,133 @@ def _device_state(device: torch.device) -> torch.Tensor:
     return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
 
 
-def _generator_state(generator: Any) -> tuple[Callable[[Any], Any], Any]:
-    if isinstance(generator, torch.Generator):
-        return generator.set_state, generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.setstate, generator.getstate()
-    bits = generator.bit_generator
-    return functools.partial(setattr, bits, "state"), bits.state
+EMPTY = object()  # of a cell or a slot that nothing was put in
+
+
+def _state(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
+    """(setter, state) of what lives in C: generators of random numbers, caches, small arrays."""
+    if isinstance(value, torch.Generator):
+        return value.set_state, value.get_state()
+    if isinstance(value, random.SystemRandom):  # it has no state
+        return value.seed, None
+    if isinstance(value, random.Random):
+        return value.setstate, value.getstate()
+    if isinstance(value, np.random.RandomState):
+        return value.set_state, value.get_state()
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return functools.partial(setattr, bits, "state"), bits.state
+    if isinstance(value, functools._lru_cache_wrapper):
+        return functools.partial(_forget, value), value.cache_info().misses
+    if type(value) is np.ndarray and value.flags.writeable and not value.dtype.hasobject and value.nbytes <= LARGE:
+        return functools.partial(np.copyto, value), value.copy()
+    return None
+
+
+def _forget(cache: Any, misses: int) -> None:
+    """Empties a cache that has taken something up: of the entries, one can't be taken out alone."""
+    if cache.cache_info().misses != misses:
+        cache.cache_clear()
+
+
+def _cells(function: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """(setter, value) of the variables that a function shares with others."""
+    for cell in getattr(function, "__closure__", None) or ():
+        yield functools.partial(_put_back_cell, cell), _value(cell)
+
+
+def _value(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
+
+
+def _put_back_cell(cell: types.CellType, value: Any) -> None:
+    if value is EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = value
+
+
+def held(function: Any) -> list[Any]:
+    """What a function holds: the values of its closure and its defaults, what is bound to it."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.MethodType):
+        return [function.__self__, function.__func__]
+    shared = [_value(cell) for cell in function.__closure__ or ()]
+    return [*shared, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)]
+
+
+def slots_of(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
+    """(slot, value) of the slots of an object that have one."""
+    slots = (slot for cls in type(value).__mro__ if "__slots__" in vars(cls) for slot in vars(cls).values())
+    members = [slot for slot in slots if isinstance(slot, types.MemberDescriptorType)]
+    return [(slot, slot.__get__(value)) for slot in members if hasattr(value, slot.__name__)]
+
+
+def _slots(value: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """(setter, value) of the slots of an object."""
+    full = dict(slots_of(value))
+    for cls in type(value).__mro__:
+        for slot in vars(cls).values() if "__slots__" in vars(cls) else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                yield functools.partial(_put_back_slot, slot, value), full.get(slot, EMPTY)
+
+
+def _put_back_slot(slot: types.MemberDescriptorType, owner: Any, value: Any) -> None:
+    if value is not EMPTY:
+        slot.__set__(owner, value)
+    elif hasattr(owner, slot.__name__):
+        slot.__delete__(owner)
+
+
+def _put_back_class(cls: type, before: Mapping[str, Any]) -> None:
+    for name in vars(cls).keys() - before.keys():
+        delattr(cls, name)
+    for name, value in before.items():
+        if vars(cls).get(name) is not value and not name.startswith("__"):
+            setattr(cls, name, value)
+
+
+def _attributes(cls: type) -> list[Any]:
+    return [value for name, value in vars(cls).items() if not name.startswith("__") and not callable(value)] + [
+        value for value in vars(cls).values() if isinstance(value, functools._lru_cache_wrapper)
+    ]
+
+
+NAMED: weakref.WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
+
+
+def _named_globals(cls: type) -> Iterator[Any]:
+    """The containers and caches of a file that the functions of a class name."""
+    if cls not in NAMED:
+        NAMED[cls] = [*_names(cls)]
+    for where, name in NAMED[cls]:
+        value = where.get(name)
+        if type(value) in CONTAINERS or isinstance(value, functools._lru_cache_wrapper):
+            yield value
+
+
+def _names(cls: type) -> Iterator[tuple[dict[str, Any], str]]:
+    """(globals, name) of all that the functions of a class name and that is no function, class or module, they or
+    functions that they name."""
+    todo = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    seen = set(map(id, todo))
+    while todo:
+        function = todo.pop()
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+            for name in code.co_names:
+                if name not in function.__globals__ or id(function.__globals__[name]) in seen:
+                    continue
+                value = function.__globals__[name]
+                seen.add(id(value))
+                if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
+                    yield function.__globals__, name
+                inner = getattr(value, "__wrapped__", value)
+                if isinstance(inner, types.FunctionType) and inner.__module__.partition(".")[0] not in NOBODY_WRITES:
+                    todo.append(inner)

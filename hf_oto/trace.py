@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
 from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
-from .restore import enter_mode_, evaluating
+from .restore import MANY, WeightsKept, enter_mode_, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -348,6 +349,8 @@ class _Recorder(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> Ref:
         """A new number for a tensor: what is written to is another value from then on."""
+        if tensor.is_nested:
+            raise OTOError(f"nested tensors, here in {self.layers[-1] or 'forward'}, have no shape to trace")
         return self.name(tensor, self.new(tensor.shape))
 
     def new(self, shape: Sequence[int]) -> Ref:
@@ -434,7 +437,7 @@ def tag_(model: nn.Module, equations: list[Equation]) -> None:
         for name, value in sizes_of(module).items():
             if isinstance(value, int):
                 tagged[name] = Size(value, ("attribute", path, name, None), equations)
-            else:
+            elif len(value) <= MANY:  # longer ones are data
                 sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
                 tagged[name] = type(value)(sizes)
         set_sizes_(module, tagged)
@@ -502,12 +505,17 @@ def trace(
     in_hand: dict[str, set[int]] = {}
     empty = any(t.is_meta for t in tensors.values())
     weights = fakes.weights(model) if fake or empty else None
+    here = threading.get_ident()
 
     def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != here:  # hooks are those of all threads
+            return
         in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(args)))
         recorder.layers.append(paths.get(module, recorder.layers[-1]))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != here:
+            return
         recorder.layers.pop()
         in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(output)))
 
@@ -517,7 +525,8 @@ def trace(
         mode = fakes.mode if on_fakes else contextlib.nullcontext()
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        with before, after, evaluating(model, training, weights if on_fakes else None):
+        kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
+        with before, after, evaluating(model, training, weights if on_fakes else None), kept:
             for name, tensor in named_tensors(model).items():
                 if name in sources:
                     recorder.name(tensor, sources[name])
