@@ -236,7 +236,7 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     cut = resolve(partition, plan)
     partition.tensors(model)  # raises where the model is another one
     if cut.removed.any():
-        _compact_(model, cut)
+        compact_(model, cut)
     return model
 
 
@@ -246,14 +246,15 @@ def trial_compact(model: nn.Module, cut: Cut) -> Iterator[None]:
     classes = {part: type(part) for part in outermost_pretrained(model).values()}
     with restored(model):
         try:
-            _compact_(model, cut)
+            compact_(model, cut)
             yield
         finally:
             for part, cls in classes.items():
                 part.__class__ = cls
 
 
-def _compact_(model: nn.Module, cut: Cut) -> None:
+def compact_(model: nn.Module, cut: Cut) -> None:
+    """Keeps a cut: in tensors, sizes and caches, in the class and in the record of the config; see `compact`."""
     recorded = outermost_pretrained(model)
     before = {path: _sizes(part) for path, part in recorded.items()}
     cut_(model, cut)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .modeling_oto import Cut, OTOError, check_cuts, cuts_of, named_tensors, require, validate
+from .modeling_oto import OTOError, RecordedCut, check_cuts, cuts_of, named_tensors, require, validate
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")
-    cuts: list[Cut] = []
+    cuts: list[RecordedCut] = []
     if "oto" in vars(model.config):
         validate(model.config.oto)
         cuts = cuts_of(model.config.oto)
@@ -87,7 +87,7 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     return stock
 
 
-def _undo_(tensors: dict[str, torch.Tensor], cuts: list[Cut], dense: dict[str, torch.Size]) -> None:
+def _undo_(tensors: dict[str, torch.Tensor], cuts: list[RecordedCut], dense: dict[str, torch.Size]) -> None:
     """Puts in the place of cut tensors what they were before all cuts.
 
     Args:
@@ -108,7 +108,7 @@ def _undo_(tensors: dict[str, torch.Tensor], cuts: list[Cut], dense: dict[str, t
         _undo_step_(tensors, step)
 
 
-def _undo_step_(tensors: dict[str, torch.Tensor], cuts: Iterable[Cut]) -> None:
+def _undo_step_(tensors: dict[str, torch.Tensor], cuts: Iterable[RecordedCut]) -> None:
     """Undoes cuts that were made together: weights scaled back, zeros where something was cut, ones where zeros would
     not do (a variance)."""
     factors: dict[str, tuple[float, int]] = {}

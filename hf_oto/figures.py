@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers.utils import is_matplotlib_available
 
-from .cut import resolve
-from .zigs import PruningPlan, ZIGPartition
+from .cut import Cut
 
 COLOURS = {
     "heads": "#4c72b0", "kv_groups": "#64a5b8", "units": "#dd8452", "channels": "#55a868", "groups": "#8172b3",
@@ -21,24 +20,22 @@ COLOURS = {
 LINES = ("#444444", "#c44e52", "#4c72b0", "#55a868", "#8172b3")
 
 
-def save_figures(
-    folder: str, partition: ZIGPartition, plan: PruningPlan, history: Sequence[Mapping[str, Any]], pruning: Any
-) -> None:
+def save_figures(folder: str, cut: Cut, history: Sequence[Mapping[str, Any]], pruning: Any) -> None:
     """Writes `oto_widths.png` and, if more than the end was logged, `oto_training.png`; none without matplotlib."""
     if not is_matplotlib_available():
         return
-    if partition.axes:
-        widths(partition, plan).savefig(os.path.join(folder, "oto_widths.png"), dpi=130)
+    if cut.partition.axes:
+        widths(cut).savefig(os.path.join(folder, "oto_widths.png"), dpi=130)
     if len({logs["step"] for logs in history}) > 1:
         progress(history, pruning).savefig(os.path.join(folder, "oto_training.png"), dpi=130)
 
 
-def widths(partition: ZIGPartition, plan: PruningPlan) -> Any:
+def widths(cut: Cut) -> Any:
     """A matplotlib figure of how much of every axis is left: a row per axis, a panel per kind."""
     from matplotlib.figure import Figure
 
     kinds: dict[str, list[tuple[str, int, int]]] = {}
-    for axis, gone in partition.split(resolve(partition, plan).removed):
+    for axis, gone in cut.partition.split(cut.removed):
         kinds.setdefault(axis.kind, []).append((axis.name, axis.size, int((~gone).sum())))
     named = {kind: _short([name for name, _, _ in rows]) for kind, rows in kinds.items()}
     inches = sum(0.06 * (max(map(len, labels)) + max(52, len(frame))) for frame, labels in named.values())

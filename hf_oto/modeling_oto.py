@@ -285,7 +285,7 @@ def _changes(model: torch.nn.Module, record: dict[str, Any]) -> Iterator[tuple[s
 # What the numbers of a record prove
 
 
-class Cut(NamedTuple):
+class RecordedCut(NamedTuple):
     """An axis of `size` ZIGs of which `kept` stay, those whose bit in `bits` is set, the lowest for the first ZIG."""
 
     step: int
@@ -310,16 +310,16 @@ TORCH_WIDTHS = {  # what torch's own layers call a width or a count of groups
 }
 
 
-def cuts_of(record: dict[str, Any]) -> list[Cut]:
+def cuts_of(record: dict[str, Any]) -> list[RecordedCut]:
     """The cuts in the order they were made."""
     cuts = []
     for cut in record["cuts"]:
         bits = int(cut["kept"], 16)
-        cuts.append(Cut(cut["step"], cut["size"], bits.bit_count(), bits, cut["members"], cut["scales"]))
+        cuts.append(RecordedCut(cut["step"], cut["size"], bits.bit_count(), bits, cut["members"], cut["scales"]))
     return sorted(cuts, key=attrgetter("step"))
 
 
-def check_cuts(cuts: Iterable[Cut], dense: Mapping[str, torch.Size]) -> dict[tuple[str, int], int]:
+def check_cuts(cuts: Iterable[RecordedCut], dense: Mapping[str, torch.Size]) -> dict[tuple[str, int], int]:
     """Checks that the cuts fit a stock model, by counting; no array as long as an axis is made.
 
     Args:
@@ -421,7 +421,9 @@ def _is_torch_layer(module: nn.Module) -> bool:
     return any(home.startswith("torch.nn.modules.") and home != nn.ModuleList.__module__ for home in homes)
 
 
-def _accounts_for(old: Any, new: Any, shapes: set[tuple[int, int]], taken: set[Taken], cuts: list[Cut]) -> bool:
+def _accounts_for(
+    old: Any, new: Any, shapes: set[tuple[int, int]], taken: set[Taken], cuts: list[RecordedCut]
+) -> bool:
     """Whether an int, or the ints of a list, may change like this.
 
     Args:
@@ -437,14 +439,14 @@ def _accounts_for(old: Any, new: Any, shapes: set[tuple[int, int]], taken: set[T
     return tuple(news) in _parts_after(tuple(olds), taken, cuts)
 
 
-def _by_step(taken: set[Taken], cuts: list[Cut]) -> Iterator[list[tuple[Cut, int]]]:
+def _by_step(taken: set[Taken], cuts: list[RecordedCut]) -> Iterator[list[tuple[RecordedCut, int]]]:
     """For every step that takes something, (cut, positions) of what it takes."""
     ordered = ((cuts[i], positions) for i, positions in sorted(taken))
     for _, step in groupby(ordered, key=lambda pair: pair[0].step):
         yield list(step)
 
 
-def _numbers_after(number: int, taken: set[Taken], cuts: list[Cut]) -> set[int]:
+def _numbers_after(number: int, taken: set[Taken], cuts: list[RecordedCut]) -> set[int]:
     """What a number may be after the cuts: it counts something of which every ZIG has the same whole share.
 
     Of a cut from 4 heads to 3, of 8 positions each, 4 heads become 3 and 32 positions become 24, and so does what
@@ -459,7 +461,7 @@ def _numbers_after(number: int, taken: set[Taken], cuts: list[Cut]) -> set[int]:
     return numbers
 
 
-def _is_counted(number: int, cut: Cut, positions: int, widths: set[int]) -> bool:
+def _is_counted(number: int, cut: RecordedCut, positions: int, widths: set[int]) -> bool:
     """Whether every ZIG of a cut, of so many positions, has the same share of a number; `widths` are those of one ZIG,
     of this cut and of others."""
     share, rest = divmod(number, cut.size)
@@ -468,7 +470,7 @@ def _is_counted(number: int, cut: Cut, positions: int, widths: set[int]) -> bool
     return share in (1, positions) or (positions % share == 0 and number not in widths)
 
 
-def _parts_after(parts: tuple[int, ...], taken: set[Taken], cuts: list[Cut]) -> set[tuple[int, ...]]:
+def _parts_after(parts: tuple[int, ...], taken: set[Taken], cuts: list[RecordedCut]) -> set[tuple[int, ...]]:
     """What the lengths of parts, side by side on one axis, may be after the cuts: what is kept within each."""
     found = {parts}
     for step in _by_step(taken, cuts):

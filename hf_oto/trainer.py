@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .calls import Forward, as_forwards, raise_if_out_of_memory, recorded
 from .card import IN_PROGRESS, add_to_card, model_card
 from .certificate import certify
-from .cut import TrialCut, compact, resolve
+from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG, the_target
 from .examples import Rewound, first_batches
 from .figures import save_figures
@@ -132,6 +132,7 @@ class OTOMixin:
         self.partition: ZIGPartition | None = None
         self.plan: PruningPlan | None = None
         self.report: Report | None = None
+        self._cut: Cut | None = None  # what was cut
         self._works: dict[str, Work] = {}  # what is shown of it while it shrinks
         self._forwards: list[Forward] = []  # what training does with the model, on a few examples
         for given in (*args, *kwargs.values()):
@@ -374,7 +375,9 @@ class OTOMixin:
         if not certificate.holds:
             raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
         before, after = _of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
-        model = compact(model, self.partition, self.plan)
+        if cut.removed.any():
+            compact_(model, cut)
+        self._cut = cut
         if self._ties is not None:
             stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank
             if stock is None:
@@ -424,7 +427,7 @@ class OTOMixin:
         if self.args.should_save:
             try:
                 os.makedirs(folder, exist_ok=True)
-                save_figures(folder, self.partition, self.plan, self.state.log_history, self.report["pruning"])
+                save_figures(folder, self._cut, self.state.log_history, self.report["pruning"])
             except Exception as error:
                 logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
 

@@ -1,8 +1,11 @@
 """Zeros cut out change nothing: a compact model computes what the full one does with the same ZIGs zeroed."""
 
+import contextlib
 import copy
 import dataclasses
+import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from models import TABLE, Gated, GatedConfig, hidden, make, randomise_, waves
 from torch import nn
 from transformers import PreTrainedModel
 
+import hf_oto.restore
 from hf_oto import PruningPlan, compact, partition_zigs, to_dense
 from hf_oto.calls import tensors_of
-from hf_oto.cut import cut_, own_sizes, resolve
+from hf_oto.certificate import certify
+from hf_oto.cut import TrialCut, compact_, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
+from hf_oto.report import measure
 from hf_oto.sizes import Sizes
 from hf_oto.trace import Equation
 
@@ -333,6 +339,100 @@ def test_sizes_never_grow_or_vanish():
     ):
         sizes = Sizes([Equation(pad, expression, "attn")], spans, {pad[1:]: before})
         assert sizes.solve(removed) == (({pad[1:]: after}, []) if after else ({}, sizes.equations))
+
+
+# put on, taken off, kept
+
+
+class Broken(Exception):
+    """Raised by a test."""
+
+
+def kept_by(model):
+    """Everything that the modules keep: names, identities and contents."""
+    tensors = [(n, id(t), t.clone()) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    attributes = [
+        (path, name, id(value), repr(value) if isinstance(value, (int, list, tuple)) else None)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+    ]
+    return tensors, attributes
+
+
+def unchanged(before, after):
+    same = all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(before[0], after[0], strict=True))
+    return same and before[1] == after[1]
+
+
+@pytest.mark.parametrize("raised", [None, Broken, KeyboardInterrupt])
+def test_a_trial_cut_leaves_no_trace(case, pruned, outputs, difference, raised):
+    model, plan, zeroed = pruned
+    cut, before = resolve(case.partition, plan), kept_by(model)
+    trial = TrialCut(model, cut)
+    assert unchanged(before, kept_by(model))
+    for _ in range(2):  # as often as it takes
+        with pytest.raises(raised) if raised else contextlib.nullcontext(), trial as small:
+            assert small is model
+            assert difference(zeroed, outputs(model, case.inputs)) <= TOLERANCE
+            assert not unchanged(before, kept_by(model))  # control
+            if raised:
+                raise raised
+        assert unchanged(before, kept_by(model))
+    assert difference(zeroed, outputs(model, case.inputs)) == 0
+
+
+def test_a_cut_that_fails_halfway_is_taken_off(case, draw_plan, monkeypatch):
+    model, cut = copy.deepcopy(case.model), resolve(case.partition, draw_plan(case.partition))
+    before, places = kept_by(model), []
+
+    def put(self, tensor, right=hf_oto.restore.Place.put):
+        places.append(self)
+        if len(places) == 3:
+            raise Broken
+        right(self, tensor)
+
+    monkeypatch.setattr(hf_oto.restore.Place, "put", put)
+    with pytest.raises(Broken):
+        TrialCut(model, cut)
+    assert unchanged(before, kept_by(model))
+
+
+def test_compacting_never_holds_two_models(monkeypatch):
+    """Tensor by tensor: the old one goes before the next new one comes."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
+    partition = partition_zigs(model, {"input": torch.ones(1, 64)})
+    cut = resolve(partition, PruningPlan({axis.name: range(32) for axis in partition.axes}))
+    alive, most = weakref.WeakSet(model.parameters()), []
+
+    def put(self, tensor, right=hf_oto.restore.Place.put):
+        right(self, tensor)
+        alive.add(tensor)
+        most.append(sum(t.numel() for t in alive))
+
+    whole = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(hf_oto.restore.Place, "put", put)
+    held = [*model.parameters()]
+    with TrialCut(model, cut):  # control: with the old ones held, there are two
+        pass
+    assert max(most) > 1.2 * whole
+    most.clear()
+    del held
+    gc.collect()
+    compact(model, partition, PruningPlan({axis.name: range(32) for axis in partition.axes}))
+    assert max(most) <= whole + 64 * 64
+
+
+def test_what_stays_as_zeros_is_said_once(tmp_path, caplog):
+    """A plan is resolved once in a run: certificate, measurements, cut and figures are of the same."""
+    model, inputs = randomise_(Shared(2)), hidden(2)
+    partition = partition_zigs(model, inputs)
+    with caplog.at_level(logging.WARNING, "hf_oto"):
+        cut = resolve(partition, PruningPlan({"up.0.weight[0]": [1]}))
+        certificate = certify(model, cut, inputs)
+        measure(model, TrialCut(model, cut), inputs=inputs, seconds=0)
+        compact_(model, cut)
+    assert certificate.holds
+    assert caplog.text.count("stay as zeros") == 1
 
 
 # once more, and back

@@ -36,8 +36,8 @@ from hf_oto.certificate import certify
 from hf_oto.cut import resolve
 from hf_oto.modeling_oto import (
     TORCH_WIDTHS,
-    Cut,
     OTOError,
+    RecordedCut,
     Taken,
     _numbers_after,
     _parts_after,
@@ -456,7 +456,7 @@ def test_cuts_that_the_shapes_do_not_know_justify_nothing(compacts):
 
 def test_fewer_ways_than_widths():
     """What a number may be after cuts: it has a share in every ZIG, but is not the width of one."""
-    cuts = [Cut(0, 4, 3, 0b1101, [], []), Cut(1, 3, 2, 0b11, [], [])]
+    cuts = [RecordedCut(0, 4, 3, 0b1101, [], []), RecordedCut(1, 3, 2, 0b11, [], [])]
     heads, again = Taken(0, 8), Taken(1, 8)
     for number, expected in {4: {4, 3}, 32: {32, 24}, 8: {8}, 16: {16, 12}, 12: {12}, 64: {64}, 1: {1}}.items():
         assert _numbers_after(number, {heads}, cuts) == expected, number

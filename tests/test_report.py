@@ -17,6 +17,7 @@ from test_trainer import arguments, bert, sentences, train
 from torch import nn
 
 from hf_oto import DHSPG, OTOTrainer, PruningPlan, ZIGPartition, compact, figures, partition_zigs
+from hf_oto.cut import resolve
 from hf_oto.report import Report, macs, measure, table
 from hf_oto.zigs import PrunableAxis
 
@@ -405,7 +406,7 @@ SHAPES = [transformer(12), transformer(80), llama(12), llama(80), convolutions(1
 @pytest.mark.parametrize("partition", SHAPES, ids=lambda p: f"{len(p.axes)}-{p.axes[-1].kind}")
 def test_widths_can_be_read(partition, draw_plan):
     plan = draw_plan(partition)
-    figure = figures.widths(partition, plan)
+    figure = figures.widths(resolve(partition, plan))
     found = boxes(figure)
     assert not unreadable(figure, found)
     texts = {text for text, _ in found}
@@ -416,7 +417,7 @@ def test_widths_can_be_read(partition, draw_plan):
 
 def test_what_can_not_be_read_is_found(draw_plan):
     for partition in (transformer(12), convolutions(12)):
-        figure = figures.widths(partition, draw_plan(partition))
+        figure = figures.widths(resolve(partition, draw_plan(partition)))
         wide, high = figure.get_size_inches()
         figure.set_size_inches(wide, 0.6 * high)
         assert unreadable(figure)
@@ -425,7 +426,7 @@ def test_what_can_not_be_read_is_found(draw_plan):
 @pytest.mark.parametrize("name", ["resnet_bottleneck", "t5", "detr", "segformer", "dense"])
 def test_widths_of_real_models_can_be_read(name, draw_plan):
     partition = partition_zigs(make(name), TABLE[name].inputs(2))
-    figure = figures.widths(partition, draw_plan(partition))
+    figure = figures.widths(resolve(partition, draw_plan(partition)))
     assert not unreadable(figure)
     labels = [[t.get_text() for t in panel.get_yticklabels()] for panel in figure.axes]
     assert sum(map(len, labels)) == len(partition.axes)
@@ -450,7 +451,7 @@ def test_nothing_logged_is_an_empty_picture():
 
 
 def test_bars_are_as_long_as_the_compact_layers_are_wide(trained):
-    figure = figures.widths(trained.partition, trained.plan)
+    figure = figures.widths(resolve(trained.partition, trained.plan))
     drawn = {}
     for panel in figure.axes:
         dense, left = panel.containers
