@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
 
-    The model runs on the inputs in eval mode and in train mode, without dropout; both count. It is left as it was.
+    The model runs on the inputs in eval mode and in train mode, without dropout; both count. It is left as it was,
+    but meanwhile it holds stand-ins of its weights: no other thread may run it then. (Other models may run.)
 
     Args:
         model: any `nn.Module`; on the meta device too.

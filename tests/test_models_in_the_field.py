@@ -1625,7 +1625,7 @@ def test_an_interrupted_analysis_leaves_no_trace(name):
 
 
 FEW = [
-    "one_block_at_three_places_of_a_list",
+    "a_frozen_batch_norm",
     "counters_everywhere",
     "old_spectral_norm",
     "a_memory_bank_written_in_eval_mode",
