@@ -85,8 +85,16 @@ def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
     return time.perf_counter() - start
 
 
-def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[float]) -> dict[str, Any]:
+def size(model: nn.Module) -> dict[str, int]:
+    """Its `params`, and the `bytes` of its weights in a file."""
     saved = {id(t): t for t in [*model.parameters(), *persistent_buffers(model).values()]}.values()
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(t.numel() * t.element_size() for t in saved),
+    }
+
+
+def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[float]) -> dict[str, Any]:
     own = [own_copy(forward) for forward in forwards]
     given = input_tensors(own)
     with evaluating(model):
@@ -95,16 +103,17 @@ def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[flo
             for forward in own:
                 model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
     low, median, high = statistics.quantiles(latencies)
-    largest, device = max(given, key=torch.Tensor.numel), next(model.parameters()).device
+    largest = max((tuple(t.shape) for t in given), key=math.prod, default=())
+    device, counts = next(model.parameters()).device, size(model)
     where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     return {
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": counts["params"],
         "macs": macs(model, forwards),
-        "bytes": sum(t.numel() * t.element_size() for t in saved),
+        "bytes": counts["bytes"],
         "memory": memory.most + sum(storage.nbytes() for storage in known),
         "latency": median,
         "quartiles": [low, high],
-        "measured_on": f"a batch of {' x '.join(map(str, largest.shape))}, {where}",
+        "measured_on": f"a batch of {' x '.join(map(str, largest))}, {where}",
     }
 
 
@@ -136,7 +145,8 @@ def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str
     for key in before:
         if key in after and key != "measured_on":
             label, show = _SHOWN.get(key, (key, lambda x: f"{x:.4f}"))
-            ratio = f"{100 * after[key] / before[key]:.0f} %" if key in _SHOWN and key != "quartiles" else ""
+            has_ratio = key in _SHOWN and key != "quartiles" and before[key]  # a model may have no MACs
+            ratio = f"{100 * after[key] / before[key]:.0f} %" if has_ratio else ""
             rows.append((label, show(before[key]), show(after[key]), ratio))
     return rows
 
@@ -172,4 +182,5 @@ class Report(dict):
         full = {k: f"{zeroed[k]:.4f} full with zeros, " if k in zeroed else "" for k in compact}
         both = (f"{k}: {full[k]}{compact[k]:.4f} compact" for k in compact)
         difference = f"max output difference, zeroed full against compact: {self['max_output_difference']:.1e}"
-        return [f"measured on {self['after']['measured_on']}", difference, *both]
+        where = [f"measured on {self['after']['measured_on']}"] if "measured_on" in self["after"] else []
+        return [*where, difference, *both]

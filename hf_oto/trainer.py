@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import torch
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,23 +20,22 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from huggingface_hub import HfApi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
-from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .calls import Forward, as_forwards, raise_if_out_of_memory, recorded
+from .calls import Forward, as_forwards, own_copy, raise_if_out_of_memory, recorded
 from .card import IN_PROGRESS, add_to_card, model_card
 from .certificate import certify
 from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG, the_target
-from .examples import Rewound, first_batches
+from .examples import Beginning
 from .figures import save_figures
 from .modeling_oto import FILE_NAME, OTOError
 from .partition import partition_zigs
 from .rehearsal import rehearse_saving
-from .report import Report, measure, scores
-from .restore import contents, evaluating, put_back, replace_tensors_, restored
+from .report import Report, measure, scores, size
+from .restore import contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
 from .zigs import PruningPlan, Work, ZIGPartition, random_half
@@ -104,6 +103,7 @@ class OTOTrainingArguments(TrainingArguments):
         the_target({name: vars(self)[name] for name in TARGETS})
 
 
+PLAN_NAME = "oto_plan.json"
 TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
 DEFAULTS = {
     f.name: f.default if f.name != "protect" else ()
@@ -135,6 +135,12 @@ class OTOMixin:
         self._cut: Cut | None = None  # what was cut
         self._works: dict[str, Work] = {}  # what is shown of it while it shrinks
         self._forwards: list[Forward] = []  # what training does with the model, on a few examples
+        self._loader: Any = None  # what training will read, until its first examples are looked at
+        self._taken: list[Any] = []  # batches looked at that only we can give to training
+        self._taken_of: Any = None  # the iterator that they are of
+        self._steps_made = 0  # of the optimizer; `state.global_step` follows
+        self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
+        self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments):
                 _refuse_sharding(given)
@@ -166,54 +172,99 @@ class OTOMixin:
                 "this trainer has compacted its model: to train that further make a Trainer(trainer.model, ...), "
                 "to prune it again an OTOTrainer(trainer.model, ...)"
             )
-        self.plan = self.report = None
+        self.plan = self.report = self._saved_in = None
+        self._last_saved = (0, "")
         if self.model_init is not None:
             self.partition = self._ties = None
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        data = self.train_dataset
-        # other streams begin anew by themselves, and the workers of a loader read copies of theirs
-        once = isinstance(data, IterableDataset) and not isinstance(data, datasets.IterableDataset)
-        if once and self.args.dataloader_num_workers == 0:
-            self.train_dataset = Rewound(data)
+        earlier = self.state
         try:
             output = super().train(*args, **kwargs)
             self._compact()
         except BaseException as error:
-            if self.report is None and self.control.should_training_stop and self.state.global_step > 0:
-                self._save_trained_after(error)
-            raise
+            if self.state is earlier or not self._is_trained():
+                raise
+            where = self._where_trained_is_safe()
+            if where is None:
+                raise
+            if not isinstance(error, Exception):  # Ctrl-C stays what it is
+                logger.error("%s after the last step: %s", type(error).__name__, where)
+                raise
+            raise_if_out_of_memory(error, where)
+            raise OTOError(f"after the last step: {type(error).__name__}: {error}; {where}") from error
         finally:
-            self.train_dataset = data
+            self._loader = None
         return output
 
-    def _save_trained_after(self, error: BaseException) -> None:
-        """Saves the trained full model, if it isn't yet, and says where, in the error that it raises from `error`."""
-        folder = self._dense_folder
-        if not os.path.isdir(folder):
+    def _is_trained(self) -> bool:
+        """Whether the last step has been made: the optimizer's, of which the Trainer may not know yet."""
+        made = max(self.state.global_step, self._steps_made)
+        return made > 0 and (self.control.should_training_stop or made >= self.state.max_steps)
+
+    def _where_trained_is_safe(self) -> str | None:
+        """Saves the trained full model, if it isn't yet, and says where; None if that isn't for this process to do."""
+        if self._saved_in is None:
             if self.is_fsdp_enabled:  # ranks that fail one by one can't gather a model
-                raise error
+                return None
+            if self.state.is_hyper_param_search:  # it ends trials by errors of its own
+                return None
+            if not self.is_world_process_zero():
+                return f"the trained full model is saved by rank 0 in {self.args.output_dir}"
             try:
-                self._save_trained()
-            except Exception as problem:
-                said = f"and saving it in {folder} failed too ({problem}): it is in memory still, as trainer.model"
-                raise OTOError(f"after the last step: {type(error).__name__}: {error}; {said}") from error
-        where = f"the trained full model is saved in {folder}"
-        if not isinstance(error, Exception):  # Ctrl-C stays what it is
-            logger.error("%s after the last step: %s", type(error).__name__, where)
-            raise error
-        raise_if_out_of_memory(error, where)
-        raise OTOError(f"after the last step: {type(error).__name__}: {error}; {where}") from error
+                self._saved_in = self._save_trained()
+            except Exception as error:
+                return f"saving the trained full model failed too ({error}): it is in memory still, as trainer.model"
+        return f"the trained full model is saved in {self._saved_in}"
 
-    @property
-    def _dense_folder(self) -> str:
-        return os.path.join(self.args.output_dir, "dense")
+    def _save_trained(self) -> str:
+        """Saves the model as it is now, whole and uncut, and returns the folder.
 
-    def _save_trained(self) -> None:
-        """Saves the model as it is now, whole and uncut."""
-        if self.args.should_save:
-            self._save(self._dense_folder)
-        self.accelerator.wait_for_everyone()
+        That is `dense` in the output folder, with a number if another run has left one there; where it can't be
+        written the checkpoint of the last step, if there is one, or a folder in the system's temporary one.
+        """
+        dense = Path(self.args.output_dir, "dense")
+        free = itertools.chain([dense], (dense.with_name(f"dense-{n}") for n in itertools.count(2)))
+        try:
+            return self._save_whole(next(folder for folder in free if not folder.exists()))
+        except Exception as error:
+            step, folder = self._last_saved
+            if step == max(self.state.global_step, self._steps_made) and os.path.isdir(folder):
+                logger.warning("the trained full model is saved in %s only, not in %s: %s", folder, dense, error)
+                return folder
+            elsewhere = Path(tempfile.mkdtemp(prefix="dense-"))
+            elsewhere.rmdir()  # its name is free
+            try:
+                self._save_whole(elsewhere)
+            except Exception:
+                raise error from None
+            logger.warning("the trained full model is saved in %s, not in %s: %s", elsewhere, dense, error)
+            return str(elsewhere)
+
+    def _save_whole(self, folder: Path) -> str:
+        """Saves the model under another name first: a folder of this name is whole."""
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            self._save(str(partial))
+            os.rename(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return str(folder)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """`Trainer`'s; the training loop asks with the data loader that it goes on to read."""
+        if dataloader is not self._taken_of:
+            self._taken = []
+        self._loader = dataloader
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s, beginning with what was taken of an iterator before."""
+        taken = (self._taken.pop(0) for _ in range(len(self._taken)))
+        # a chain, which doesn't close the epoch's iterator at its own end
+        return super().get_batch_samples(itertools.chain(taken, epoch_iterator), *args, **kwargs)
 
     def trace_calls(self) -> Sequence[Mapping[str, Any] | Forward]:
         """The calls of the model's forward that training makes: those of one `compute_loss` on a few examples.
@@ -223,33 +274,53 @@ class OTOMixin:
         Raises:
             OTOError: no batch could be computed; the error that the trainer's own first batch gives is its cause.
         """
-        stream = self.train_dataset if isinstance(self.train_dataset, Rewound) else None
+        loader, self._loader = self._loader, None
+        if loader is None or getattr(loader, "num_workers", 0) > 0:  # workers go on from where they were left
+            loader = self.get_train_dataloader()
         without_loss: list[Forward] = []
         problem: Exception | None = None
-        for batch in first_batches(self.get_train_dataloader(), self._train_batch_size, stream):
-            try:
-                forwards, finite = self._calls_of_a_loss(batch())
-            except Exception as error:
-                raise_if_out_of_memory(error)
-                logger.info("compute_loss on a few examples failed: %s: %s", type(error).__name__, error)
-                problem = error
-                continue
-            if finite:
-                return forwards
-            without_loss = without_loss or forwards  # examples without labels show the calls too
+        with Beginning(loader, self._train_batch_size) as beginning:
+            for make_batch in beginning.batches():
+                try:
+                    forwards, finite = self._calls_of_a_loss(make_batch, beginning.owners)
+                except Exception as error:
+                    raise_if_out_of_memory(error)
+                    logger.info("compute_loss on a few examples failed: %s: %s", type(error).__name__, error)
+                    problem = error
+                    continue
+                without_loss = without_loss or forwards  # examples without labels show the calls too
+                if finite:
+                    without_loss = forwards
+                    break
+        if beginning.taken:
+            self._taken += beginning.taken
+            self._taken_of = loader
         if without_loss:
             return without_loss
         raise OTOError(
-            f"compute_loss of {type(self).__name__} fails on its first batch: {type(problem).__name__}: {problem}"
+            f"compute_loss of {type(self).__name__} fails on its first batch: {type(problem).__name__}: {problem} (if "
+            "it needs what only training has, an optimizer, say: override trace_calls)"
         ) from problem
 
-    def _calls_of_a_loss(self, batch: Any) -> tuple[list[Forward], bool]:
-        """The calls that one `compute_loss` makes, and whether the loss is finite; trainer and model stay the same."""
-        with restored(self.model, self), evaluating(self.model, training=True), torch.enable_grad():
+    def _calls_of_a_loss(self, make_batch: Callable[[], Any], owners: Sequence[Any]) -> tuple[list[Forward], bool]:
+        """The calls that one `compute_loss` makes, and whether the loss is finite; trainer, model and the data's
+        `owners` stay as they were."""
+        owners = [self, self.args, self.state, self.control, *owners]
+        if hasattr(self.data_collator, "__dict__"):
+            owners.append(self.data_collator)  # the loader's own may be around it
+        with random_states_kept(self.model), restored(self.model, *owners):
+            for held, _ in contents(torch.nn.Module(), self).containers:
+                if isinstance(held, dict):  # sums, say, that grow in place
+                    held |= {name: t.clone() for name, t in held.items() if isinstance(t, torch.Tensor)}
+            self._taken = []
+            self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
+            self.args.average_tokens_across_devices = False  # ranks may fail one by one
+            samples, num_items = self.get_batch_samples(iter([own_copy(make_batch())]), 1, self.args.device)
             self.current_gradient_accumulation_steps = 1  # the training loop has not set it yet
-            inputs = self._prepare_inputs(batch)  # may generate, which is no part of the loss
-            with recorded(self.model) as forwards, self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
+            with evaluating(self.model, training=True), torch.enable_grad():
+                inputs = self._prepare_inputs(samples[0])  # may generate, which is no part of the loss
+                with recorded(self.model) as forwards, self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
         if not forwards:
             raise OTOError(f"compute_loss of {type(self).__name__} does not call its model: override trace_calls")
         return forwards, bool(torch.isfinite(torch.as_tensor(loss)).all())
@@ -257,8 +328,19 @@ class OTOMixin:
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """DHSPG around the optimizer that the arguments ask for, with the same parameter groups."""
         model = self.model if model is None else model
+        self._steps_made = 0
         if self.optimizer is not None:
             return self.optimizer
+        with random_states_kept(model):  # training goes on with the numbers it would have drawn
+            self.optimizer = self._dhspg_for(model)
+        self._loader = None
+        self.optimizer.register_step_post_hook(self._note_step)
+        return self.optimizer
+
+    def _note_step(self, *_: Any) -> None:
+        self._steps_made = self.state.global_step + 1
+
+    def _dhspg_for(self, model: torch.nn.Module) -> DHSPG:
         cls, kwargs = self._base_optimizer(model)
         plain_class = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
         if not plain_class or {"params", "model", "optimizer_dict"} & kwargs.keys():
@@ -291,7 +373,7 @@ class OTOMixin:
         mode = self._setting("pruning_mode")
         scheduled = {name: self._setting(name) for name in ("min_keep", "group_divisible")}
         scheduled["window"] = self._setting("pruning_window")
-        self.optimizer = DHSPG(
+        return DHSPG(
             model,
             self.partition,
             base=cls,
@@ -303,7 +385,6 @@ class OTOMixin:
             **(scheduled if mode == "scheduled" else {}),
             **kwargs,
         )
-        return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log` with `oto/group_sparsity`, `oto/params_left` and `oto/macs_left`, fractions in [0, 1], in
@@ -312,7 +393,7 @@ class OTOMixin:
         if self.report is not None:
             before, after = self.report["before"], self.report["after"]
             logs["oto/group_sparsity"] = self.report["group_sparsity"]
-            logs |= {f"oto/{name}_left": after[name] / before[name] for name in self._works}
+            logs |= {f"oto/{name}_left": after[name] / (before[name] or 1) for name in self._works if name in before}
             self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
         elif optimizer is not None:
             logs["oto/group_sparsity"] = optimizer.group_sparsity
@@ -326,10 +407,16 @@ class OTOMixin:
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`; beside a compact model also the figures, where matplotlib is installed."""
+        """`Trainer.save_model`; beside a compact model also the figures, where matplotlib is installed, and beside one
+        that is no `PreTrainedModel` what was cut, as `oto_plan.json`, to build it again by."""
         super().save_model(output_dir, *args, **kwargs)
+        folder = output_dir or self.args.output_dir
+        if not self.is_fsdp_enabled:
+            self._last_saved = self.state.global_step, folder
         if self.report is not None:
-            self._save_figures(output_dir or self.args.output_dir)
+            self._save_figures(folder)
+            if self.args.should_save and not isinstance(self.model, PreTrainedModel):
+                Path(folder, PLAN_NAME).write_text(self.plan.to_json())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """No checkpoint from before the target can be the best one."""
@@ -344,8 +431,12 @@ class OTOMixin:
         """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
         what can't be done in the end is an error before the first step."""
         cut = resolve(self.partition, random_half(self.partition))
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=self.args.output_dir) as folder:
+        place = self.args.output_dir
+        os.makedirs(place, exist_ok=True)
+        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
+        if disk.total and disk.free < needed:  # some network disks say they have none at all
+            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
             try:
                 rehearse_saving(model, cut, lambda: self._save(folder), folder)
             except Exception as error:
@@ -364,17 +455,18 @@ class OTOMixin:
                 "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
                 optimizer.group_sparsity,
             )
+        del optimizer  # its state is twice the model
         model = self._without_training_memory()
         state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
         zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
-        self._save_trained()
+        self._saved_in = _of_rank_zero(self._save_trained)
         self.plan = PruningPlan.from_zeros(model, self.partition)
         cut = resolve(self.partition, self.plan)
         certificate = _of_rank_zero(lambda: certify(model, cut, self._forwards))
         if not certificate.holds:
             raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
-        before, after = _of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
+        before, after = self._measured(model, cut)
         if cut.removed.any():
             compact_(model, cut)
         self._cut = cut
@@ -397,11 +489,21 @@ class OTOMixin:
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
             metrics={"zeroed": zeroed, "compact": {}},
         )
-        if self.is_world_process_zero():
-            if not self.args.disable_tqdm:
-                print(self.report)
-            shutil.rmtree(self._dense_folder, ignore_errors=True)
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            print(self.report)
         self._save_figures(self.args.output_dir)
+        if self.is_world_process_zero() and self._saved_in != self._last_saved[1]:
+            shutil.rmtree(self._saved_in, ignore_errors=True)  # at the very end: until here it is the way back
+
+    def _measured(self, model: torch.nn.Module, cut: Cut) -> list[dict[str, Any]]:
+        """What the full and the cut model take. Measuring runs them, and what goes wrong with that is a warning."""
+        try:
+            return _of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
+        except Exception as error:
+            logger.warning("the models could not be measured: %s: %s", type(error).__name__, error)
+        with TrialCut(model, cut) as small:
+            after = size(small)
+        return [size(model), after]
 
     def _without_training_memory(self) -> torch.nn.Module:
         """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
@@ -470,13 +572,19 @@ class OTOMixin:
         """`Trainer`'s card with the optimizer that really trained, two more tags, and what `model_card` says."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.state.global_step > 0:
-            cls, values = self._base_optimizer(self.model)
-            optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
-            folder, text = self.args.output_dir, IN_PROGRESS
-            if self.report is not None:
-                name = self.hub_model_id or Path(folder).name
-                text = model_card(name, self.model, self.report, self._arguments(), optimizer, folder)
-            add_to_card(os.path.join(folder, "README.md"), text, optimizer)
+            try:
+                self._add_to_card()
+            except Exception as error:
+                logger.warning("the card says nothing of the pruning: %s: %s", type(error).__name__, error)
+
+    def _add_to_card(self) -> None:
+        cls, values = self._base_optimizer(self.model)
+        optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
+        folder, text = self.args.output_dir, IN_PROGRESS
+        if self.report is not None:
+            name = self.hub_model_id or Path(folder).name
+            text = model_card(name, self.model, self.report, self._arguments(), optimizer, folder)
+        add_to_card(os.path.join(folder, "README.md"), text, optimizer)
 
     def _arguments(self) -> dict[str, Any]:
         """The arguments that make another run the same: a few always, and what differs from its default."""
