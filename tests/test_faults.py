@@ -750,6 +750,11 @@ class OwnMask:
         return batch
 
 
+def taking(some):
+    labels = torch.tensor([r.pop("labels") for r in some])
+    return {"input_ids": torch.tensor([r["input_ids"] for r in some]), "labels": labels}
+
+
 def labelling(some):
     """Labels are made in the collator, of every second sum."""
     ids = torch.tensor([r["input_ids"] for r in some])
@@ -860,6 +865,13 @@ SITUATIONS = {
     ),
     "examples sorted by length, padded": dict(
         data=lambda: sorted(by_length(), key=lambda r: len(r["input_ids"])), data_collator=lambda: padded
+    ),
+    "a collator that takes keys out": dict(data_collator=lambda: taking, remove_unused_columns=False),
+    "a collator that takes keys out of a stream": dict(
+        data=Once, data_collator=lambda: taking, remove_unused_columns=False
+    ),
+    "a worker that persists": dict(
+        data=Once, data_collator=lambda: stacked, dataloader_num_workers=1, dataloader_persistent_workers=True
     ),
     "one example": dict(data=lambda: rows(1)),
     "grouped by length": dict(
