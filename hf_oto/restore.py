@@ -96,11 +96,12 @@ class _Walk:
             self._enter(value, depth, objects)
         elif kind == "module":
             self._enter_module(value)
+        elif kind == "state":
+            self._seen.add(id(value))
+            self.states += [state] if (state := _state(value)) else []
         elif objects:
             self._seen.add(id(value))
-            if kind == "state":
-                self.states += [state] if (state := _state(value)) else []
-            elif kind == "callable":
+            if kind == "callable":
                 self.states += _cells(value)
                 self._visit_all(held(value), depth)  # a function is no step deeper
             else:

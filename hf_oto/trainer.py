@@ -35,7 +35,7 @@ from .modeling_oto import FILE_NAME, OTOError
 from .partition import partition_zigs
 from .rehearsal import rehearse_saving
 from .report import Report, measure, scores, size
-from .restore import contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
+from .restore import WeightsKept, contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
 from .zigs import PruningPlan, Work, ZIGPartition, random_half
@@ -317,7 +317,7 @@ class OTOMixin:
             self.args.average_tokens_across_devices = False  # ranks may fail one by one
             samples, num_items = self.get_batch_samples(iter([own_copy(make_batch())]), 1, self.args.device)
             self.current_gradient_accumulation_steps = 1  # the training loop has not set it yet
-            with evaluating(self.model, training=True), torch.enable_grad():
+            with evaluating(self.model, training=True), WeightsKept(self.model), torch.enable_grad():
                 inputs = self._prepare_inputs(samples[0])  # may generate, which is no part of the loss
                 with recorded(self.model) as forwards, self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)

@@ -275,7 +275,7 @@ def test_a_full_disk_and_another_one(tmp_path, monkeypatch):
     assert same_weights(saved_in(raised.value), trainer.after_step)
 
 
-@pytest.mark.parametrize("broken", ["certify", "compact", "resolve", "Report"])
+@pytest.mark.parametrize("broken", ["certify", "compact_", "resolve", "Report"])
 @pytest.mark.parametrize("error", [RuntimeError("own"), torch.OutOfMemoryError("CUDA out of memory. Tried")])
 def test_what_fails_while_compacting(tmp_path, monkeypatch, broken, error):
     trainer = make(tmp_path, cls=last_weights_of(OTOTrainer))
