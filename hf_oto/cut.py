@@ -52,10 +52,13 @@ class Cut(NamedTuple):
         return {name: {dim: np.concatenate(some) for dim, some in dims.items()} for name, dims in gone.items()}
 
 
-def resolve(partition: ZIGPartition, plan: PruningPlan) -> Cut:
+def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cut:
     """What can be cut of a plan.
 
     Where the sizes that modules keep contradict each other, those ZIGs stay as zeros: correct, only larger.
+
+    Args:
+        warn: whether to say so; not where a plan is only tried.
 
     Raises:
         ValueError: the plan doesn't fit the partition.
@@ -71,7 +74,8 @@ def resolve(partition: ZIGPartition, plan: PruningPlan) -> Cut:
             break
         back = partition.sizes.involved(conflicts, removed)
         layer = conflicts[0].layer or "forward"
-        logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), layer)
+        if warn:
+            logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), layer)
         removed[back] = False
     return Cut(partition, removed, attributes, _scale_factors(partition, removed))
 

@@ -235,7 +235,7 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
 
     def problem(attempt: Callable[[Cut], str | None], families: Collection[str] | None = None) -> str | None:
         try:
-            return attempt(resolve(partition, random_half(partition, families)))
+            return attempt(resolve(partition, random_half(partition, families), warn=False))
         except DynamicOutputShapeException:
             return None
         except Exception as error:

@@ -94,7 +94,8 @@ class Sizes:
         removed = np.append(removed, False)  # what -1 stands for
         attributes = dict(self.values)
         touched = {q: any(removed[f].any() for f in self._factors(q)) for q in self.equations}
-        pending = [q for q, yes in touched.items() if yes]
+        # a comparison has to come out as it did, but says nothing about what its sides should be
+        pending = [q for q, yes in touched.items() if yes and q.left[0] not in COMPARISONS]
         # what an equation of no cut axis says of one attribute alone stays true
         fixed = {a for q, yes in touched.items() if not yes for a, other in _alone(q) if not _attributes(other)}
 
@@ -114,7 +115,8 @@ class Sizes:
 
         settle(pending, lambda q: any(e[0] == "attribute" for e in q[:2]))  # what stands alone is certain
         settle(pending, lambda q: True)
-        settle(self.equations, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
+        told = [q for q in self.equations if q.left[0] not in COMPARISONS]
+        settle(told, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
         asked = [q for q in self.equations if touched[q] or changed.keys() & _attributes(*q[:2])]
         return changed, [q for q in asked if not self._holds(q, attributes, removed)]
@@ -143,7 +145,9 @@ class Sizes:
         return np.flatnonzero(removed)
 
 
+COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
+OPERATIONS |= COMPARISONS
 
 
 def _compute(op: str, left: float, right: float) -> float:

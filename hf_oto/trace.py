@@ -28,7 +28,9 @@ from .restore import MANY, WeightsKept, enter_mode_, evaluating
 
 logger = logging.getLogger(__name__)
 
-Expr = tuple  # ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right)
+# ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right), where the
+# operations are those of arithmetic, and comparisons, which are 1 or 0
+Expr = tuple
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,24 @@ class Size(int):
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)
-        if equal is True and isinstance(other, Size) and other.expr != self.expr:
-            self.equations.append(Equation(self.expr, other.expr, ""))
+        if equal is True and isinstance(other, Size):
+            if other.expr != self.expr:
+                self.equations.append(Equation(self.expr, other.expr, ""))
+        elif equal is not NotImplemented:
+            self._note("==", other, equal)
         return equal
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    # What is found by it in a table or set was compared with it; what isn't found there leaves no trace.
     __hash__ = int.__hash__
+
+    def _note(self, comparison: str, other: Any, found: bool) -> None:
+        """A comparison has to come out the same after a cut: code takes the other branch otherwise."""
+        if isinstance(other, int):
+            compared = (comparison, self.expr, expr_of(other))
+            self.equations.append(Equation(compared, ("const", int(found)), ""))
 
     def __int__(self) -> int:
         return self._leave()
@@ -181,6 +193,22 @@ def _operation(name: str, op: str | None) -> Callable:
 _OPS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
 for _name, _op in [(f"__{side}{name}__", op) for name, op in _OPS.items() for side in ("", "r")]:
     setattr(Size, _name, _operation(_name, _op))
+
+
+def _comparison(name: str, op: str) -> Callable:
+    compute = getattr(int, name)
+
+    def compare(self: Size, other: Any) -> bool:
+        found = compute(self, other)
+        if found is not NotImplemented:
+            self._note(op, other, found)
+        return found
+
+    return compare
+
+
+for _name, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
+    setattr(Size, _name, _comparison(_name, _op))
 
 
 def plain(value: int) -> int:
@@ -412,11 +440,14 @@ class _Tagger(TorchFunctionMode):
         if name not in SIZE_RULES:  # used as a number: it has to stay what it is
             self.equations += [Equation(n.expr, ("const", plain(n)), self.recorder.layers[-1]) for n in sizes]
         else:
+            said: list[Equation] = []
+            mark = len(self.equations)
             try:
                 for n, expr in SIZE_RULES[name](self.recorder.ref, out, *args, **kwargs):
-                    self.equations.append(Equation(expr_of(n), expr, self.recorder.layers[-1]))
+                    said.append(Equation(expr_of(n), expr, self.recorder.layers[-1]))
             except Exception as error:  # a way of calling it that the rule doesn't know: the rehearsal has to judge
                 logger.info("the size rule of %s failed in %s: %s", name, self.recorder.layers[-1], error)
+            self.equations[mark:] = said  # what the rule itself compared is no part of the model
         return out
 
     def _shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:

@@ -430,7 +430,7 @@ class OTOMixin:
     def _rehearse_the_end(self, model: torch.nn.Module) -> None:
         """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
         what can't be done in the end is an error before the first step."""
-        cut = resolve(self.partition, random_half(self.partition))
+        cut = resolve(self.partition, random_half(self.partition), warn=False)
         place = self.args.output_dir
         os.makedirs(place, exist_ok=True)
         disk, needed = shutil.disk_usage(place), size(model)["bytes"]

@@ -55,7 +55,7 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
             }
             plan = PruningPlan(half)
             if model.device.type != "meta":
-                with TrialCut(model, resolve(partition, plan)) as small:
+                with TrialCut(model, resolve(partition, plan, warn=False)) as small:
                     if plain(small, partition, plan, [tie], inputs) is None:
                         continue
             found.append(tie)

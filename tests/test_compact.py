@@ -22,7 +22,7 @@ from hf_oto.cut import TrialCut, compact_, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
 from hf_oto.sizes import Sizes
-from hf_oto.trace import Equation
+from hf_oto.trace import Equation, Size
 
 TOLERANCE = 1e-5
 
@@ -339,6 +339,54 @@ def test_sizes_never_grow_or_vanish():
     ):
         sizes = Sizes([Equation(pad, expression, "attn")], spans, {pad[1:]: before})
         assert sizes.solve(removed) == (({pad[1:]: after}, []) if after else ({}, sizes.equations))
+
+
+class Branches(nn.Module):
+    """Code that asks how wide it is, and does something else where it is narrower."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks, self.up, self.down = asks, nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x):
+        h = self.up(x).relu()
+        return self.down(2 * h if self.asks(self, h) else h)
+
+
+ASKS = {
+    "wide": lambda net, h: h.shape[-1] > 3,
+    "narrow": lambda net, h: 6 > h.shape[-1],
+    "just so": lambda net, h: net.up.out_features == 8,
+    "not so": lambda net, h: h.size(-1) != 5,
+    "even": lambda net, h: h.shape[-1] % 2 == 0,
+    "in a table": lambda net, h: {8: True}.get(h.shape[-1], False),
+    "as wide": lambda net, h: h.shape[-1] == net.down.in_features,  # and so it stays
+}
+
+
+def cut_to_every_width(asks, outputs, difference):
+    """How far the compact model is from the zeroed one at most, and how often something was cut."""
+    worst, cuts, inputs = 0.0, 0, hidden(2)
+    partition = partition_zigs(randomise_(Branches(asks)), inputs)
+    for axis in partition.axes:
+        for kept in range(1, 8):
+            model, plan = randomise_(Branches(asks)), PruningPlan({axis.name: range(kept)})
+            partition.zero_(model, plan)
+            zeroed = outputs(model, inputs)
+            compact(model, partition, plan)
+            cuts += model.up.out_features < 8
+            worst = max(worst, difference(zeroed, outputs(model, inputs)))
+    return worst, cuts
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_no_cut_takes_another_branch(name, outputs, difference, monkeypatch):
+    worst, cuts = cut_to_every_width(ASKS[name], outputs, difference)
+    assert worst <= TOLERANCE
+    assert (cuts == 7) is (name == "as wide")  # of the others some or all stay as zeros, or are pinned
+    monkeypatch.setattr(Size, "_note", lambda *_: None)  # control: comparisons that nobody notes
+    worst, cuts = cut_to_every_width(ASKS[name], outputs, difference)
+    assert (worst > 1e-3) is (name != "as wide" and cuts > 0)
 
 
 # put on, taken off, kept

@@ -212,7 +212,7 @@ def test_the_rehearsal_sees_a_scale_that_is_hardly_wrong(dtype, wrong, monkeypat
     model = stream("weight", True).to(dtype)
     power = 1 + 1e-6 * wrong
 
-    def resolved(partition, plan, right=hf_oto.partition.resolve):
+    def resolved(partition, plan, warn, right=hf_oto.partition.resolve):
         cut = right(partition, plan)
         return cut._replace(scales={name: (f**power, offset) for name, (f, offset) in cut.scales.items()})
 
