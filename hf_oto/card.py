@@ -31,7 +31,7 @@ of the zero-invariant groups (attention heads, units, channels) ended at exactly
 ```
 
 The difference is the certificate: on a real batch, of the outputs of the full model with its zeros and of this one,
-relative to the largest of them.
+relative to how far they spread; computed in double, where nothing but a wrong cut shows, and in the model's own dtype.
 {figures}
 {load}
 ### Train it again

@@ -151,7 +151,7 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
     """
     slices = [s for s in cut.partition.slices(cut.removed) if s[1].role != "statistic"]
     tensors = cut.partition.tensors(model)
-    kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None]] = []  # None: zeros, as after training
     generator = torch.Generator().manual_seed(0)
 
     def is_free(axis: PrunableAxis, member: Member) -> bool:
@@ -164,9 +164,10 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
         weight = tensors[name].data  # through .data a graph that holds the weight for its backward stays whole
         where = torch.from_numpy(index).to(weight.device)
         before = weight.index_select(dim, where)
-        if not at_random and not before.any():
+        is_zero = not before.any()
+        if is_zero and not at_random:
             return
-        kept.append((weight, dim, where, before))
+        kept.append((weight, dim, where, None if is_zero else before))
         if at_random:
             weight.index_copy_(dim, where, torch.randn(before.shape, generator=generator).to(weight))
         else:
@@ -183,7 +184,7 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
     finally:
         with uninterrupted():
             for weight, dim, where, before in reversed(kept):
-                weight.index_copy_(dim, where, before)
+                weight.index_fill_(dim, where, 0) if before is None else weight.index_copy_(dim, where, before)
 
 
 def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
@@ -241,26 +242,43 @@ def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> 
     a, b = ([x if x.layout == torch.strided else x.to_dense() for x in some] for some in (a, b))
     if [x.shape for x in a] != [y.shape for y in b]:
         return math.inf
-    finite = [torch.isfinite(x) for x in a]
-    if any(not torch.equal(here, torch.isfinite(y)) for here, y in zip(finite, b, strict=True)):
-        return math.inf
-    if not any(here.any() for here in finite):
+    moved: list[float] = []
+    for x, y in zip(a, b, strict=True):
+        moved.append(0.0)
+        for part, other in zip(_pieces(x), _pieces(y), strict=True):
+            finite = torch.isfinite(part)
+            if not torch.equal(finite, torch.isfinite(other)):
+                return math.inf
+            moved[-1] = max(moved[-1], _largest((part - other)[finite]))
+    spreads = [_spread(x) for x in a]
+    if all(spread is None for spread in spreads):
         return math.nan
-    spreads = [_spread(x[here]) for x, here in zip(a, finite, strict=True)]
-    worst = 0.0
-    for x, y, here, spread in zip(a, b, finite, spreads, strict=True):
-        if here.any():
-            scale = spread if x.dim() else max(spreads)
-            worst = max(worst, float((x - y)[here].abs().max()) / max(scale, 1e-3))
-    return worst
+    largest = max(spread for spread in spreads if spread is not None)
+    scales = [spread if x.dim() else largest for x, spread in zip(a, spreads, strict=True)]
+    return max(move / max(scale or 0.0, 1e-3) for move, scale in zip(moved, scales, strict=True))
 
 
-def _spread(x: torch.Tensor) -> float:
-    """How far entries, (n,), are from their mean, so that an offset common to all hides nothing; at least 1e-4 of the
-    largest entry, so that rounding of a large offset is no difference."""
-    if x.numel() <= 1:
-        return float(x.abs().sum())
-    return max(float((x - x.mean()).abs().max()), 1e-4 * float(x.abs().max()))
+PIECE = 2**22  # entries of an output that are compared at a time: logits of a large vocabulary are as large as layers
+
+
+def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from x.reshape(-1).split(PIECE)
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _spread(x: torch.Tensor) -> float | None:
+    """How far finite entries are from their mean, so that an offset common to all hides nothing; at least 1e-4 of the
+    largest, so that rounding of a large offset is no difference. None where no entry is finite."""
+    finite = [(part[torch.isfinite(part)].sum(), int(torch.isfinite(part).sum())) for part in _pieces(x)]
+    count = sum(n for _, n in finite)
+    if count == 0:
+        return None
+    mean = sum(total for total, _ in finite) / count if count > 1 else 0
+    largest = max(_largest(part[torch.isfinite(part)]) for part in _pieces(x))
+    return max(max(_largest((part - mean)[torch.isfinite(part)]) for part in _pieces(x)), 1e-4 * largest)
 
 
 def refuse_random(model: nn.Module, inputs: Inputs) -> None:

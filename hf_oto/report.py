@@ -182,5 +182,7 @@ class Report(dict):
         full = {k: f"{zeroed[k]:.4f} full with zeros, " if k in zeroed else "" for k in compact}
         both = (f"{k}: {full[k]}{compact[k]:.4f} compact" for k in compact)
         difference = f"max output difference, zeroed full against compact: {self['max_output_difference']:.1e}"
+        if "max_output_difference_in_own_dtype" in self:
+            difference += f" in double, {self['max_output_difference_in_own_dtype']:.1e} as it runs"
         where = [f"measured on {self['after']['measured_on']}"] if "measured_on" in self["after"] else []
         return [*where, difference, *both]

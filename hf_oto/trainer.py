@@ -116,13 +116,13 @@ class OTOMixin:
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
-    Under FSDP2 that is a plain, unsharded one, another object than the model passed in, and every rank must have room
-    for the full model once.
+    Under FSDP2 that is the model passed in, plain and unsharded, and every rank must have room for the full one once.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
         plan: what was kept (`PruningPlan`), or None before the end of `train()`.
-        report: dict with "before" and "after" (see `measure`), "group_sparsity", "max_output_difference" (relative,
+        report: dict with "before" and "after" (see `measure`), "group_sparsity" (of the ZIGs that were cut out),
+            "max_output_difference_in_own_dtype" and, computed in double, "max_output_difference" (relative,
             of zeroed full and compact model on a real batch), "pruning" (its first and last step) and "metrics" (of
             the last evaluation of the full model, if its weights were those that were cut, "zeroed", and of the first
             one after, "compact"), or None. It prints as a table.

@@ -302,6 +302,7 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
         compute_loss_func=mean_loss,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
+    assert (trainer.model is model) is not args.uniform  # sharded or not, it is the user's own
     trainer.save_model(str(folder / "compact"))
     return {
         "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded,

@@ -19,8 +19,9 @@ from models import TABLE, make
 from test_wide import LOW, InDouble, apart, converted, run
 from transformers import PreTrainedModel
 
+import hf_oto.certificate
 from hf_oto import PruningPlan, ZIGPartition, check_zero_invariance, partition_zigs
-from hf_oto.certificate import TOLERANCE, cut_difference
+from hf_oto.certificate import TOLERANCE, cut_difference, largest_difference
 from hf_oto.cut import cut_, resolve
 
 # what is judged, by whatever name it goes
@@ -373,3 +374,20 @@ def test_rounding_hides_wrong_cuts(wrong_cuts):
             model, inputs, _ = models[wrong.name]
             passed += by_torch(copy.deepcopy(model), inputs, wrong.partition, wrong.plan) <= largest
     assert 1e-3 < largest < 0.1 and passed >= 3, (largest, passed)
+
+
+def test_large_outputs_are_compared_in_pieces(monkeypatch):
+    """The same whatever the pieces; control: none of them is left out."""
+    x = torch.randn(7, 11, dtype=torch.float64) + 1000
+    x[3, 4], x[6, 10] = torch.nan, torch.inf
+    y = x.clone()
+    y[5, 2] += 0.5
+    whole = largest_difference([x, x[0, 0]], [y, x[0, 0]])
+    assert 0.05 < whole < 0.5  # of the spread, not of the offset
+    for piece in (1, 2, 5, 76, 77):
+        monkeypatch.setattr(hf_oto.certificate, "PIECE", piece)
+        assert largest_difference([x, x[0, 0]], [y, x[0, 0]]) == pytest.approx(whole)
+        assert largest_difference([x], [x]) == 0
+    y[6, 10] = 1.0
+    assert largest_difference([x], [y]) == float("inf")
+    assert np.isnan(largest_difference([x * torch.nan], [x * torch.nan]))
