@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -249,12 +250,28 @@ class DHSPG(torch.optim.Optimizer):
             redundant=torch.zeros(total, dtype=torch.uint8),
             salience=torch.zeros(total, dtype=torch.float64),
             salience_of_axes=torch.zeros(len(axes), dtype=torch.float64),
+            partition=_fingerprint(axes),
         )
 
     # state ------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self).__mro__[2],), (self.__getstate__(), self.schedule)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """`torch.optim.Optimizer.load_state_dict`; what is zero is known by its number, so that the partition must be
+        the one that the state was saved with.
+
+        Raises:
+            OTOError: it isn't.
+        """
+        saved = state_dict["param_groups"][0].get("partition")
+        if saved is not None and saved != self._own["partition"]:
+            raise OTOError(
+                "this optimizer state was saved with another partition, of other ZIGs: resume with the same model and "
+                "the same `protect` (and the same frozen parameters), or begin a new run"
+            )
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple):
@@ -738,6 +755,12 @@ def _with_base(cls: type, base: type[torch.optim.Optimizer]) -> type:
     if issubclass(cls, base):
         return cls
     return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _fingerprint(axes: Sequence[PrunableAxis]) -> str:
+    """What tells partitions apart: the names and sizes of the axes, in their order."""
+    text = "\n".join(f"{axis.name} {axis.size}" for axis in axes)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rebuild(base: type[torch.optim.Optimizer]) -> DHSPG:

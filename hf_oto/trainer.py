@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -205,10 +206,12 @@ class OTOMixin:
     def _where_trained_is_safe(self) -> str | None:
         """Saves the trained full model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
-            if self.is_fsdp_enabled:  # ranks that fail one by one can't gather a model
+            if self.is_fsdp_enabled and not self._all_ranks_are_here():  # one alone can't gather a model
                 return None
             if self.state.is_hyper_param_search:  # it ends trials by errors of its own
                 return None
+            if self.is_fsdp_enabled:
+                self._without_training_memory()
             if not self.is_world_process_zero():
                 return f"the trained full model is saved by rank 0 in {self.args.output_dir}"
             try:
@@ -216,6 +219,15 @@ class OTOMixin:
             except Exception as error:
                 return f"saving the trained full model failed too ({error}): it is in memory still, as trainer.model"
         return f"the trained full model is saved in {self._saved_in}"
+
+    def _all_ranks_are_here(self) -> bool:
+        """Whether all ranks have come to this line, within a minute: whatever failed has failed on each of them."""
+        try:
+            torch.distributed.monitored_barrier(self._meeting, timeout=timedelta(minutes=1))
+        except RuntimeError as error:
+            logger.error("not all ranks failed after the last step, so the model can't be gathered: %s", error)
+            return False
+        return True
 
     def _save_trained(self) -> str:
         """Saves the model as it is now, whole and uncut, and returns the folder.
@@ -361,6 +373,7 @@ class OTOMixin:
         _of_rank_zero(lambda: self._rehearse_the_end(model))
         if self.is_fsdp_enabled:
             self._whole = WholeModel(model)
+            self._meeting = torch.distributed.new_group(backend="gloo")  # the one that knows who is missing
         decay = set(self.get_decay_parameter_names(model))
         groups = [
             {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == decayed],

@@ -280,6 +280,13 @@ class Forgets(tf.TrainerCallback):
         optimizer.param_groups[0]["dhspg_step"] = 0
 
 
+class Breaks(tf.TrainerCallback):
+    """Fails when all is trained, on every rank."""
+
+    def on_train_end(self, *_, **__):
+        raise ZeroDivisionError("a callback of the user's")
+
+
 def mean_loss(outputs, labels, num_items_in_batch=None):
     """The mean over all ranks and micro-batches: Trainer expects it so, the loss of these models is that of one."""
     loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
@@ -353,6 +360,10 @@ def trainer_fsdp2(rank, world, folder):
             stock = f"uniform {state}"
             found[stock] = trained(folder / stock, uniform=True, target_group_sparsity=0.2, **more)
     found["forgetful"] = trained(folder / "forgetful", callbacks=[Forgets()], **again)
+    try:
+        trained(folder / "broken", callbacks=[Breaks()], **again)
+    except OTOError as error:
+        found["broken"] = str(error), type(error.__cause__).__name__
     original = trainer_module.certify
     if rank == 0:  # the others hear of it
         trainer_module.certify = lambda *given: original(*given)._replace(cut=0.5)

@@ -112,7 +112,7 @@ def test_optimizer_across_processes(tmp_path):
 def test_trainer_under_ddp_and_fsdp2(tmp_path):
     launch(*TORCHRUN, WORKER, str(tmp_path), "trainer_ddp", "trainer_fsdp2")
     ranks = [a | b for a, b in zip(results(tmp_path, "trainer_ddp"), results(tmp_path, "trainer_fsdp2"), strict=True)]
-    errors = [rank.pop("failed") for rank in ranks]
+    errors, broken = ([rank.pop(name) for rank in ranks] for name in ("failed", "broken"))
     one = worker.trained(tmp_path / "one")
     uniform = worker.trained(tmp_path / "uniform", uniform=True, target_group_sparsity=0.2)
     assert distance(uniform, one) == float("inf") and "modeling_oto.py" not in uniform["files"]
@@ -148,6 +148,11 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
     # a certificate that fails on one rank stops them all, and the full model is saved though training was sharded
     assert errors[0] == errors[1] and "certificate failed" in errors[0]
     full = load_file(tmp_path / "failed" / "dense" / "model.safetensors")
+    assert {n: t.shape for n, t in full.items()} == {n: t.shape for n, t in worker.bert().state_dict().items()}
+
+    # so it is when a callback of the user's fails in the end, while it is sharded still
+    assert all("the trained full model is saved" in text and kind == "ZeroDivisionError" for text, kind in broken)
+    full = load_file(tmp_path / "broken" / "dense" / "model.safetensors")
     assert {n: t.shape for n, t in full.items()} == {n: t.shape for n, t in worker.bert().state_dict().items()}
 
     # the recipe, sharded, ends where one process does

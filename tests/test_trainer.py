@@ -153,6 +153,16 @@ def test_resume_is_bit_identical(tmp_path, step):
         assert other.plan != whole.plan
 
 
+def test_a_checkpoint_of_another_partition_is_refused(tmp_path):
+    """As many ZIGs, but others: their zeros would be taken for these."""
+    train(tmp_path / "a", save_strategy="steps", save_steps=20, protect=["layer.0"])
+    checkpoint = str(tmp_path / "a" / "checkpoint-20")
+    with pytest.raises(OTOError, match=r"saved with another partition.*same `protect`"):
+        train(tmp_path / "b", resume=checkpoint, protect=["layer.1"])
+    again = train(tmp_path / "c", resume=checkpoint, protect=["layer.0"])  # control
+    assert again.report["group_sparsity"] == 0.5
+
+
 def test_paper_mode_runs(tmp_path):
     trainer = train(tmp_path, pruning_mode="paper", optim="sgd", learning_rate=0.1)
     assert 0 <= trainer.report["group_sparsity"] <= 0.5
