@@ -55,7 +55,8 @@ class Cut(NamedTuple):
 def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cut:
     """What can be cut of a plan.
 
-    Where the sizes that modules keep contradict each other, those ZIGs stay as zeros: correct, only larger.
+    Where the sizes that modules keep contradict each other, or a comparison of sizes would come out otherwise, some
+    ZIGs stay as zeros: correct, only larger.
 
     Args:
         warn: whether to say so; not where a plan is only tried.
@@ -64,19 +65,21 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cu
         ValueError: the plan doesn't fit the partition.
     """
     removed = plan.removed(partition)
-    for axis, gone in partition.split(removed):
-        # of an axis that keeps a multiple, some that could go stay as zeros
-        gone[np.flatnonzero(gone)[: -int((~gone).sum()) % axis.multiple]] = False
     attributes: Mapping[Attribute, int] = {}
-    while partition.sizes is not None:
-        attributes, conflicts = partition.sizes.solve(removed)
+    staying, layer = 0, ""
+    while True:
+        for axis, gone in partition.split(removed):
+            # of an axis that keeps a multiple, some that could go stay as zeros
+            gone[np.flatnonzero(gone)[: -int((~gone).sum()) % axis.multiple]] = False
+        attributes, conflicts = ({}, []) if partition.sizes is None else partition.sizes.solve(removed)
         if not conflicts:
             break
         back = partition.sizes.involved(conflicts, removed)
-        layer = conflicts[0].layer or "forward"
-        if warn:
-            logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", len(back), layer)
+        back = back[: (len(back) + 1) // 2]  # half of them at a time: fewer may do
         removed[back] = False
+        staying, layer = staying + len(back), layer or conflicts[0].layer
+    if staying and warn:
+        logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", staying, layer or "forward")
     return Cut(partition, removed, attributes, _scale_factors(partition, removed))
 
 

@@ -30,7 +30,7 @@ from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
 from .restore import MANY, WeightsKept, evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
-from .sizes import Sizes, spans_of
+from .sizes import Sizes, is_comparison, spans_of
 from .trace import Fakes, Trace, experts_at_once_, trace
 from .zigs import Width, Work, ZIGPartition, fold, random_half, solve
 
@@ -212,11 +212,9 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
             continue
         axes = (dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes))
         partition = dataclasses.replace(partition, axes=tuple(axes))
-        for seed in range(3):
-            rng = np.random.default_rng(seed)
-            cut = [rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes]
-            removed = np.concatenate([np.zeros(0, bool), *cut])
+        for removed, compare in _draws(partition):
             _, conflicts = partition.sizes.solve(removed)
+            conflicts = [q for q in conflicts if compare or not is_comparison(q)]
             if conflicts:
                 break
         else:
@@ -224,6 +222,17 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
         axes = axis_of[np.isin(zig_of, partition.sizes.involved(conflicts, removed))]
         layer = next((c.layer for c in conflicts if c.layer), "forward")
         found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), SIZE.format(layer))
+
+
+def _draws(partition: ZIGPartition) -> Iterator[tuple[np.ndarray, bool]]:
+    """Cuts to try, bool (num_zigs,), and whether comparisons of sizes have to come out as they did in them: in one of
+    a single ZIG of every axis. That a size must not fall below some number is left to the plan that does it."""
+    none = np.zeros(0, bool)
+    yield np.concatenate([none, *(np.arange(axis.size) == axis.size - 1 for axis in partition.axes)]), True
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        cut = (rng.permutation(axis.size) >= rng.integers(1, axis.size) for axis in partition.axes)
+        yield np.concatenate([none, *cut]), False
 
 
 # rehearsal -----------------------------------------------------------------------------------------

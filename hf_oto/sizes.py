@@ -95,7 +95,7 @@ class Sizes:
         attributes = dict(self.values)
         touched = {q: any(removed[f].any() for f in self._factors(q)) for q in self.equations}
         # a comparison has to come out as it did, but says nothing about what its sides should be
-        pending = [q for q, yes in touched.items() if yes and q.left[0] not in COMPARISONS]
+        pending = [q for q, yes in touched.items() if yes and not is_comparison(q)]
         # what an equation of no cut axis says of one attribute alone stays true
         fixed = {a for q, yes in touched.items() if not yes for a, other in _alone(q) if not _attributes(other)}
 
@@ -115,7 +115,7 @@ class Sizes:
 
         settle(pending, lambda q: any(e[0] == "attribute" for e in q[:2]))  # what stands alone is certain
         settle(pending, lambda q: True)
-        told = [q for q in self.equations if q.left[0] not in COMPARISONS]
+        told = [q for q in self.equations if not is_comparison(q)]
         settle(told, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
         changed = {a: v for a, v in attributes.items() if v != self.values[a]}
         asked = [q for q in self.equations if touched[q] or changed.keys() & _attributes(*q[:2])]
@@ -148,6 +148,11 @@ class Sizes:
 COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
 OPERATIONS |= COMPARISONS
+
+
+def is_comparison(equation: Equation) -> bool:
+    """Whether it only says how a comparison came out."""
+    return equation.left[0] in COMPARISONS
 
 
 def _compute(op: str, left: float, right: float) -> float:
