@@ -43,13 +43,18 @@ class Forward(NamedTuple):
         return model.get_submodule(self.path)(*args, **kwargs)
 
 
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | Forward]  # one batch, or several calls
+Call = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | Forward  # named arguments, those by position, or one
+Inputs = Call | Sequence[Call]  # one batch, or several calls in a list
 
 
 def as_forwards(inputs: Inputs) -> list[Forward]:
-    """The calls that `inputs` says: one batch is the keyword arguments of one call."""
-    several = [inputs] if isinstance(inputs, (Mapping, Forward)) else inputs
-    forwards = [call if isinstance(call, Forward) else Forward(kwargs=dict(call)) for call in several]
+    """The calls that `inputs` says: one batch is the arguments of one call, by name, or by position in a tuple.
+
+    Raises:
+        ValueError: it says none, or something that can't be the arguments of a call.
+    """
+    several = inputs if isinstance(inputs, list) else [inputs]
+    forwards = [_as_forward(call) for call in several]
     if not forwards:
         raise ValueError("inputs is empty: pass one batch, the keyword arguments of forward, or a list of such")
     for forward in forwards:
@@ -57,6 +62,21 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
             if isinstance(value, Iterator):
                 raise ValueError(f"inputs hold a {type(value).__name__}, which can be read once only: pass a list")
     return forwards
+
+
+def _as_forward(call: Call) -> Forward:
+    if isinstance(call, Forward):
+        return call
+    if isinstance(call, Mapping):
+        return Forward(kwargs=dict(call))
+    if isinstance(call, torch.Tensor):
+        return Forward(args=(call,))
+    if type(call) is tuple:
+        return Forward(args=call)
+    raise ValueError(
+        f"inputs hold a {type(call).__name__}: pass the arguments of forward, a dict by name or a tuple by position, "
+        "or a list of such for several calls"
+    )
 
 
 def own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:

@@ -265,6 +265,8 @@ class DHSPG(torch.optim.Optimizer):
         Raises:
             OTOError: it isn't.
         """
+        if "dhspg_step" not in state_dict["param_groups"][0]:
+            raise OTOError("this optimizer state is not DHSPG's: resume from a checkpoint of hf_oto, or begin anew")
         saved = state_dict["param_groups"][0].get("partition")
         if saved is not None and saved != self._own["partition"]:
             raise OTOError(

@@ -45,8 +45,9 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
 
     Args:
         model: any `nn.Module`; on the meta device too.
-        inputs: one small batch, the keyword arguments of forward, or several calls, a list of such: whatever training
-            does with the model. None: made from the config.
+        inputs: one small batch, the arguments of forward (a dict by name, or a tuple by position), or several calls, a
+            list of such: whatever training does with the model. Branches that none of them takes are not seen. None:
+            made from the config.
         protect: regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a
             module it is in.
 

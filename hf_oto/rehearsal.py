@@ -6,11 +6,13 @@ whose constructor wants more than its config) is found out while nothing is lost
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .calls import outermost_pretrained
 from .cut import Cut, trial_compact
@@ -28,7 +30,7 @@ def rehearse_saving(model: nn.Module, cut: Cut, save: Callable[[], None], folder
         OTOError: what is loaded is another model than what was saved.
         Exception: whatever saving or loading raises.
     """
-    with trial_compact(model, cut):
+    with trial_compact(model, cut), _no_progress_bars():
         save()
         for number, (path, part) in enumerate(outermost_pretrained(model).items()):
             if part._hf_peft_config_loaded:  # its checkpoint is that of the adapter
@@ -38,6 +40,18 @@ def rehearse_saving(model: nn.Module, cut: Cut, save: Callable[[], None], folder
                 where = os.path.join(folder, f"part-{number}")
                 part.save_pretrained(where)
             _load_again(part, where)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Bars would look as if something were saved for good."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_again(part: PreTrainedModel, folder: str) -> None:

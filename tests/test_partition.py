@@ -25,7 +25,7 @@ import hf_oto
 import hf_oto.partition
 import hf_oto.rules
 from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
-from hf_oto.calls import make_inputs
+from hf_oto.calls import Forward, make_inputs
 from hf_oto.certificate import largest_difference
 from hf_oto.cut import resolve
 from hf_oto.modeling_oto import OTOError
@@ -252,6 +252,20 @@ def test_protected_parameters_are_pinned():
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"'encodr' matches no parameter .* for example 'vit\."):
         partition_zigs(make("vit"), TABLE["vit"].inputs(2), protect=["layers", "encodr"])
+
+
+def test_a_batch_by_name_by_position_or_alone_is_the_same():
+    model, x = randomise_(Heads(nn.Conv2d(3, 5, 7))), waves(2, 7, 16)
+    expected = layout(partition_zigs(model, {"x": x}))
+    for inputs in (x, (x,), [x], [(x,), {"x": x}], [Forward(args=(x,))]):
+        assert layout(partition_zigs(model, inputs)) == expected
+    for wrong, message in (
+        ("x", "hold a str: pass the arguments"),
+        ([], "is empty"),
+        ([[x]], "hold a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            partition_zigs(model, wrong)
 
 
 @pytest.mark.parametrize("batch", [{"x": torch.zeros(2, 7, 15)}, {"y": torch.zeros(2, 7, 15)}])

@@ -163,6 +163,13 @@ def test_a_checkpoint_of_another_partition_is_refused(tmp_path):
     assert again.report["group_sparsity"] == 0.5
 
 
+def test_a_checkpoint_of_the_stock_trainer_is_refused(tmp_path):
+    args = arguments(tmp_path, tf.TrainingArguments, max_steps=4, save_strategy="steps", save_steps=4)
+    tf.Trainer(bert(), args, train_dataset=sentences()).train()
+    with pytest.raises(OTOError, match="not DHSPG's"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+
+
 def test_paper_mode_runs(tmp_path):
     trainer = train(tmp_path, pruning_mode="paper", optim="sgd", learning_rate=0.1)
     assert 0 <= trainer.report["group_sparsity"] <= 0.5
