@@ -346,6 +346,8 @@ class _Front(TorchFunctionMode):
             except RuntimeError as error:
                 if "out" in kwargs or func.__name__.endswith("_") or _is_memory(error):
                     raise
+            if func in MAKING and "dtype" not in kwargs:  # the lowest double, say, is no float32
+                return func(*args, **kwargs, dtype=self.wide.dtype)
             wide = tree_map_only(torch.Tensor, self.wide.asked_wide, (args, kwargs))
             return func(*wide[0], **wide[1])
 
@@ -372,6 +374,8 @@ UNSAID = {  # positions of running statistics that these change without their sc
     "cudnn_batch_norm": ((3, 4), 5),
     "miopen_batch_norm": ((3, 4), 5),
 }
+
+MAKING = (torch.tensor, torch.full, torch.scalar_tensor)  # of numbers, in the default dtype
 
 CHECKING: dict[Any, tuple] = {  # functions that compare dtypes themselves -> what they leave alone: large weights
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (1, "weight")),

@@ -1274,19 +1274,19 @@ def arguments_of_every_kind():
     return M(), inputs
 
 
-@situation(16, 2, 8)
+@situation(16, 4, 8)
 def a_cache_passed_in():
     config = tf.LlamaConfig(
         vocab_size=30,
         hidden_size=16,
         num_hidden_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=4,  # of two, one left would take another branch: keys are then not repeated
         num_key_value_heads=1,
         intermediate_size=8,
     )
     model = tf.LlamaForCausalLM(config)
     cache = tf.DynamicCache(config=config)
-    cache.update(waves(2, 1, 3, 8), waves(2, 1, 3, 8), 0)
+    cache.update(waves(2, 1, 3, 4), waves(2, 1, 3, 4), 0)
     return model, {"input_ids": torch.arange(8).view(2, 4) + 3, "past_key_values": cache}
 
 

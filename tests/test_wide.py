@@ -669,3 +669,21 @@ def test_what_is_stored_unscaled_is_scaled_as_it_is_widened(way, offset, dtype):
             out = SCALED[way](weight, x)
         limit = 1e-7 if way == "copied" and dtype == torch.float32 else 1e-12  # that is rounded into a float32
         assert bool((out.double() - exact).abs().max() <= limit) is same
+
+
+def test_the_lowest_number_of_the_wide_dtype_can_be_a_tensor():
+    """Masks are made so: torch.tensor(torch.finfo(scores.dtype).min), in the default dtype."""
+    x = waves(2, 3)
+
+    def masked():
+        scores = x * 2
+        return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)), torch.full(
+            (2,), torch.finfo(scores.dtype).min
+        )
+
+    with torch.no_grad(), WideArithmetic():
+        scores, lowest = masked()
+    assert torch.equal(scores, x.double() * 2) and lowest.dtype == torch.float64
+    assert masked()[1].dtype == torch.float32
+    with pytest.raises(RuntimeError, match="overflow"):  # control: as it is without
+        torch.full((2,), torch.finfo(torch.float64).min)
