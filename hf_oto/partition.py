@@ -256,6 +256,8 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
         while partition.axes and problem(attempt):
             if attempt.func is _differs:
                 refuse_random(model, forwards)  # no cut is to blame for what differs by itself
+                if not problem(attempt):  # in the arithmetic that it turned out to know
+                    break
             elif why := problem(attempt, ()):
                 raise OTOError(f"{type(model).__name__} can't be run again on the same inputs, nothing cut out: {why}")
             streams = {fold(axis.name): bool(axis.scales) for axis in partition.axes}

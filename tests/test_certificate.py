@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import hf_oto.certificate
 from hf_oto import PruningPlan, ZIGPartition, check_zero_invariance, partition_zigs
-from hf_oto.certificate import TOLERANCE, cut_difference, largest_difference
+from hf_oto.certificate import TOLERANCE, certify, cut_difference, largest_difference
 from hf_oto.cut import cut_, resolve
 
 # what is judged, by whatever name it goes
@@ -391,3 +391,30 @@ def test_large_outputs_are_compared_in_pieces(monkeypatch):
     y[6, 10] = 1.0
     assert largest_difference([x], [y]) == float("inf")
     assert np.isnan(largest_difference([x * torch.nan], [x * torch.nan]))
+
+
+class AsksForItsDtype(torch.nn.Module):
+    """A forward that computes in float32 or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 12), torch.nn.Linear(12, 16)
+
+    def forward(self, x):
+        h = self.up(x).relu()
+        if h.dtype != torch.float32:
+            raise TypeError("float32, please")
+        return self.down(h)
+
+
+def test_what_does_not_compute_in_double_is_certified_as_it_is(caplog):
+    """More coarsely, and a warning says so; a wrong cut is refused all the same."""
+    model, inputs = AsksForItsDtype(), {"x": torch.randn(4, 16)}
+    partition = partition_zigs(model, inputs)
+    assert [axis.size for axis in partition.axes] == [12]
+    assert caplog.text.count("is certified in its own dtype") == 1
+    cut = resolve(partition, half(partition, 0))
+    right = certify(model, cut, inputs)
+    assert right.holds and right.tolerance == 1e-5
+    wrong = next(iter(unit_before(partition, None)))
+    assert not certify(model, resolve(wrong, half(wrong, 0)), inputs).holds
