@@ -473,7 +473,10 @@ class OTOMixin:
         state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
         zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
-        self._saved_in = _of_rank_zero(self._save_trained)
+        self._saved_in = _of_rank_zero(self._save_trained)  # before rank 0 waits for any other
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():  # batch norm statistics differ between ranks
+                buffer.copy_(broadcast(buffer))
         self.plan = PruningPlan.from_zeros(model, self.partition)
         cut = resolve(self.partition, self.plan)
         certificate = _of_rank_zero(lambda: certify(model, cut, self._forwards))
@@ -532,9 +535,6 @@ class OTOMixin:
         model.zero_grad(set_to_none=True)
         self.accelerator.free_memory()
         self.model = self.model_wrapped = model.to(self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():  # batch norm statistics differ between ranks
-                buffer.copy_(broadcast(buffer))
         return model
 
     def _save_figures(self, folder: str) -> None:
