@@ -98,7 +98,7 @@ def check_zero_invariance(
     that outputs may move there though the cut is exact.
 
     Args:
-        inputs: one batch, the keyword arguments of forward, or several calls.
+        inputs: as in `partition_zigs`.
         plan: the ZIGs to test; None: a random half of every axis.
 
     Returns:

@@ -122,7 +122,7 @@ def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> dic
         if name in cut.scales and (widening is None or new.dtype == widening):
             new = scaled(new, *cut.scales[name])
         elif name in cut.scales:
-            new = new if new is not old and name in positions else new.clone()  # a storage of its own
+            new = new if name in positions else new.clone()  # the full weight's storage is not to be scaled
             to_scale[storage_of(new)] = cut.scales[name]
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
