@@ -36,6 +36,8 @@ from .zigs import Width, Work, ZIGPartition, fold, random_half, solve
 
 logger = logging.getLogger(__name__)
 
+CONCATENATED = (1, 2, 3, 4)  # so many equal widths side by side may be what a head reads: u, v, |u - v|, u * v
+
 
 def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
@@ -128,8 +130,9 @@ def _pin_around_what_never_ran(traced: Trace, found: Axes) -> None:
     another task's, a tower without data.
 
     Its module is called, if ever, where the forward of the module around it runs, on what that has in hand: so there
-    every run of dimensions that is as wide as one of the parameter's own stays. (64 channels around an unused
-    Linear(64, 10) do, 32 around it need not.)
+    every run of dimensions stays that is as wide as one of the parameter's own, or of which that is up to CONCATENATED
+    in a row. (64 channels around an unused Linear(64, 10) stay, and around an unused Linear(128, 10), which may read
+    their mean and their maximum; 48 around it need not.)
     """
     used = {ref.value for call in found.calls for ref in call.refs}
     idle = [name for name in traced.sources if name in traced.parameters and traced.sources[name].value not in used]
@@ -158,7 +161,10 @@ def _pin_around_what_never_ran(traced: Trace, found: Axes) -> None:
             sizes = [math.prod(len(leaf.ids) for leaf in dim) for dim in dims]
             for start in range(len(dims)):
                 for stop in range(start + 1, len(dims) + 1):
-                    name = widths.get(math.prod(sizes[start:stop]))
+                    size = math.prod(sizes[start:stop])
+                    if size == 1:  # of which everything is a multiple
+                        continue
+                    name = next((widths[k * size] for k in CONCATENATED if k * size in widths), None)
                     for dim in dims[start:stop] if name else ():
                         found.algebra.pin(dim, IDLE.format(fold(name)))
 

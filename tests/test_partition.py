@@ -412,6 +412,10 @@ class Heads(nn.Module):
         (nn.ModuleList([nn.Linear(12, 4), nn.Linear(10, 4)]), set()),
         (nn.ModuleDict({"task": nn.Sequential(nn.Linear(10, 7), nn.Linear(7, 3))}), {12}),
         (nn.Parameter(torch.ones(12)), {10}),
+        (nn.Linear(24, 3), {10}),  # may read two of the first side by side: mean and maximum
+        (nn.Linear(40, 3), {12}),  # or u, v, |u - v|, u * v
+        (nn.Linear(66, 3), {12, 10}),  # control: a multiple of neither
+        (nn.Linear(120, 3), {12, 10}),  # and of both, but of more than anybody puts side by side
         (nn.Conv2d(3, 5, 7), {12, 10}),  # control: has no width in common
     ],
 )
