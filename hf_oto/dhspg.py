@@ -176,13 +176,11 @@ class DHSPG(torch.optim.Optimizer):
         # what is zero of a zero ZIG, and what reads it: zero too then, so that its gradients are
         self._group = slices_of(axes, {axis.name: axis.group for axis in axes}, trained, owners)
         self._readers = slices_of(axes, readers, trained, owners)
-        # without a reader that is zeroed too, or where f(0) is not 0, a zero group still gets gradients
+        # without a reader that is zeroed too, a zero group still gets gradients
         unread = [
             axis
             for axis in axes
-            if not axis.zero_path
-            or not readers[axis.name]
-            or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
+            if not readers[axis.name] or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
         ]
         self._restless = {(m.param, m.dim) for axis in unread for m in axis.group}
         self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
@@ -355,7 +353,7 @@ class DHSPG(torch.optim.Optimizer):
     def zero(self) -> Tensor:
         """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and in the weights (of a
         sharded model: in those that this rank holds) they are."""
-        zero = self._made_zero
+        zero = self.made_zero
         for rows, p in self._frozen_rows_and_weights():
             moved = p.index_select(rows.slice.dim, rows.index) != 0
             others = [d for d in range(moved.dim()) if d != rows.slice.dim]
@@ -364,12 +362,13 @@ class DHSPG(torch.optim.Optimizer):
         return zero
 
     @property
-    def _made_zero(self) -> Tensor:
+    def made_zero(self) -> Tensor:
+        """Which ZIGs this optimizer has made zero, bool (num_zigs,), whatever is in the weights now."""
         return self._own["zero"].cpu() > 0
 
     def zeros(self, partition: ZIGPartition) -> PruningPlan:
         """What this optimizer has made zero, whatever the weights say now, as a plan that removes it."""
-        parts = np.split(self._made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
+        parts = np.split(self.made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
         gone = dict(zip(self.axis_names, parts, strict=False))
         kept = {}
         for axis in partition.axes:
@@ -385,7 +384,11 @@ class DHSPG(torch.optim.Optimizer):
     @property
     def target_reached(self) -> bool:
         """Whether as many ZIGs are zero as the target asks for."""
-        return self._left(self.zero.numpy()) <= self.budget.goal
+        return self.reaches_target(self.zero)
+
+    def reaches_target(self, zero: Tensor) -> bool:
+        """Whether the target would be reached with these zeros, bool (num_zigs,)."""
+        return self._left(zero.numpy()) <= self.budget.goal
 
     def _left(self, zero: np.ndarray) -> float:
         return self.budget.work.left(self.limits.count(zero))
@@ -541,7 +544,7 @@ class DHSPG(torch.optim.Optimizer):
 
     def _choose(self, share: float) -> Tensor:
         """The ZIGs to be made zero next. Those without a gradient since the last choice have no salience and stay."""
-        zero = self._made_zero.numpy()
+        zero = self.made_zero.numpy()
         salience, of_axes = (self._own[name].cpu().double().numpy() for name in ("salience", "salience_of_axes"))
         sampled = self._own["sampled"].cpu().numpy() > 0
         weighted = weigh_survivors(salience, of_axes, zero, self.limits)
@@ -580,7 +583,7 @@ class DHSPG(torch.optim.Optimizer):
             for state in self.state[params[s.param]].values() if params[s.param] in self.state else ():
                 if _can_be_zeroed(state, p):
                     local(state).index_fill_(s.dim, index, 0)
-        self._own["zero"] = (self._made_zero | zigs).to(torch.uint8)
+        self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
 
     def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
         params = self._by_name()
@@ -592,7 +595,7 @@ class DHSPG(torch.optim.Optimizer):
     def _frozen_rows_and_weights(self) -> list[tuple[Rows, Tensor]]:
         """The zero positions of all groups, found once for each freeze, and the weights that they are of now."""
         if self._frozen is None or self._frozen.mask is not self._own["zero"]:
-            self._frozen = Frozen(self._own["zero"], rows_of(self._made_zero, self._group, self._by_name()))
+            self._frozen = Frozen(self._own["zero"], rows_of(self.made_zero, self._group, self._by_name()))
         return list(self._rows_and_weights(self._frozen.rows))
 
     def _hold_zeros(self, now: int) -> None:
