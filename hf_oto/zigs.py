@@ -142,10 +142,23 @@ class Work(NamedTuple):
 
     @property
     def alone(self) -> np.ndarray:
-        """What one ZIG of every axis takes with it when it is the first to go, (axes,)."""
-        axes = self.lost.shape[1]
-        total = self.left(np.zeros(axes))
-        return np.array([total - self.left(row) for row in np.eye(axes)])
+        """What one ZIG of every axis takes with it when it is the first to go, (axes,).
+
+        A term a * b without n of the positions of a is (1 - n / a) of itself.
+        """
+        axes_of_width: list[list[tuple[int, float]]] = [[] for _ in range(len(self.full) + 1)]  # the last width is 1
+        for width, axis in zip(*np.nonzero(self.lost), strict=True):
+            axes_of_width[width].append((axis, 1 - self.lost[width, axis] / self.full[width]))
+        terms = self.times * np.append(self.full, 1.0)[self.factors].prod(1)
+        alone = np.zeros(self.lost.shape[1])
+        for term, widths in zip(terms, self.factors, strict=True):
+            stays: dict[int, float] = {}  # axis -> the fraction of the term that is left without one of its ZIGs
+            for width in widths:
+                for axis, fraction in axes_of_width[width]:
+                    stays[axis] = stays.get(axis, 1.0) * fraction
+            for axis, fraction in stays.items():
+                alone[axis] += term * (1 - fraction)
+        return alone
 
 
 @dataclass(frozen=True)
