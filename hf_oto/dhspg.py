@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .choice import FRACTIONS_REMOVED, budget_of, choose, counts_exactly, limits_of, the_target, weigh_survivors
+from .cost import Work
 from .modeling_oto import OTOError
 from .schedule import Schedule
 from .slices import Part, Rows, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
-from .zigs import PrunableAxis, PruningPlan, Work, ZIGPartition
+from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
 

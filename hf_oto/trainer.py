@@ -29,6 +29,7 @@ from .calls import Forward, as_forwards, own_copy, raise_if_out_of_memory, recor
 from .card import IN_PROGRESS, add_to_card, model_card
 from .certificate import certify, largest_difference, own_outputs, zeroed
 from .choice import the_target
+from .cost import Work
 from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG
 from .examples import Beginning
@@ -41,7 +42,7 @@ from .report import Report, measure, scores, size
 from .restore import WeightsKept, contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
-from .zigs import PruningPlan, Work, ZIGPartition, random_half
+from .zigs import PruningPlan, ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
