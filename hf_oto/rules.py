@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from . import reasons
 from .axes import Algebra, Dim, Leaf, Mark, size, with_zero
 from .reasons import Reason
-from .trace import Call, Equation, Ref, Trace
+from .sizes import Equation, Ref
+from .trace import Call, Trace
 
 logger = logging.getLogger(__name__)
 

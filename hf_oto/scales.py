@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 
 from . import rules
 from .rules import Axes, reduced_dims
-from .trace import Call, Ref, Trace
+from .sizes import Ref
+from .trace import Call, Trace
 from .zigs import Scale, ZIGPartition
 
 Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tensor) or ~axis -> coefficient, never 0
