@@ -292,6 +292,11 @@ class OTOMixin:
         self._steps_made = 0
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer`'s, which makes one step too many if it was resumed at the last one, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     # resuming --------------------------------------------------------------------------------------
 
     def _complete_checkpoint(self, asked: str | bool) -> str | bool:

@@ -7,7 +7,10 @@ import copy
 import functools
 import json
 import logging
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +328,23 @@ def test_the_controls_of_resuming(tmp_path, whole, cls):
     assert not same_run(trained(tmp_path, cls=cls, seed=1, resume=checkpoint(whole("vit"), 6)), whole("vit"))
 
 
+class OneTooMany(OTOTrainer):
+    """Breaks the rule: trains a step more than there are."""
+
+    def _run_epoch(self, *args, **kwargs):
+        tf.Trainer._run_epoch(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [OTOTrainer, OneTooMany])
+def test_resumed_at_the_last_step_nothing_is_trained(tmp_path, cls):
+    """That step is in the middle of an epoch, and the learning rate is not zero there."""
+    more = dict(max_steps=20, lr_scheduler_type="constant")
+    ended = trained(tmp_path / "a", save_strategy="steps", save_steps=20, **more)
+    again = trained(tmp_path / "b", cls=cls, seed=1, resume=checkpoint(ended, 20), **more)
+    assert same_run(again, ended) == (cls is OTOTrainer)
+    assert again.state.global_step == (20 if cls is OTOTrainer else 21)
+
+
 def best_at(folder, name, cls=OTOTrainer):
     """A run whose best model is that of step 12, by decree."""
     ranks = iter([0, 0, 0, 0, 0, 1, 0.5, 0.2])
@@ -633,3 +653,39 @@ def test_resumed_with_another_batch_size_once_memory_ran_out(tmp_path, whole, cl
     (folder / "trainer_state.json").write_text(json.dumps(state | {"train_batch_size": 3}))
     small = trained(tmp_path / "b", **more)
     assert same_run(trainer, small) == (cls is OTOTrainer)
+
+
+# processes -------------------------------------------------------------------------------------------
+
+
+def launch(folder, scenario):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), str(folder), scenario]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_resumes_bit_for_bit(tmp_path):
+    """Killed while it trains, while it saves and while it cuts; the control resumes without what DHSPG knew."""
+    launch(tmp_path, "kills")
+    whole = torch.load(tmp_path / "whole" / "endedOTOTrainer.pt")
+    for moment in ("training", "saving", "the_cut"):
+        assert same(torch.load(tmp_path / f"killed_in_{moment}" / "endedOTOTrainer.pt"), whole), moment
+    assert not same(torch.load(tmp_path / "forgetting" / "endedForgetting.pt"), whole)
+
+
+@pytest.mark.slow
+def test_resumed_and_interrupted_on_several_ranks(tmp_path):
+    launch(tmp_path, "ranks")
+    for scenario in ("ddp", "fsdp2"):
+        found, other = (torch.load(tmp_path / f"{scenario}.{rank}.pt") for rank in (0, 1))
+        assert same(found, other), scenario
+        if scenario == "ddp":
+            assert same(found["resumed"], found["whole"])
+            assert same(found["anew OTOTrainer"], found["new OTOTrainer"])
+            assert not same(found["anew GoingOn"], found["new GoingOn"])  # control
+        else:
+            assert same(found["resumed True"]["weights"], found["whole"]["weights"])
+            assert found["resumed None"]["sparsity"] == found["resumed True"]["sparsity"] == 0.5
+            assert not same(found["resumed None"]["weights"], found["whole"]["weights"])
