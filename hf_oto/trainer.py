@@ -142,13 +142,13 @@ class OTOMixin:
         self._taken_of: Any = None  # the iterator that they are of
         self._steps_made = 0  # of the optimizer; `state.global_step` follows
         self._rehearsed: ZIGPartition | None = None  # for which the end was tried
-        self._given_optimizer: Any = None  # the user's own
         self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments):
                 _refuse_sharding(given)
         super().__init__(*args, **kwargs)
+        self._given_optimizer: Any = self.optimizer  # the user's own, which another training begins with again
         self._ties: tuple[Tie, ...] | None = None
         self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
         if self.get_tp_size() > 1:
@@ -322,9 +322,9 @@ class OTOMixin:
         """`Trainer`'s, but all the weights or an error."""
         if self._loads_otherwise(super()._load_from_checkpoint, Trainer._load_from_checkpoint, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
-        else:
-            model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-            load_weights_(model, str(resume_from_checkpoint))
+            return
+        whole = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        load_weights_(whole, str(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """`Trainer`'s, but all the weights or an error."""
