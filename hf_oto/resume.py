@@ -29,6 +29,7 @@ from .restore import random_states_kept
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # what is removed before a checkpoint is written again
+OTHERS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # beginnings of names: files of no weights
 
 
 # folders -------------------------------------------------------------------------------------------
@@ -92,8 +93,8 @@ def has_weights(folder: str) -> bool:
             return False
         if not all((place / shard).is_file() for shard in shards):
             return False
-    files = [path for kind in ("safetensors", "bin", "distcp") for path in place.rglob(f"*.{kind}")]
-    return any(not path.name.startswith(("optimizer", "training_args")) for path in files)
+    files = [path for kind in ("safetensors", "bin", "distcp", "pt", "pth") for path in place.rglob(f"*.{kind}")]
+    return any(not path.name.startswith(OTHERS) and not path.parent.name.startswith(OTHERS) for path in files)
 
 
 # weights -------------------------------------------------------------------------------------------

@@ -282,7 +282,9 @@ class OTOMixin:
     ) -> Any:
         """`Trainer`'s; where an earlier one was interrupted, or ran out of memory, this one begins anew."""
         if isinstance(self.optimizer, AcceleratedOptimizer):  # prepared for that one, it would go on with its schedule
-            self.optimizer = None
+            self.optimizer = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = (
+                None  # and its memory
+            )
             if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # FSDP's are loaded further in
                 self._load_from_checkpoint(resume_from_checkpoint)
         elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
@@ -304,7 +306,7 @@ class OTOMixin:
         place, with_scaler = self.args.output_dir, self.accelerator.scaler is not None
         newest, incomplete = newest_complete(place, with_scaler)
         if asked is not True:
-            incomplete = {asked: lacks(asked, with_scaler)} if os.path.isdir(asked) else {}
+            incomplete = {str(asked): lacks(asked, with_scaler)} if os.path.isdir(asked) else {}
         facts = "; ".join(f"{folder} lacks {', '.join(lacking)}" for folder, lacking in incomplete.items() if lacking)
         if not facts:
             return newest or True if asked is True else asked

@@ -445,7 +445,7 @@ def test_an_incomplete_checkpoint_says_what_it_lacks(tmp_path, whole, name):
     (folder / name).unlink()
     said = "its weights" if name == "model.safetensors" else name
     with pytest.raises(OTOError, match=rf"checkpoint-6 lacks {said} .*begin a new run .*from_pretrained\('.*-6'\)"):
-        trained(tmp_path, resume=str(folder))
+        trained(tmp_path, resume=folder)  # a Path
     copied(whole("vit"), 4, tmp_path)
     with pytest.raises(OTOError, match=rf"checkpoint-6 lacks {said} .*resume from .*checkpoint-4"):
         trained(tmp_path, resume=str(folder))
