@@ -24,8 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .calls import raise_if_out_of_memory
+from .evaluating import random_states_kept
 from .modeling_oto import OTOError
-from .restore import random_states_kept
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # what is removed before a checkpoint is written again

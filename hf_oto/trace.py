@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
+from .evaluating import WeightsKept, enter_mode_, evaluating
 from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
-from .restore import MANY, WeightsKept, enter_mode_, evaluating
+from .restore import MANY
 from .sizes import SIZE_RULES, Equation, Ref, Size, expr_of, plain, span
 
 logger = logging.getLogger(__name__)

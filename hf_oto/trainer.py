@@ -32,6 +32,7 @@ from .choice import the_target
 from .cost import Work
 from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG
+from .evaluating import WeightsKept, evaluating, random_states_kept
 from .examples import Beginning
 from .figures import save_figures
 from .modeling_oto import FILE_NAME, OTOError
@@ -39,7 +40,7 @@ from .paper import PaperDHSPG
 from .partition import partition_zigs
 from .rehearsal import rehearse_saving
 from .report import Report, measure, scores, size
-from .restore import WeightsKept, contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
+from .restore import contents, put_back, replace_tensors_, restored
 from .resume import STATES, has_weights, holds_whole_model, lacks, load_weights_, newest_complete
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
