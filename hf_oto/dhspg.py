@@ -338,7 +338,10 @@ class DHSPG(torch.optim.Optimizer):
         return kept | {"_frozen": None, "_process_group": None}
 
     def __repr__(self) -> str:
-        groups = ", ".join(f"{sum(p.numel() for p in g['params']):,} at lr {g['lr']}" for g in self.param_groups)
+        # the rate of a base may be a tensor, or None where it sets its own
+        rates = ["no lr" if g["lr"] is None else f"lr {float(g['lr']):g}" for g in self.param_groups]
+        sizes = [sum(p.numel() for p in g["params"]) for g in self.param_groups]
+        groups = ", ".join(f"{size:,} at {rate}" for size, rate in zip(sizes, rates, strict=True))
         return (
             f"{type(self).__name__} around {type(self.base).__name__} (parameters: {groups})\n"
             f"    {self.num_zigs:,} ZIGs on {len(self.axis_names)} axes, {self.group_sparsity:.3f} of them zero\n"
