@@ -574,6 +574,7 @@ class DHSPG(torch.optim.Optimizer):
         factors = torch.ones(self.num_zigs).masked_fill(zigs, factor)
         for s, p in on_this_rank(self._group, self._by_name()):
             p.mul_(per_position(factors, s.owner, s.dim, p))
+        self._forget_past_steps()
 
     def _freeze(self, zigs: Tensor) -> None:
         """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
@@ -584,6 +585,13 @@ class DHSPG(torch.optim.Optimizer):
                 if _can_be_zeroed(state, p):
                     local(state).index_fill_(s.dim, index, 0)
         self._own["zero"] = (self._made_zero | zigs).to(torch.uint8)
+        if zigs.any():
+            self._forget_past_steps()
+
+    def _forget_past_steps(self) -> None:
+        """LBFGS takes every change of the weights since its last step for its own: after another it begins anew."""
+        if isinstance(self.base, torch.optim.LBFGS):
+            self.state.clear()
 
     def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
         params = self._by_name()
