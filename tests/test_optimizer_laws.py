@@ -232,6 +232,37 @@ def test_its_tensors_are_small_and_no_float64(dtype, salience):
     assert zeros(model).sum() == 15
 
 
+@pytest.mark.parametrize("default", ["float64", "bfloat16", "meta"])
+@EVERY_CLASS
+def test_the_defaults_of_torch_are_not_its_own(default, cls):
+    """Scripts set a default dtype or device, after which the model was made elsewhere: bit by bit the same run."""
+    plain, ours = net(), net()
+    kind, more = CLASSES[cls]
+    settings = dict(cls=kind, steps=STEPS, lr=0.02, **more)
+    if cls == "dhspg":
+        settings["salience"] = lambda moments: moments.weight_times_gradient**2  # all moments are asked for
+    expected = make(plain, BASES["sgd"], **settings)
+    run(plain, expected, STEPS)
+    was = torch.get_default_dtype()
+    batches = [batch(i) for i in range(STEPS)]
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, default))
+        optimizer = make(ours, BASES["sgd"], **settings)
+        for x, y in batches:
+            nn.functional.cross_entropy(ours(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert alike(own(optimizer), own(expected)) and torch.equal(optimizer.zero, expected.zero)
+        assert "of them zero" in repr(optimizer)
+    finally:
+        torch.set_default_dtype(was)
+        torch.set_default_device(None)
+    assert same(plain, ours)
+
+
 class Counting(DHSPG):
     """A subclass with attributes of its own."""
 
