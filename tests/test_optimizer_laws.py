@@ -766,6 +766,23 @@ def test_an_instance_may_be_the_base(base, cls):
         DHSPG(model, PARTITION, plain, lr=0.1, total_steps=STEPS)
 
 
+@EVERY_BASE
+def test_parameters_may_come_with_names(base):
+    """As torch has it, for a class, an instance and an added group: the same run as without."""
+    whole, named, instance = net(), net(), net()
+    run(whole, make(whole, base, steps=STEPS), STEPS)
+    groups = [{"params": named.named_parameters()}]
+    optimizer = make(named, base, params=groups, steps=STEPS)
+    run(named, optimizer, STEPS)
+    plain = base[0](instance.named_parameters(prefix="mine"), lr=1e-2, **base[1])
+    run(instance, DHSPG(instance, PARTITION, plain, total_steps=STEPS), STEPS)
+    assert same(whole, named) and same(whole, instance)
+    assert zeros(whole).sum() == 15
+    more = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": more.named_parameters()})
+    assert optimizer.param_groups[1]["params"] == list(more.parameters())
+
+
 # scalers and text -------------------------------------------------------------------------
 
 
