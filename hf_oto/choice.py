@@ -134,7 +134,7 @@ def limits_of(
         ValueError: an axis can't lose what `target_per_axis` asks for, or one of its patterns matches no axis.
     """
     sizes = np.array([axis.size for axis in axes], int)
-    most = [axis.size - max(1, math.ceil(min_keep * axis.size)) for axis in axes]
+    most = [axis.size - max(1, math.ceil(min_keep * axis.size - 1e-9)) for axis in axes]
     if target.kind == "target_per_axis":
         most = _asked_per_axis(axes, target.value, most, min_keep)
     if counts_exactly(target, group_divisible, tied) and group_divisible:

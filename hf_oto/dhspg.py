@@ -2,7 +2,8 @@
 
 Training splits the ZIGs into redundant and important ones, drives the redundant to exact zero while the rest trains on
 as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2). When something happens is in
-schedule.py, which ZIGs go in choice.py, what a rank holds of them in slices.py, the paper's own rule in paper.py.
+schedule.py, how important ZIGs are in salience.py, which go in choice.py, what a rank holds of them in slices.py, how
+they stay zero in zeros.py; the paper's own rule is in paper.py.
 """
 
 from __future__ import annotations
@@ -10,40 +11,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .choice import FRACTIONS_REMOVED, budget_of, choose, counts_exactly, limits_of, the_target, weigh_survivors
+from .composed import AroundOptimizer, made
 from .cost import Work
 from .modeling_oto import OTOError
+from .salience import Moments, elements_of_zig, gradient_squared, inner, parts, weight_squared
 from .schedule import Schedule
-from .slices import Part, Rows, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
+from .slices import Part, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
+from .zeros import HeldZeros
 from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
 EMA = 0.9
-PIECE = 2**20  # elements of a parameter that are multiplied at a time
-LOOK_ELSEWHERE = 50  # steps after which other zeros are looked at
 
 
-class Moments(NamedTuple):
-    """What one batch says of every ZIG: sums over its parameters x and their gradients g, each (num_zigs,)."""
-
-    weight_times_gradient: Tensor
-    weight_squared: Tensor
-    gradient_squared: Tensor
-    elements: Tensor  # how many parameters it has
-    cost: Tensor  # how much of the budget it takes: salience is divided by it when ZIGs are chosen
-
-
-class DHSPG(torch.optim.Optimizer):
+class DHSPG(AroundOptimizer):
     """Trains like `base` and brings a given fraction of the ZIGs to exact zero, whatever the learning rate.
 
     It deviates from the paper's rule, which is in `hf_oto.paper.PaperDHSPG`, in that
@@ -116,9 +107,6 @@ class DHSPG(torch.optim.Optimizer):
         0.5
     """
 
-    # a GradScaler must unscale, and skip steps, itself: a kernel that skips one inside doesn't tell us
-    _step_supports_amp_scaling = False
-
     def __init__(
         self,
         model: torch.nn.Module,
@@ -155,7 +143,12 @@ class DHSPG(torch.optim.Optimizer):
         if num_events is not None and num_events < 1:
             raise ValueError(f"num_events is {num_events}: it must be at least 1")
         partition.tensors(model)  # raises where the model is another one
-        self._take(base if isinstance(base, torch.optim.Optimizer) else None, model, base, lr, params, base_kwargs)
+        if not isinstance(base, torch.optim.Optimizer):
+            base = made(base, model, lr, params, base_kwargs)
+        elif lr is not None or params is not None or base_kwargs:
+            given = [*base_kwargs, *(name for name, x in (("lr", lr), ("params", params)) if x is not None)]
+            raise ValueError(f"base is an optimizer already, with settings of its own: {given[0]} is not for DHSPG")
+        self._put_around(base, model)
         axes = self._trained_axes(partition)
         nothing_to_do = target.value in ({}, 0) if target.kind in FRACTIONS_REMOVED else target.value == 1
         if not axes and not nothing_to_do:
@@ -168,24 +161,9 @@ class DHSPG(torch.optim.Optimizer):
         self.num_zigs = int(self.limits.sizes.sum())
         self._salience = salience
         self._process_group = process_group
-        self._frozen: Frozen | None = None
-        trained = self._by_name()
-        owners: dict[bytes, Tensor] = {}
-        readers = {
-            axis.name: [m for m in axis.members if m.role == "consumer" and m.param in trained] for axis in axes
-        }
-        # what is zero of a zero ZIG, and what reads it: zero too then, so that its gradients are
-        self._group = slices_of(axes, {axis.name: axis.group for axis in axes}, trained, owners)
-        self._readers = slices_of(axes, readers, trained, owners)
-        # without a reader that is zeroed too, a zero group still gets gradients
-        unread = [
-            axis
-            for axis in axes
-            if not readers[axis.name] or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
-        ]
-        self._restless = {(m.param, m.dim) for axis in unread for m in axis.group}
+        self._elements = elements_of_zig(axes, self.parameters_by_name())
         self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
-        self._elements = _elements(axes, trained)
+        self._cut_into_slices(axes)
         # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves.
         # On the CPU and in these dtypes, whatever torch's defaults are: the choice is made there
         self._own.update(
@@ -200,83 +178,23 @@ class DHSPG(torch.optim.Optimizer):
             run=f"{target.kind}={target.value}, events at {', '.join(map(str, self.schedule.events)) or 'no step'}",
         )
 
-    # the base optimizer -----------------------------------------------------------------------
+    def _cut_into_slices(self, axes: Sequence[PrunableAxis]) -> None:
+        """What is zero of a zero ZIG, and what reads it, which is zero too then, so that its gradients are."""
+        trained = self.parameters_by_name()
+        owners: dict[bytes, Tensor] = {}
+        group, readers, unread = {}, {}, []
+        for axis in axes:
+            consumers = [m for m in axis.members if m.role == "consumer"]
+            group[axis.name] = axis.group
+            readers[axis.name] = [m for m in consumers if m.param in trained]
+            # without a reader that is zeroed too, a zero group still gets gradients
+            if not consumers or len(readers[axis.name]) < len(consumers):
+                unread.append(axis)
+        self._group = slices_of(axes, group, trained, owners)
+        self._readers = slices_of(axes, readers, trained, owners)
+        self.held = HeldZeros(self._group, [(m.param, m.dim) for axis in unread for m in axis.group])
 
-    def _take(
-        self,
-        given: torch.optim.Optimizer | None,
-        model: torch.nn.Module,
-        cls: Any,
-        lr: float | None,
-        params: Iterable[dict[str, Any]] | None,
-        base_kwargs: Mapping[str, Any],
-    ) -> None:
-        """Makes the base optimizer, or takes the one that is given, and names its parameters as the model does."""
-        names = {id(p): name for name, p in model.named_parameters()}
-        if given is None:
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}] if params is None else params
-            given = cls([_without_names(group) for group in groups], lr=1e-3 if lr is None else lr, **base_kwargs)
-        elif lr is not None or params is not None or base_kwargs:
-            wrong = [*base_kwargs, *(name for name, x in (("lr", lr), ("params", params)) if x is not None)]
-            raise ValueError(f"base is an optimizer already, with settings of its own: {wrong[0]} is not for DHSPG")
-        if not any(id(p) in names for group in given.param_groups for p in group["params"]):
-            raise OTOError(
-                f"{type(given).__name__} trains no parameter of {type(model).__name__} in its step: make it with "
-                "model.parameters()"
-            )
-        unknown = 0
-        for group in given.param_groups:
-            group["param_names"] = []
-            for p in group["params"]:
-                unknown += id(p) not in names  # of a loss, say
-                group["param_names"].append(names.get(id(p), f"not in the model: {unknown}"))
-        self.base = given
-        super().__setstate__({})  # what torch's own __init__ makes, beside groups and state: those are the base's
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's; the first has what DHSPG knows."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's."""
-        return self.base.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        """What only some optimizers have: `train` and `eval`, say."""
-        if name.startswith("__") or "base" not in vars(self):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.base, name)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base optimizer's; what is added trains, and is not pruned."""
-        group = _without_names(param_group)
-        group["params"] = list(group["params"])
-        count = sum(len(g["params"]) for g in self.param_groups)
-        group["params"] = [(f"added: {count + i}", p) for i, p in enumerate(group["params"])]
-        self.base.add_param_group(group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
-        self.base.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, with what DHSPG knows in its first parameter group."""
-        return self.base.state_dict()
+    # state ------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base optimizer's. What is zero is known by its number: the partition must be the one of the state.
@@ -315,28 +233,9 @@ class DHSPG(torch.optim.Optimizer):
                 f"the target can't be reached any more, the steps at which ZIGs are chosen are over ({plans})"
             )
 
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The base optimizer's."""
-        return self.base.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The base optimizer's."""
-        return self.base.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The base optimizer's."""
-        return self.base.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """The base optimizer's."""
-        return self.base.register_load_state_dict_post_hook(hook, prepend)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and what others have put on the instance (a scheduler its own `step`), as torch has it;
-        process groups can't be copied."""
-        kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
-        kept.pop("step", None)
-        return kept | {"_frozen": None, "_process_group": None}
+        """Process groups can't be copied."""
+        return super().__getstate__() | {"_process_group": None}
 
     def __repr__(self) -> str:
         # the rate of a base may be a tensor, or None where it sets its own
@@ -359,13 +258,7 @@ class DHSPG(torch.optim.Optimizer):
     def zero(self) -> Tensor:
         """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and in the weights (of a
         sharded model: in those that this rank holds) they are."""
-        zero = self.made_zero
-        for rows, p in self._frozen_rows_and_weights():
-            moved = p.index_select(rows.slice.dim, rows.index) != 0
-            others = [d for d in range(moved.dim()) if d != rows.slice.dim]
-            moved = (moved.any(dim=others) if others else moved).cpu()
-            zero[rows.slice.owner[rows.index.cpu()][moved].long()] = False
-        return zero
+        return self.made_zero & ~self.held.moved(self._own["zero"], self.parameters_by_name())
 
     @property
     def made_zero(self) -> Tensor:
@@ -425,20 +318,10 @@ class DHSPG(torch.optim.Optimizer):
     def nbytes(self) -> int:
         """Memory, in bytes, of what it keeps beside the base optimizer: owners of positions, masks and salience."""
         kept = [s.owner for s in self._group + self._readers] + [t for t in self._own.values() if torch.is_tensor(t)]
-        if self._frozen is not None:
-            kept += [rows.index for rows in self._frozen.rows]
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values())
-
-    def _by_name(self) -> dict[str, Tensor]:
-        """The parameters as they are now: FSDP replaces them in the groups."""
-        return {
-            name: p
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        }
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values()) + self.held.nbytes
 
     def _trained_axes(self, partition: ZIGPartition) -> list[PrunableAxis]:
-        trained = {name for name, p in self._by_name().items() if p.requires_grad}
+        trained = {name for name, p in self.parameters_by_name().items() if p.requires_grad}
         axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
         if left := [axis.name for axis in partition.axes if axis not in axes]:
             logger.warning(
@@ -468,6 +351,9 @@ class DHSPG(torch.optim.Optimizer):
         self._own["dhspg_step"] = now
         self._hold_zeros(now)
         return loss
+
+    def _hold_zeros(self, now: int) -> None:
+        self.held.hold_(self._own["zero"], self.parameters_by_name(), now)
 
     def _watched(self, closure: Callable[[], Any], now: int) -> Callable[[], Any]:
         """The closure, after whose first call the gradients are those of the weights before the step."""
@@ -517,7 +403,7 @@ class DHSPG(torch.optim.Optimizer):
             of_axes = torch.zeros_like(self._own["salience_of_axes"], device="cpu").double()
             of_axes = of_axes.index_add_(0, axis_of, sums.double()).square()
         else:
-            sums = self._sums(self._parts(inner), self._parts(_weight_squared), self._parts(_gradient_squared))
+            sums = self._sums(self._parts(inner), self._parts(weight_squared), self._parts(gradient_squared))
             cost = torch.from_numpy(self.budget.cost_of_zig)[axis_of].float()
             salience = self._salience(Moments(*sums, self._elements[axis_of], cost)).float()
             # who knows what it says of an axis under a norm
@@ -530,24 +416,13 @@ class DHSPG(torch.optim.Optimizer):
             # to begin at 0 makes all too small alike
             self._own[name] = torch.where(here, EMA * old + (1 - EMA) * new, old)
 
+    def _parts(self, product: Callable[[Tensor, Tensor], Tensor]) -> Iterable[Part]:
+        return parts(self._group, self.parameters_by_name(), product)
+
     def _seen_axes(self) -> list[bool]:
         """Whether every parameter of an axis trains and has a gradient now."""
-        seen = {name for name, p in self._by_name().items() if p.requires_grad and p.grad is not None}
+        seen = {name for name, p in self.parameters_by_name().items() if p.requires_grad and p.grad is not None}
         return [params <= seen for params in self._params_of_axes]
-
-    def _parts(self, product: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Part]:
-        """A product of weights and gradients, piece by piece: large temporary tensors are slow."""
-        params = self._by_name()
-        for s, p in on_this_rank(self._group, params):
-            grad = params[s.param].grad
-            if grad is None or not p.numel():
-                continue
-            grad = local(grad)
-            grad = grad.to_dense() if grad.is_sparse else grad
-            positions = max(1, PIECE * p.shape[s.dim] // p.numel())
-            pieces = (t.split(positions, dim) for t, dim in ((s.owner, 0), (p, s.dim), (grad, s.dim)))
-            for owner, x, g in zip(*pieces, strict=True):
-                yield Part(s._replace(owner=owner), None, product(x, g))
 
     def _choose(self, share: float) -> Tensor:
         """The ZIGs to be made zero next. Those without a gradient since the last choice have no salience and stay."""
@@ -563,7 +438,7 @@ class DHSPG(torch.optim.Optimizer):
 
     def _sums(self, *many: Iterable[Part]) -> Tensor:
         """Sums over the ZIGs, (len(many), num_zigs), of all ranks together."""
-        params = self._by_name()
+        params = self.parameters_by_name()
         return sum_over_zigs(many, {s.param: params[s.param] for s in self._group}, self.num_zigs)
 
     def _agreed(self, zigs: Tensor) -> Tensor:
@@ -571,7 +446,7 @@ class DHSPG(torch.optim.Optimizer):
         replicas = self._process_group
         if replicas is None and dist.is_initialized():
             replicas = dist.group.WORLD
-        params = self._by_name()
+        params = self.parameters_by_name()
         return agreed(zigs.to(torch.uint8), [params[s.param] for s in self._group], replicas) > 0
 
     def _scale(self, zigs: Tensor, factor: float) -> None:
@@ -579,18 +454,19 @@ class DHSPG(torch.optim.Optimizer):
         if not zigs.any():
             return
         factors = torch.ones(self.num_zigs, dtype=torch.float32, device="cpu").masked_fill(zigs, factor)
-        for s, p in on_this_rank(self._group, self._by_name()):
+        for s, p in on_this_rank(self._group, self.parameters_by_name()):
             p.mul_(per_position(factors, s.owner, s.dim, p))
         self._forget_past_steps()
 
     def _freeze(self, zigs: Tensor) -> None:
         """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
-        params = self._by_name()
-        for (s, index, _), p in self._rows_and_weights(rows_of(zigs, self._group + self._readers, params)):
-            p.index_fill_(s.dim, index, 0)
-            for state in self.state[params[s.param]].values() if params[s.param] in self.state else ():
-                if _can_be_zeroed(state, p):
-                    local(state).index_fill_(s.dim, index, 0)
+        params = self.parameters_by_name()
+        for s, index, _ in rows_of(zigs, self._group + self._readers, params):
+            p = params[s.param]
+            states = self.state[p].values() if p in self.state else ()
+            for t in (p, *states):
+                if t is p or _can_be_zeroed(t, local(p)):
+                    local(t).index_fill_(s.dim, index, 0)
         self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
         if zigs.any():
             self._forget_past_steps()
@@ -600,107 +476,14 @@ class DHSPG(torch.optim.Optimizer):
         if isinstance(self.base, torch.optim.LBFGS):
             self.state.clear()
 
-    def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
-        params = self._by_name()
-        for row in rows:
-            yield row, local(params[row.slice.param])
-
-    # zeros stay zero --------------------------------------------------------------------------
-
-    def _frozen_rows_and_weights(self) -> list[tuple[Rows, Tensor]]:
-        """The zero positions of all groups, found once for each freeze, and the weights that they are of now."""
-        if self._frozen is None or self._frozen.mask is not self._own["zero"]:
-            self._frozen = Frozen(self._own["zero"], rows_of(self.made_zero, self._group, self._by_name()))
-        return list(self._rows_and_weights(self._frozen.rows))
-
-    def _hold_zeros(self, now: int) -> None:
-        """Zeroes again what moved though its ZIG is zero, and remembers which parameters do that.
-
-        All zero positions are looked at in the step of a freeze and in the next, in which momentum that could not be
-        zeroed would show; later one ZIG of every parameter, as what moves zeros (noise, a penalty, a teacher) moves
-        all of them. `zero`, and so every number that is reported, looks at all of them.
-        """
-        pairs = self._frozen_rows_and_weights()
-        watched = [(rows, p) for rows, p in pairs if rows.key not in self._restless]
-        if self._frozen.full_looks > 0:
-            self._frozen.full_looks -= 1
-            moved = [(rows, p) for rows, p in watched if p.index_select(rows.slice.dim, rows.index).any()]
-        else:
-            moved = watched if self._frozen.one_of_each_moved(watched, now) else []
-        if moved:
-            self._restless |= {rows.key for rows, _ in moved}
-            logger.info(
-                "something besides the loss moves ZIGs that are zero, of %s and %d other parameters (noise on "
-                "gradients, a penalty, a momentum that can't be zeroed): they are zeroed after every step from now on",
-                moved[0][0].slice.param, len(moved) - 1,
-            )  # fmt: skip
-        for rows, p in pairs:
-            if rows.key in self._restless:
-                p.index_fill_(rows.slice.dim, rows.index, 0)
-
-
-class Frozen:
-    """Where the zeros of one mask are, and a quick look at some of them."""
-
-    def __init__(self, mask: Tensor, rows: list[Rows]) -> None:
-        self.mask = mask
-        self.rows = rows
-        self.full_looks = 2
-        self._views_of: tuple[int, list[int]] = (0, [])
-        self._views: list[Tensor] = []
-
-    def one_of_each_moved(self, watched: Sequence[tuple[Rows, Tensor]], now: int) -> bool:
-        """Whether, of any parameter, one ZIG is not zero; which one changes every LOOK_ELSEWHERE steps."""
-        turn = now // LOOK_ELSEWHERE
-        views_of = (turn, [p.data_ptr() for _, p in watched])
-        if views_of != self._views_of:  # views are made once: of small models these would cost more than the look
-            ones = [p.select(rows.slice.dim, rows.positions[turn % len(rows.positions)]) for rows, p in watched]
-            self._views = [one.reshape(-1) if one.is_contiguous() else one for one in ones]
-            self._views_of = views_of
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for view in self._views:
-            alike.setdefault((view.device, view.dtype), []).append(view if view.dim() == 1 else view.reshape(-1))
-        return any(bool(torch.cat(views).any()) for views in alike.values())
-
-
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    """The terms of the real inner product."""
-    return (x.conj() * y).real if x.is_complex() else x * y
-
-
-def _weight_squared(weight: Tensor, gradient: Tensor) -> Tensor:
-    return inner(weight, weight)
-
-
-def _gradient_squared(weight: Tensor, gradient: Tensor) -> Tensor:
-    return inner(gradient, gradient)
-
 
 def _can_be_zeroed(state: Any, p: Tensor) -> bool:
     """Whether what an optimizer keeps of a parameter is a plain tensor of its shape, not a quantised one, say."""
     if not isinstance(state, Tensor):
         return False
-    here = local(state) if isinstance(state, DTensor) else state
+    here = local(state)
     plain = type(here) in (Tensor, torch.nn.Parameter)
     return plain and here.shape == p.shape and (here.is_floating_point() or here.is_complex())
-
-
-def _without_names(group: Mapping[str, Any]) -> dict[str, Any]:
-    params = group["params"]
-    params = [params] if isinstance(params, Tensor) else params
-    return {**group, "params": [p[1] if isinstance(p, tuple) else p for p in params]}
-
-
-def _elements(axes: Sequence[PrunableAxis], params: Mapping[str, Tensor]) -> Tensor:
-    """Parameters of one ZIG of each axis, (axes,)."""
-    counts = []
-    for axis in axes:
-        count = 0
-        for m in axis.group:
-            p = params[m.param]
-            count += m.positions(axis.size).shape[1] * p.numel() // p.shape[m.dim]
-        counts.append(count)
-    return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 
 def _fingerprint(axes: Sequence[PrunableAxis]) -> str:

@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dhspg import DHSPG, inner
+from .dhspg import DHSPG
+from .salience import inner
 from .schedule import Schedule
 from .slices import Part, local, rows_of
 from .zigs import ZIGPartition
+
+# arguments of DHSPG that the paper's rule has no use for
+NOT_OF_THE_PAPER = {
+    "target_params", "target_macs", "target_per_axis", "tied", "salience", "window", "num_events", "min_keep",
+    "group_divisible",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class PaperDHSPG(DHSPG):
         penalty: Penalty | None = None,
         **more: Any,
     ) -> None:
-        if wrong := more.keys() & {"target_params", "target_macs", "target_per_axis", "tied", "salience", "window"}:
+        if wrong := more.keys() & NOT_OF_THE_PAPER:
             raise ValueError(f"{min(wrong)}: OTOv2's own rule has none, use DHSPG")
         self._start = start
         super().__init__(
@@ -88,7 +95,7 @@ class PaperDHSPG(DHSPG):
         self._weights_before = []
         if not self.schedule.events or now < self.schedule.events[0]:
             return
-        params = self._by_name()
+        params = self.parameters_by_name()
         for s, index, _ in rows_of(self._redundant(now), self._group, params):
             p = local(params[s.param])
             self._weights_before.append(Part(s, index, p.index_select(s.dim, index)))
@@ -118,7 +125,7 @@ class PaperDHSPG(DHSPG):
             return
         lam = penalties(xd, xx, dd, self.penalty)
         pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)  # (num_zigs,)
-        rates, params, products = self._learning_rates(), self._by_name(), []
+        rates, params, products = self._learning_rates(), self.parameters_by_name(), []
         for s, index, x in before:
             p = local(params[s.param])
             shape = [-1 if d == s.dim else 1 for d in range(x.dim())]
@@ -131,7 +138,7 @@ class PaperDHSPG(DHSPG):
 
     def _directions(self, before: Sequence[Part]) -> list[Tensor]:
         """The base optimizer's descent directions d: a d = x - x_half, a the learning rate, whatever the optimizer."""
-        rates, params, directions = self._learning_rates(), self._by_name(), []
+        rates, params, directions = self._learning_rates(), self.parameters_by_name(), []
         for s, index, x in before:
             step = x - local(params[s.param]).index_select(s.dim, index)
             directions.append(step / rates[s.param] if rates[s.param] else step)

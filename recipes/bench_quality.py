@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
-from hf_oto.dhspg import Moments
 from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.report import macs
+from hf_oto.salience import Moments
 
 UNRELATED = ("seeds", "methods", "targets", "sparsities", "out")  # options that a single run does not depend on
 METHODS = ("dense", "scheduled", "paper", "magnitude", "hesso", "random", "distilled")

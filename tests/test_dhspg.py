@@ -13,7 +13,7 @@ import transformers as tf
 from dhspg_reference import Group, Reference
 from torch import nn
 
-from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, dhspg, partition_zigs
+from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs, salience
 from hf_oto.choice import choose, weigh_survivors
 from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.report import macs
@@ -490,7 +490,7 @@ def pruned(steps=40, **settings):
 @pytest.mark.parametrize("piece", [2**20, 7])
 def test_salience_is_a_mean_over_batches(monkeypatch, piece):
     """Of <x, gradient>^2, by hand in float64; no single batch is like it."""
-    monkeypatch.setattr(dhspg, "PIECE", piece)
+    monkeypatch.setattr(salience, "PIECE", piece)
     model = net()
     optimizer, terms = make(model), []
 

@@ -145,7 +145,7 @@ def test_zero_is_in_the_weights_whatever_moves_them(name):
 
     model, partition, optimizer = run(name, each)
     assert counts[-1] == half(partition) == sum(optimizer.zero) > counts[10]
-    assert optimizer.target_reached and optimizer._restless
+    assert optimizer.target_reached and optimizer.held.restless
     assert optimizer.group_sparsity == in_the_weights(model, partition).mean()
 
 
@@ -161,7 +161,7 @@ def test_without_the_guard_they_move(name):
 
 def test_a_loss_alone_moves_no_zeros_and_nothing_is_guarded():
     _, _, optimizer = run("none")
-    assert optimizer.target_reached and not optimizer._restless
+    assert optimizer.target_reached and not optimizer.held.restless
     model, partition, unguarded = run("none", cls=Unguarded)
     assert unguarded.target_reached and in_the_weights(model, partition).sum() == unguarded.zero.sum()
 

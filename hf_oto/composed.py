@@ -1,0 +1,146 @@
+"""An optimizer around another one: whoever uses it finds the groups, the state and the defaults of the inner one.
+
+DHSPG is one. It steps the optimizer that it is around and does something before and after; schedulers, scalers,
+accelerate, FSDP2 and checkpoints treat it as they treat that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .modeling_oto import OTOError
+
+
+class AroundOptimizer(torch.optim.Optimizer):
+    """An optimizer that has no groups and no state of its own.
+
+    Attributes:
+        base: the optimizer that it is around.
+    """
+
+    # a GradScaler must unscale, and skip steps, itself: a kernel that skips one inside doesn't tell us
+    _step_supports_amp_scaling = False
+
+    def _put_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        """Takes an optimizer, and names its parameters as the model does; in the place of torch's own `__init__`.
+
+        Raises:
+            OTOError: it trains no parameter of the model.
+        """
+        names = {id(p): name for name, p in model.named_parameters()}
+        if not any(id(p) in names for group in base.param_groups for p in group["params"]):
+            raise OTOError(
+                f"{type(base).__name__} trains no parameter of {type(model).__name__} in its step: make it with "
+                "model.parameters()"
+            )
+        unknown = 0
+        for group in base.param_groups:
+            group["param_names"] = []
+            for p in group["params"]:
+                unknown += id(p) not in names  # of a loss, say
+                group["param_names"].append(names.get(id(p), f"not in the model: {unknown}"))
+        self.base = base
+        super().__setstate__({})  # what torch's own __init__ makes, beside groups and state: those are the base's
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """The parameters as they are now: FSDP replaces them in the groups."""
+        return {
+            name: p
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some optimizers have: `train` and `eval`, say."""
+        if name.startswith("__") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The base optimizer's; what is added trains, and is not pruned."""
+        group = without_names(param_group)
+        group["params"] = list(group["params"])
+        count = sum(len(g["params"]) for g in self.param_groups)
+        group["params"] = [(f"added: {count + i}", p) for i, p in enumerate(group["params"])]
+        self.base.add_param_group(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The base optimizer's."""
+        self.base.load_state_dict(state_dict)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_load_state_dict_post_hook(hook, prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and what others have put on the instance (a scheduler its own `step`), as torch has it."""
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        kept.pop("step", None)
+        return kept
+
+
+def made(
+    cls: type[torch.optim.Optimizer],
+    model: torch.nn.Module,
+    lr: float | None,
+    params: Iterable[Any] | None,
+    settings: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """An optimizer of a class; `params`: parameters or groups of them, None for all that require gradients."""
+    given = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    return cls([without_names(group) for group in groups], lr=1e-3 if lr is None else lr, **settings)
+
+
+def without_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group whose parameters may be given as (name, parameter)."""
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else params
+    return {**group, "params": [p[1] if isinstance(p, tuple) else p for p in params]}
