@@ -1,18 +1,15 @@
 """DHSPG: the base optimizer's own step, then one correction per zero-invariant group (ZIG).
 
 Training splits the ZIGs into redundant and important ones, drives the redundant to exact zero while the rest trains on
-as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2).
+as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2). When something happens is in
+schedule.py, which ZIGs go in choice.py, what a rank holds of them in slices.py, the paper's own rule in paper.py.
 """
 
 from __future__ import annotations
 
-import bisect
-import functools
 import hashlib
-import itertools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,114 +17,88 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from .zigs import Member, OTOError, PrunableAxis, Work, ZIGPartition
+from .choice import FRACTIONS_REMOVED, budget_of, choose, counts_exactly, limits_of, the_target, weigh_survivors
+from .modeling_oto import OTOError
+from .schedule import Schedule
+from .slices import Part, Rows, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
+from .zigs import PrunableAxis, PruningPlan, Work, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 6  # of the salience before the first choice, and before others as they are smaller
-SLACK = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
-PIECE = 2**20  # elements that are multiplied at a time
 EMA = 0.9
-SHRINKS = 2  # from one event to the next
-SPARSITIES = ("target_group_sparsity", "target_per_axis")  # targets that are fractions of what goes, not of what stays
-NORMED = 0.01  # how little of the salience of its ZIGs an axis as a whole has whose scale changes nothing
+PIECE = 2**20  # elements of a parameter that are multiplied at a time
 
 
-class Slice(NamedTuple):
-    """Which ZIG every position of one parameter dimension belongs to."""
+class Moments(NamedTuple):
+    """What one batch says of every ZIG: sums over its parameters x and their gradients g, each (num_zigs,)."""
 
-    param: str
-    dim: int
-    owner: Tensor  # (n,), ZIG numbers, num_zigs where none
-
-
-class Schedule(NamedTuple):
-    """What stays the same over a run; see `DHSPG` for the arguments."""
-
-    mode: str
-    axes: tuple[str, ...]  # the pruned axes, by name
-    size: int  # ZIGs in all
-    sizes: np.ndarray  # (axes,), ZIGs of every axis
-    room: np.ndarray  # (axes,), how many of them may go
-    multiple: np.ndarray  # (axes,), of which what stays is a multiple, unless all stays
-    tie: np.ndarray  # (axes,), a number that axes share which keep equal fractions
-    exact: bool  # whether the target is a number of ZIGs to meet, the last few of which need be no multiple
-    work: Work  # what the budget counts: ZIGs, parameters or MACs
-    target: float  # how much of that is left in the end
-    cost: np.ndarray  # (axes,), how much of it a ZIG of every axis takes
-    elements: np.ndarray  # (axes,), parameters of a ZIG of every axis
-    group: tuple[Slice, ...]  # what is zero of a zero ZIG
-    readers: tuple[Slice, ...]  # what reads it: zero too once it is, so that its gradients are
-    guarded: tuple[Slice, ...]  # what may get gradients nevertheless
-    events: tuple[int, ...]  # steps after which redundant ZIGs are chosen; the last one only ends pruning
-    lam: float
-    lam_amplify: float
-    lam_max: float
-    epsilon: float
+    weight_times_gradient: Tensor
+    weight_squared: Tensor
+    gradient_squared: Tensor
+    elements: Tensor  # how many parameters it has
+    cost: Tensor  # how much of the budget it takes: salience is divided by it when ZIGs are chosen
 
 
 class DHSPG(torch.optim.Optimizer):
-    """Trains like `base` and brings a given fraction of the ZIGs to exact zero.
+    """Trains like `base` and brings a given fraction of the ZIGs to exact zero, whatever the learning rate.
 
-    `mode="paper"` is OTOv2's update: after the warm-up the most redundant groups by cosine and magnitude are chosen
-    once, get the penalty lambda between its bounds, and are projected to zero when a step leaves their half-space. The
-    norm it can remove is the sum of learning rate times lambda, so that small learning rates miss the target.
-
-    `mode="scheduled"` reaches the target whatever the learning rate. It deviates from the paper in that
+    It deviates from the paper's rule, which is in `hf_oto.paper.PaperDHSPG`, in that
 
     - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one; on axes
-      whose scale changes nothing, because what reads them is normalised, the rest takes over what goes: there it grows
-      with (now living / then left)^2, so that none gets thin for being wide;
+      whose scale changes nothing, because a norm reads them, it grows with what is gone of the axis
+      (`choice.weigh_survivors`);
     - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
       floor;
     - between events they are shrunk linearly to zero, in a few steps, instead of by a penalty; the half-space
       projection, which would copy the weights at each of them, never comes before that and is left out.
 
-    In both, once a group is zero, what reads it and the optimizer's state of both are zeroed too: its gradients are
-    exactly zero from then on, and nothing needs a mask.
+    Once a group is zero, what reads it and the optimizer's state of both are zeroed too: its gradients are exactly
+    zero from then on, and nothing needs a mask. What moves it nevertheless (noise on the gradients, a penalty on the
+    distance to other weights, a momentum that can't be zeroed because it is quantised) is found in the same step, and
+    from then on undone after every step: a ZIG that this optimizer calls zero is zero in the weights.
 
-    An instance is also an instance of `base`, so that schedulers, scalers and accelerate treat it as such.
+    The base optimizer is kept as `optimizer.base`; `param_groups`, `state` and `defaults` are its own, so that
+    schedulers, scalers, accelerate and checkpoints treat this optimizer as they treat that one.
 
     Across processes, all of which take every step, parameters may be plain tensors (DDP) or the DTensors of FSDP2 and
     HSDP, also mixed; sharding may come before or after the optimizer is made. Each rank sums over the rows it holds,
-    one all-reduce adds that up, and rank 0's result counts: every decision is the same on all ranks, ties included. No
-    parameter is ever gathered.
+    one all-reduce adds that up, and the choice of the first rank counts. No parameter is ever gathered.
 
     Args:
         model: the model that `partition` was made for.
-        partition: its ZIGs. Axes with a frozen parameter are left alone.
-        base: any `torch.optim.Optimizer` class; its step is not rewritten.
-        lr: learning rate, as in `base`.
+        partition: its ZIGs. Axes with a parameter that is frozen, or not in the optimizer, are left alone.
+        base: any `torch.optim.Optimizer` class; its step is not rewritten. Or an instance of one, made for parameters
+            of this model, with whatever groups and settings it has: `lr`, `params` and `base_kwargs` are then its own.
+        lr: learning rate, as in `base`; None: 1e-3.
         target_group_sparsity: fraction of ZIGs that are zero in the end, in [0, 1): exactly round(target * ZIGs);
             None: 0.5, unless one of the other targets is given.
         total_steps: optimizer steps of the whole run.
-        target_params, target_macs: scheduled: instead, the fraction of the parameters of the whole model, or of the
+        target_params, target_macs: instead, the fraction of the parameters of the whole model, or of the
             multiply-accumulates of the traced forward, that is left in the end, in (0, 1]: within 1 % absolute, or one
             ZIG, where that is more.
-        target_per_axis: scheduled: instead, fractions of the ZIGs of each axis, {regular expression: target}; an axis
-            has the first whose pattern matches its name somewhere, and else stays whole.
-        mode: "scheduled" or "paper".
-        params: parameter groups, their "params" as (name, parameter) pairs; None: all that require gradients.
-        window: scheduled: fractions of the run at which pruning starts and ends. None: (0.1, 0.6), or where at most a
-            fifth is left (0.1, 0.25), up to 0.6 in a run too short for that: there what stays needs the time.
-        num_events: scheduled: choices in the window; None: 8, or 16 where at most a fifth is left.
-        min_keep: scheduled: fraction of every axis, at least one ZIG, that always stays.
-        group_divisible: scheduled: the width that is left of every axis, in channels or units, is a multiple of this;
-            an axis that can't lose so many stays whole. None: 8 for widths from 64 on, as kernels like it (only a
-            number of ZIGs, met exactly, may leave one axis out of step).
-        tied: scheduled: names of axes that keep equal fractions, as a stock config has it; all others stay whole. A
-            number of ZIGs is then reached, but not exactly.
-        start: paper: fraction of the run that is warm-up.
-        lam, lam_amplify, lam_max: paper: lambda, its amplification where a step would grow the norm, and the bound of
-            that in multiples of lambda; None: the release's 1e-2, 20, 1e3 (1e-3, 2, 10 for SGD).
-        epsilon: paper: the half-space {z: <z, x> >= epsilon |x|^2}, in [0, 1).
+        target_per_axis: instead, fractions of the ZIGs of each axis, {regular expression: target}; an axis has the
+            first whose pattern matches its name somewhere, and else stays whole.
+        params: parameter groups; None: all that require gradients.
+        window: fractions of the run at which pruning starts and ends. None: (0.1, 0.6), or where at most a fifth is
+            left (0.1, 0.25), up to 0.6 in a run too short for that: there what stays needs the time.
+        num_events: choices in the window; None: 8, or 16 where at most a fifth is left.
+        min_keep: fraction of every axis, in [0, 1), at least one ZIG, that always stays.
+        group_divisible: the width that is left of every axis, in channels or units, is a multiple of this; an axis
+            that can't lose so many stays whole. None: 8 for widths from 64 on, as kernels like it (only a number of
+            ZIGs, met exactly, may leave one axis out of step).
+        tied: names of axes that keep equal fractions, as a stock config has it; all others stay whole. A number of
+            ZIGs is then reached, but not exactly.
+        salience: how important every ZIG is, (num_zigs,), by the `Moments` of one batch; averaged over batches and
+            divided by the cost of a ZIG. None: <x, gradient>^2.
+        process_group: the ranks that hold the same plain parameters and take every step together. None: all; give a
+            smaller one (`dist.new_group([rank])`) where a rank trains alone. DTensors know theirs.
         base_kwargs: for `base`.
 
     Raises:
         ValueError: an argument out of range, two targets, one that the floors make infeasible, too few steps, no ZIG.
-        OTOError: the model isn't the one the partition was made for.
+        OTOError: the model isn't the one the partition was made for, or `base` trains other parameters.
 
     Example:
         >>> from hf_oto import partition_zigs
@@ -143,20 +114,17 @@ class DHSPG(torch.optim.Optimizer):
         0.5
     """
 
-    def __new__(
-        cls, model: Any = None, partition: Any = None, base: type = torch.optim.AdamW, *_: Any, **__: Any
-    ) -> DHSPG:
-        return super().__new__(_with_base(cls, base))
+    # a GradScaler must unscale, and skip steps, itself: a kernel that skips one inside doesn't tell us
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
         model: torch.nn.Module,
         partition: ZIGPartition,
-        base: type[torch.optim.Optimizer] = torch.optim.AdamW,
-        lr: float = 1e-3,
+        base: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
+        lr: float | None = None,
         target_group_sparsity: float | None = None,
         total_steps: int = 0,
-        mode: str = "scheduled",
         target_params: float | None = None,
         target_macs: float | None = None,
         target_per_axis: Mapping[str, float] | None = None,
@@ -166,120 +134,221 @@ class DHSPG(torch.optim.Optimizer):
         min_keep: float = 0.1,
         group_divisible: int | None = None,
         tied: Sequence[Sequence[str]] | None = None,
-        start: float = 0.1,
-        lam: float | None = None,
-        lam_amplify: float | None = None,
-        lam_max: float | None = None,
-        epsilon: float = 0.0,
+        salience: Callable[[Moments], Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
         **base_kwargs: Any,
     ) -> None:
-        targets = {
-            "target_group_sparsity": target_group_sparsity, "target_params": target_params,
-            "target_macs": target_macs, "target_per_axis": target_per_axis,
-        }  # fmt: skip
-        kind, wanted = the_target(targets)
-        if mode not in ("scheduled", "paper"):
-            raise ValueError(f"mode is {mode!r}: it must be 'scheduled' or 'paper'")
-        if mode == "paper" and (kind != "target_group_sparsity" or group_divisible not in (None, 1) or tied):
-            raise ValueError("mode='paper' knows target_group_sparsity only: use mode='scheduled'")
-        groups = list(params or [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}])
-        super().__init__(groups, lr=lr, **base_kwargs)
-        # with this, GradScaler would let the fused kernel skip steps without our knowing
-        self._step_supports_amp_scaling = False
+        target = the_target(
+            {
+                "target_group_sparsity": target_group_sparsity,
+                "target_params": target_params,
+                "target_macs": target_macs,
+                "target_per_axis": target_per_axis,
+            }
+        )
+        if not 0 <= min_keep < 1:
+            raise ValueError(f"min_keep is {min_keep}: it must be in [0, 1)")
+        if group_divisible is not None and group_divisible < 1:
+            raise ValueError(f"group_divisible is {group_divisible}: it must be at least 1")
+        if num_events is not None and num_events < 1:
+            raise ValueError(f"num_events is {num_events}: it must be at least 1")
         partition.tensors(model)  # raises where the model is another one
-        trained = self._by_name()
-        axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
-        if left := [axis.name for axis in partition.axes if axis not in axes]:
-            logger.warning(
-                "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
-                "merge it, or let it train): %s", len(left), ", ".join(left[:3] + ["..."] * (len(left) > 3)),
-            )  # fmt: skip
-        sizes = np.array([axis.size for axis in axes], int)
-        total = int(sizes.sum())
-        if wanted not in (({}, 0) if kind in SPARSITIES else (1,)) and not axes:
+        self._take(base if isinstance(base, torch.optim.Optimizer) else None, model, base, lr, params, base_kwargs)
+        axes = self._trained_axes(partition)
+        nothing_to_do = target.value in ({}, 0) if target.kind in FRACTIONS_REMOVED else target.value == 1
+        if not axes and not nothing_to_do:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
-        most = _most(axes, min_keep if mode == "scheduled" else 0, wanted if kind == "target_per_axis" else None)
-        # a number of ZIGs is met exactly, though of some axes a multiple is left in the end, some as zeros
-        counted = kind == "target_group_sparsity" and group_divisible in (None, 1) and tied is None
-        multiple = [1 if counted and group_divisible else _multiple(axis, group_divisible) for axis in axes]
-        tie, multiple, room = _room(axes, most, multiple, tied)
-        work = Work.of([[(n, ((a, 1),))] for a, n in enumerate(sizes)], len(axes))  # ZIGs
-        if kind in ("target_params", "target_macs"):
-            whole = partition.params(model) if kind == "target_params" else partition.work
-            if whole is None:
-                raise ValueError("this partition doesn't know its MACs: target_macs needs one of partition_zigs")
-            work = whole._replace(lost=whole.lost[:, [partition.axes.index(axis) for axis in axes]])
-        dense, target = work.left(np.zeros(len(axes))), _goal(kind, wanted, work, room, min_keep)
-        events: tuple[int, ...] = ()
-        if target < dense and mode == "paper":
-            events = _events(total_steps, (start, 1.0), 1)[:1]
-        elif target < dense:
-            few = round(target / dense, 2) <= 0.2
-            count = num_events or (16 if few else 8)
-            end = min(0.6, max(0.25, 0.1 + (count + 2) / max(1, total_steps))) if few else 0.6
-            events = _events(total_steps, window or (0.1, end), count)
-        sgd = issubclass(base, torch.optim.SGD)
-        elements = []  # parameters of one ZIG of each axis
-        for axis in axes:
-            rows = [(m.positions(axis.size).shape[1], trained[m.param], m.dim) for m in axis.group]
-            elements.append(sum(k * p.numel() // p.shape[dim] for k, p, dim in rows))
-        readers = [(axis, [m for m in axis.members if m.role == "consumer" and m.param in trained]) for axis in axes]
-        # without a reader that is zeroed too, a zero group still gets gradients
+        self.limits = limits_of(axes, target, min_keep, group_divisible, tied)
+        exact = counts_exactly(target, group_divisible, tied)
+        self.budget = budget_of(target, self.limits, axes, partition, partition.params(model), exact, min_keep)
+        self.schedule = self._scheduled(total_steps, window, num_events)
+        self.axis_names = tuple(axis.name for axis in axes)
+        self.num_zigs = int(self.limits.sizes.sum())
+        self._salience = salience
+        self._process_group = process_group
+        trained = self._by_name()
+        owners: dict[bytes, Tensor] = {}
+        readers = {
+            axis.name: [m for m in axis.members if m.role == "consumer" and m.param in trained] for axis in axes
+        }
+        # what is zero of a zero ZIG, and what reads it: zero too then, so that its gradients are
+        self._group = slices_of(axes, {axis.name: axis.group for axis in axes}, trained, owners)
+        self._readers = slices_of(axes, readers, trained, owners)
+        # without a reader that is zeroed too, or where f(0) is not 0, a zero group still gets gradients
         unread = [
-            axis for (axis, found) in readers
-            if not axis.zero_path or not found or len(found) < sum(m.role == "consumer" for m in axis.members)
-        ]  # fmt: skip
-        owners: dict[bytes, Tensor] = {}  # a weight, its bias and its readers share one
-        self.schedule = Schedule(
-            mode, tuple(axis.name for axis in axes), total, sizes, room, multiple, tie, counted, work, target,
-            cost=np.maximum(work.alone, 1e-9 * dense),  # what costs next to nothing goes last
-            elements=np.array(elements, float),
-            group=_slices(axes, {axis.name: axis.group for axis in axes}, trained, owners),
-            readers=_slices(axes, {axis.name: members for axis, members in readers}, trained, owners),
-            guarded=_slices(axes, {axis.name: axis.group for axis in unread}, trained, owners),
-            events=events,
-            lam=lam or (1e-3 if sgd else 1e-2),
-            lam_amplify=lam_amplify or (2.0 if sgd else 20.0),
-            lam_max=lam_max or (10.0 if sgd else 1e3),
-            epsilon=epsilon,
-        )  # fmt: skip
+            axis
+            for axis in axes
+            if not axis.zero_path
+            or not readers[axis.name]
+            or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
+        ]
+        self._restless = {(m.param, m.dim) for axis in unread for m in axis.group}
+        self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
+        self._elements = _elements(axes, trained)
         # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves
-        self.param_groups[0].update(
+        self._own.update(
             dhspg_step=0,
-            zero=torch.zeros(total, dtype=torch.uint8),
-            redundant=torch.zeros(total, dtype=torch.uint8),
-            salience=torch.zeros(total, dtype=torch.float64),
-            salience_of_axes=torch.zeros(len(axes), dtype=torch.float64),
+            zero=torch.zeros(self.num_zigs, dtype=torch.uint8),
+            redundant=torch.zeros(self.num_zigs, dtype=torch.uint8),
+            salience=torch.zeros(self.num_zigs),
+            salience_of_axes=torch.zeros(len(axes)),
+            sampled=torch.zeros(len(axes), dtype=torch.uint8),  # axes whose gradients were seen since the last choice
             partition=_fingerprint(axes),
+            run=f"{target.kind}={target.value}, events at {', '.join(map(str, self.schedule.events)) or 'no step'}",
         )
 
-    # state ------------------------------------------------------------------------------------
+    # the base optimizer -----------------------------------------------------------------------
 
-    def __reduce__(self) -> tuple:
-        return _rebuild, (type(self).__mro__[2],), (self.__getstate__(), self.schedule)
+    def _take(
+        self,
+        given: torch.optim.Optimizer | None,
+        model: torch.nn.Module,
+        cls: Any,
+        lr: float | None,
+        params: Iterable[dict[str, Any]] | None,
+        base_kwargs: Mapping[str, Any],
+    ) -> None:
+        """Makes the base optimizer, or takes the one that is given, and names its parameters as the model does."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        if given is None:
+            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}] if params is None else params
+            given = cls([_without_names(group) for group in groups], lr=1e-3 if lr is None else lr, **base_kwargs)
+        elif lr is not None or params is not None or base_kwargs:
+            wrong = [*base_kwargs, *(name for name, x in (("lr", lr), ("params", params)) if x is not None)]
+            raise ValueError(f"base is an optimizer already, with settings of its own: {wrong[0]} is not for DHSPG")
+        if not any(id(p) in names for group in given.param_groups for p in group["params"]):
+            raise OTOError(
+                f"{type(given).__name__} trains no parameter of {type(model).__name__} in its step: make it with "
+                "model.parameters()"
+            )
+        unknown = 0
+        for group in given.param_groups:
+            group["param_names"] = []
+            for p in group["params"]:
+                unknown += id(p) not in names  # of a loss, say
+                group["param_names"].append(names.get(id(p), f"not in the model: {unknown}"))
+        self.base = given
+        super().__setstate__({})  # what torch's own __init__ makes, beside groups and state: those are the base's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's; the first has what DHSPG knows."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some optimizers have: `train` and `eval`, say."""
+        if name.startswith("__") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The base optimizer's; what is added trains, and is not pruned."""
+        group = _without_names(param_group)
+        group["params"] = list(group["params"])
+        count = sum(len(g["params"]) for g in self.param_groups)
+        group["params"] = [(f"added: {count + i}", p) for i, p in enumerate(group["params"])]
+        self.base.add_param_group(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, with what DHSPG knows in its first parameter group."""
+        return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """`torch.optim.Optimizer.load_state_dict`; what is zero is known by its number, so that the partition must be
-        the one that the state was saved with.
+        """The base optimizer's. What is zero is known by its number: the partition must be the one of the state.
+
+        Another target or window is taken over, with a warning, if the run can still reach it.
 
         Raises:
-            OTOError: it isn't.
+            OTOError: the state isn't DHSPG's, is of another partition, or of a run that can't become this one.
         """
-        if "dhspg_step" not in state_dict["param_groups"][0]:
+        saved, own = state_dict["param_groups"][0], dict(self._own)
+        if "dhspg_step" not in saved:
             raise OTOError("this optimizer state is not DHSPG's: resume from a checkpoint of hf_oto, or begin anew")
-        saved = state_dict["param_groups"][0].get("partition")
-        if saved is not None and saved != self._own["partition"]:
+        if saved["partition"] != own["partition"]:
             raise OTOError(
                 "this optimizer state was saved with another partition, of other ZIGs: resume with the same model and "
                 "the same `protect` (and the same frozen parameters), or begin a new run"
             )
-        super().load_state_dict(state_dict)
+        if saved["run"] != own["run"]:
+            self._refuse_what_cannot_go_on(saved)
+            logger.warning("the run goes on with another plan: %s; so far: %s", own["run"], saved["run"])
+        self.base.load_state_dict(state_dict)
+        self._own["run"] = own["run"]
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple):
-            state, self.schedule = state
-            self._step_supports_amp_scaling = False
-        super().__setstate__(state)
+    def _refuse_what_cannot_go_on(self, saved: Mapping[str, Any]) -> None:
+        step, events = int(saved["dhspg_step"]), self.schedule.events
+        plans = f"this run: {self._own['run']}; the state, of step {step}: {saved['run']}"
+        zero = np.asarray(torch.as_tensor(saved["zero"]).cpu()) > 0
+        left = self._left(zero)
+        unit = self.budget.cost_of_zig.max(initial=0.0)  # a goal may be missed by one ZIG
+        if left < self.budget.goal - max(0.01 * self.budget.dense, unit) or (
+            self.budget.exact and left < self.budget.goal
+        ):
+            raise OTOError(f"more ZIGs are zero in this optimizer state than the target asks for ({plans})")
+        if left > self.budget.goal and (len(events) < 2 or step >= events[-2]):
+            raise OTOError(
+                f"the target can't be reached any more, the steps at which ZIGs are chosen are over ({plans})"
+            )
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """The base optimizer's."""
+        return self.base.register_load_state_dict_post_hook(hook, prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        for name in (
+            "_process_group",
+            "_frozen",
+            "step",
+            "_zero_grad_profile_name",
+            "_warned_capturable_if_run_uncaptured",
+        ):
+            kept.pop(name, None)
+        return kept | {"_process_group": None}
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{sum(p.numel() for p in g['params']):,} at lr {g['lr']}" for g in self.param_groups)
+        return (
+            f"{type(self).__name__} around {type(self.base).__name__} (parameters: {groups})\n"
+            f"    {self.num_zigs:,} ZIGs on {len(self.axis_names)} axes, {self.group_sparsity:.3f} of them zero\n"
+            f"    step {self._own['dhspg_step']}, {self.phase}; {self._own['run']}"
+        )
+
+    # what it knows ----------------------------------------------------------------------------
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -287,484 +356,332 @@ class DHSPG(torch.optim.Optimizer):
 
     @property
     def zero(self) -> Tensor:
-        """Which ZIGs are exactly zero, bool (num_zigs,), on the CPU."""
+        """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and in the weights (of a
+        sharded model: in those that this rank holds) they are."""
+        zero = self._made_zero
+        for rows, p in self._frozen_rows_and_weights():
+            moved = p.index_select(rows.slice.dim, rows.index) != 0
+            others = [d for d in range(moved.dim()) if d != rows.slice.dim]
+            moved = (moved.any(dim=others) if others else moved).cpu()
+            zero[rows.slice.owner[rows.index.cpu()][moved].long()] = False
+        return zero
+
+    @property
+    def _made_zero(self) -> Tensor:
         return self._own["zero"].cpu() > 0
+
+    def zeros(self, partition: ZIGPartition) -> PruningPlan:
+        """What this optimizer has made zero, whatever the weights say now, as a plan that removes it."""
+        parts = np.split(self._made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
+        gone = dict(zip(self.axis_names, parts, strict=False))
+        kept = {}
+        for axis in partition.axes:
+            if axis.name in gone and gone[axis.name].any():
+                kept[axis.name] = np.flatnonzero(~gone[axis.name]).tolist() or [0]
+        return PruningPlan(kept)
 
     @property
     def group_sparsity(self) -> float:
         """Fraction of the ZIGs that are exactly zero, in [0, 1]."""
-        return float(self._own["zero"].sum()) / max(1, self.schedule.size)
+        return float(self.zero.sum()) / max(1, self.num_zigs)
 
     @property
     def target_reached(self) -> bool:
         """Whether as many ZIGs are zero as the target asks for."""
-        return self.schedule.work.left(_per_axis(self.zero.numpy(), self.schedule.sizes)) <= self.schedule.target
+        return self._left(self.zero.numpy()) <= self.budget.goal
+
+    def _left(self, zero: np.ndarray) -> float:
+        return self.budget.work.left(self.limits.count(zero))
 
     @property
     def phase(self) -> str:
         """Where the run is: "warm-up", "pruning", then "training the rest"; "training" if nothing is pruned."""
         now, events = self._own["dhspg_step"], self.schedule.events
-        if not events or now < events[0]:
-            return "warm-up" if events else "training"
-        done = self.target_reached if self.schedule.mode == "paper" else now >= events[-1]
-        return "training the rest" if done else "pruning"
+        if not events:
+            return "training"
+        if now < events[0]:
+            return "warm-up"
+        return "training the rest" if self._has_pruned(now) else "pruning"
+
+    def _has_pruned(self, now: int) -> bool:
+        return now >= self.schedule.events[-1]
 
     def left(self, partition: ZIGPartition, work: Work) -> float:
         """Fraction, in [0, 1], that a cut would now leave of `partition.work` (MACs) or `partition.params(model)`."""
-        zeros = dict(zip(self.schedule.axes, _per_axis(self.zero.numpy(), self.schedule.sizes), strict=False))
+        zeros = dict(zip(self.axis_names, self.limits.count(self.zero.numpy()), strict=True))
         gone = []
         for axis in partition.axes:  # as `PruningPlan.from_zeros` and `compact` have it: one stays, and a multiple
             kept = max(1, axis.size - zeros.get(axis.name, 0))
             gone.append(max(0, axis.size - kept - -kept % axis.multiple))
         return work.left(np.array(gone)) / (work.left(np.zeros(len(gone))) or 1)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes, of what it keeps beside the base optimizer: owners of positions, masks and salience."""
+        kept = [s.owner for s in self._group + self._readers] + [t for t in self._own.values() if torch.is_tensor(t)]
+        if (frozen := vars(self).get("_frozen")) is not None:
+            kept += [row.index for row in frozen.rows]
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values())
+
     def _by_name(self) -> dict[str, Tensor]:
         """The parameters as they are now: FSDP replaces them in the groups."""
-        return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        return {
+            name: p
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
 
-    def _here(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Tensor]]:
-        """Slices and their parameters, both cut to what this rank holds of them."""
-        params = self._by_name()
-        for s in slices:
-            p = params[s.param]
-            owner = _owned(s, p)
-            yield s if owner is s.owner else s._replace(owner=owner), _local(p)
+    def _trained_axes(self, partition: ZIGPartition) -> list[PrunableAxis]:
+        trained = {name for name, p in self._by_name().items() if p.requires_grad}
+        axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
+        if left := [axis.name for axis in partition.axes if axis not in axes]:
+            logger.warning(
+                "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
+                "merge it, or let it train): %s", len(left), ", ".join(left[:3] + ["..."] * (len(left) > 3)),
+            )  # fmt: skip
+        return axes
+
+    def _scheduled(self, total_steps: int, window: tuple[float, float] | None, num_events: int | None) -> Schedule:
+        dense = self.budget.dense
+        if self.budget.goal >= dense:
+            return Schedule()
+        return Schedule.over(total_steps, self.budget.goal / dense, window, num_events)
 
     # a step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer, and the correction."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        own, plan = self._own, self.schedule
-        now = own["dhspg_step"] + 1
-        if not plan.events:
-            self._base_step()
-        elif plan.mode == "paper":
-            self._paper_step(now)
+        now = self._own["dhspg_step"] + 1
+        if closure is None:
+            self._before_step(now)
+            loss = self.base.step()
         else:
-            self._scheduled_step(now)
-        own["dhspg_step"] = now
+            loss = self.base.step(self._watched(closure, now))
+        self._after_step(now)
+        self._own["dhspg_step"] = now
+        self._hold_zeros(now)
         return loss
 
-    def _base_step(self) -> None:
-        """The base optimizer's own step, without the hooks of torch that run around ours already."""
-        step = super().step.__func__
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+    def _watched(self, closure: Callable[[], Any], now: int) -> Callable[[], Any]:
+        """The closure, after whose first call the gradients are those of the weights before the step."""
+        calls = 0
 
-    def _scheduled_step(self, now: int) -> None:
-        own, plan = self._own, self.schedule
-        if now in _sample_steps(plan.events):
-            self._sample(now)
-        self._base_step()
-        redundant = None
-        if now in (steps := _shrink_steps(plan.events)):
-            previous, end = steps[now]
-            redundant = own["redundant"].cpu() > 0
-            if now < end:
-                self._scale(redundant, (end - now) / (end - previous))
-            else:  # the next event is here
-                self._freeze(redundant)
-                redundant.fill_(False)
-        if now in plan.events[:-1]:
-            redundant = self._choose(_chosen(plan.events.index(now) + 1, plan.events))
-        if redundant is not None:
-            own["redundant"] = redundant.to(torch.uint8)
-        self._guard()
+        def watched() -> Any:
+            nonlocal calls
+            with torch.enable_grad():
+                loss = closure()
+            calls += 1
+            if calls == 1:
+                with torch.no_grad():
+                    self._before_step(now)
+            return loss
 
-    def _paper_step(self, now: int) -> None:
-        own, plan = self._own, self.schedule
-        start = plan.events[0]
-        redundant = torch.ones(plan.size, dtype=torch.bool) if now == start else own["redundant"].cpu() > 0
-        redundant &= ~self.zero
-        projecting = now >= start and bool(redundant.any())
-        before = list(self._rows(redundant)) if projecting else []
-        self._base_step()
-        params, d = {n: _local(p) for n, p in self._by_name().items()}, []
-        lr = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
-        for s, i, x in before:  # a d = x - x_half, whatever the base optimizer
-            step = x - params[s.param].index_select(s.dim, i)
-            d.append(step / lr[s.param] if lr[s.param] else step)
-        if projecting:
-            xd, xx, dd = self._sums(
-                ((s, i, x * y) for (s, i, x), y in zip(before, d, strict=True)),
-                ((s, i, x * x) for s, i, x in before),
-                ((s, i, y * y) for (s, i, _), y in zip(before, d, strict=True)),
-            )
-        if projecting and now == start:
-            score = paper_salience(xd, xx, dd, torch.from_numpy(np.repeat(plan.elements, plan.sizes)))
-            chosen = torch.zeros_like(redundant)
-            chosen[torch.argsort(score, descending=True, stable=True)[: round(plan.size - plan.target)]] = True
-            own["redundant"] = chosen.to(torch.uint8)
-        elif projecting:
-            lam = paper_lambda(xd, xx, dd, plan.lam, plan.lam_amplify, plan.lam_max)
-            pull = torch.nan_to_num(lam / xx.sqrt(), posinf=0.0)
-            dot = []
-            for s, i, x in before:
-                p = params[s.param]
-                hat = p.index_select(s.dim, i) - lr[s.param] * _spread(pull, s, i, x) * x
-                p.index_copy_(s.dim, i, hat)
-                dot.append((s, i, hat * x))
-            self._freeze(redundant & (self._sum(dot) < plan.epsilon * xx))
-        self._guard()
+        return watched
+
+    def _before_step(self, now: int) -> None:
+        """What is read off weights and gradients before the base optimizer moves them."""
+        if now in self.schedule.sample_steps:
+            self._sample()
+
+    def _after_step(self, now: int) -> None:
+        """Shrinks what is redundant, makes it zero when its time has come, and chooses what is redundant next."""
+        factor = self.schedule.factors.get(now)
+        share = self.schedule.share_chosen_at(now)
+        if factor is None and share is None:
+            return
+        redundant = self._own["redundant"].cpu() > 0
+        if factor == 0:  # the next event is here
+            self._freeze(redundant)
+            redundant = torch.zeros_like(redundant)
+        elif factor is not None:
+            self._scale(redundant, factor)
+        if share is not None:
+            redundant = self._choose(share)
+        self._own["redundant"] = redundant.to(torch.uint8)
 
     # salience and choice ----------------------------------------------------------------------
 
-    def _sample(self, now: int) -> None:
+    def _sample(self) -> None:
         """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
-        zigs = self._sum(self._products()).double()
-        axes = torch.from_numpy(_per_axis(zigs.numpy(), self.schedule.sizes))
-        for name, taylor in (("salience", zigs), ("salience_of_axes", axes)):
-            new = torch.nan_to_num(taylor**2, nan=math.inf)
-            self._own[name] = EMA * self._own[name].cpu() + (1 - EMA) * new  # to begin at 0 makes all too small alike
+        axis_of = torch.from_numpy(self.limits.axis_of)
+        if self._salience is None:
+            (sums,) = self._sums(self._parts(inner))
+            salience = sums**2
+            of_axes = torch.zeros_like(self._own["salience_of_axes"], device="cpu").double()
+            of_axes = of_axes.index_add_(0, axis_of, sums.double()).square()
+        else:
+            sums = self._sums(self._parts(inner), self._parts(_weight_squared), self._parts(_gradient_squared))
+            cost = torch.from_numpy(self.budget.cost_of_zig)[axis_of].float()
+            salience = self._salience(Moments(*sums, self._elements[axis_of], cost)).float()
+            of_axes = torch.full((len(self.axis_names),), math.inf)  # who knows what it says of an axis under a norm
+        seen = torch.tensor(self._seen_axes(), dtype=torch.bool)
+        self._own["sampled"] = ((self._own["sampled"].cpu() > 0) | seen).to(torch.uint8)
+        for name, new, here in (("salience", salience, seen[axis_of]), ("salience_of_axes", of_axes, seen)):
+            old = self._own[name].cpu()
+            new = torch.nan_to_num(new, nan=math.inf).float()
+            # to begin at 0 makes all too small alike
+            self._own[name] = torch.where(here, EMA * old + (1 - EMA) * new, old)
 
-    def _products(self) -> Iterator[tuple[Slice, None, Tensor]]:
-        """Weight times gradient, in pieces, each in the memory of the one before: fresh memory is slower than both."""
-        grads, memory = {n: p.grad for n, p in self._by_name().items()}, {}
-        for s, p in self._here(self.schedule.group):
-            if grads[s.param] is None or not p.numel():
+    def _seen_axes(self) -> list[bool]:
+        """Whether every parameter of an axis trains and has a gradient now."""
+        seen = {name for name, p in self._by_name().items() if p.requires_grad and p.grad is not None}
+        return [params <= seen for params in self._params_of_axes]
+
+    def _parts(self, product: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Part]:
+        """A product of weights and gradients, piece by piece: large temporary tensors are slow."""
+        params = self._by_name()
+        for s, p in on_this_rank(self._group, params):
+            grad = params[s.param].grad
+            if grad is None or not p.numel():
                 continue
-            out = memory.setdefault((p.device, p.dtype), torch.empty_like(p[:0]))
-            rows = max(1, PIECE * p.shape[s.dim] // p.numel())
-            pieces = [[s.owner], [p], [_local(grads[s.param])]]
-            if rows < p.shape[s.dim]:
-                pieces = [t.split(rows, dim) for (t,), dim in zip(pieces, (0, s.dim, s.dim), strict=True)]
-            for owner, x, grad in zip(*pieces, strict=True):
-                yield s._replace(owner=owner), None, torch.mul(x, grad, out=out.resize_(0))
+            grad = local(grad)
+            grad = grad.to_dense() if grad.is_sparse else grad
+            positions = max(1, PIECE * p.shape[s.dim] // p.numel())
+            pieces = (t.split(positions, dim) for t, dim in ((s.owner, 0), (p, s.dim), (grad, s.dim)))
+            for owner, x, g in zip(*pieces, strict=True):
+                yield Part(s._replace(owner=owner), None, product(x, g))
 
     def _choose(self, share: float) -> Tensor:
-        """The least salient living ZIGs for their cost, so that `share` of the way to the target is gone with them and
-        the zero ones. They go in blocks, so that what stays of an axis is a multiple and above its floor."""
-        plan, zero = self.schedule, self.zero.numpy()
-        axis = np.repeat(np.arange(len(plan.sizes)), plan.sizes)
-        salience, of_axes = (self._own[name].cpu().numpy() for name in ("salience", "salience_of_axes"))
-        normed = of_axes < NORMED * _per_axis(salience, plan.sizes)
-        salience = np.where(zero, -np.inf, salience)
-        order = np.lexsort((salience, axis))  # axis after axis, each from the least salient on
-        rank = np.arange(plan.size) - (np.cumsum(plan.sizes) - plan.sizes)[axis]
-        living = plan.sizes - _per_axis(zero, plan.sizes)
-        salience[order] *= np.where(normed[axis], living[axis] / (plan.sizes[axis] - rank), 1) ** 2
-        first = (plan.sizes - 1) % plan.multiple + 1  # what has to go before multiples stay
-        block = np.where(rank < first[axis], 0, 1 + (rank - first[axis]) // plan.multiple[axis])
-        tie = plan.tie[axis]
-        together = np.lexsort((rank, axis, block, tie))  # tied axes lose a block each at a time
-        together = together[(first[axis] + block * plan.multiple[axis] <= plan.room[axis])[together]]
-        order, axis, tie, block = order[together], axis[together], tie[together], block[together]
-        starts = np.flatnonzero(np.diff(tie, prepend=-1) | np.diff(block, prepend=-1))
-        score = np.add.reduceat(salience[order], starts) / np.add.reduceat(plan.cost[axis], starts)
-        blocks = candidates = np.argsort(score, kind="stable")
-        tie = tie[starts]
-        dense = plan.work.left(0 * plan.sizes)
-        goal = dense - round((dense - plan.target) * share)
-
-        def left(chosen: np.ndarray) -> float:
-            n = np.bincount(tie[chosen], minlength=len(plan.sizes))[plan.tie]
-            return plan.work.left(np.where(n, first + (n - 1) * plan.multiple, 0))
-
-        best = blocks
-        while left(blocks) <= goal:  # the fewest that do; rather others than a big one that does too much
-            blocks = blocks[: bisect.bisect_left(range(len(blocks)), -goal, key=lambda n: -left(blocks[:n]))]
-            best = max(best, blocks, key=left)
-            if not len(blocks) or goal - left(blocks) <= SLACK * dense:
-                break
-            big, rest = blocks[-1], candidates[len(blocks) :]
-            blocks = candidates = np.concatenate([blocks[:-1], rest[tie[rest] != tie[big]]])
-        chosen = np.zeros(plan.size, bool)
-        place = np.full(len(starts), len(starts))
-        place[best] = np.arange(len(best))
-        place = np.repeat(place, np.diff(starts, append=len(order)))
-        picked = order[np.argsort(place, kind="stable")][: (place < len(starts)).sum()]
-        picked = picked[~zero[picked]]
-        # more may be zero already than this event asks for: a state that was loaded into another schedule
-        chosen[picked[: max(0, int(dense - goal) - zero.sum()) if plan.exact else None]] = True
-        return torch.from_numpy(chosen)
+        """The ZIGs to be made zero next. Those without a gradient since the last choice have no salience and stay."""
+        zero = self._made_zero.numpy()
+        salience, of_axes = (self._own[name].cpu().double().numpy() for name in ("salience", "salience_of_axes"))
+        sampled = self._own["sampled"].cpu().numpy() > 0
+        weighted = weigh_survivors(salience, of_axes, zero, self.limits)
+        chosen = choose(weighted, zero, sampled, share, self.limits, self.budget)
+        self._own["sampled"] = torch.zeros_like(self._own["sampled"], device="cpu")
+        return self._agreed(torch.from_numpy(chosen))
 
     # on the parameters ------------------------------------------------------------------------
 
-    def _rows(self, mask: Tensor) -> Iterator[tuple[Slice, Tensor, Tensor]]:
-        """(slice, positions, a copy of the parameter there) for the ZIGs of a mask, of what this rank holds."""
-        for s, p, index in _positions(mask, self._here(self.schedule.group)):
-            yield s, index, p.index_select(s.dim, index)
+    def _sums(self, *many: Iterable[Part]) -> Tensor:
+        """Sums over the ZIGs, (len(many), num_zigs), of all ranks together."""
+        params = self._by_name()
+        return sum_over_zigs(many, {s.param: params[s.param] for s in self._group}, self.num_zigs)
 
-    def _sum(self, parts: Iterable[tuple[Slice, Tensor | None, Tensor]]) -> Tensor:
-        return self._sums(parts)[0]
+    def _agreed(self, zigs: Tensor) -> Tensor:
+        """A mask as the first of the ranks has it that train these parameters together."""
+        replicas = self._process_group
+        if replicas is None and dist.is_initialized():
+            replicas = dist.group.WORLD
+        params = self._by_name()
+        return agreed(zigs.to(torch.uint8), [params[s.param] for s in self._group], replicas) > 0
 
-    def _sums(self, *many: Iterable[tuple[Slice, Tensor | None, Tensor]]) -> Tensor:
-        """Sums tensors over everything but their ZIGs: (len(many), num_zigs), on the CPU, in at least float32.
-
-        Parts are what this rank holds; the result is that of all ranks together, bit by bit the same on each of them.
-        """
-        by_name = self._by_name()
-        params = {s.param: by_name[s.param] for s in self.schedule.group}
-        dtype = functools.reduce(torch.promote_types, [p.dtype for p in params.values()], torch.float32)
-        layouts = {name: _layout(p) for name, p in params.items()}
-        shape = (len(many), self.schedule.size + 1)
-        # the same layouts in the same order on all ranks, whatever these hold
-        sums = {layout: torch.zeros(shape, dtype=dtype, device=layout.device) for layout in layouts.values()}
-        for k, parts in enumerate(many):
-            found: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
-            for s, index, values in parts:
-                over = [dim for dim in range(values.dim()) if dim != s.dim]
-                rows = values.sum(over, dtype=dtype) if over else values.to(dtype, copy=True)  # (n,)
-                found[layouts[s.param]].append((s.owner if index is None else s.owner[index.cpu()], rows))
-            for layout, pairs in found.items():
-                if pairs:  # one sum is faster than one for each slice
-                    owner, rows = map(torch.cat, zip(*pairs, strict=True))
-                    sums[layout][k].index_add_(0, owner.to(rows.device), rows)
-        total = torch.zeros(shape, dtype=dtype)
-        for layout, part in sums.items():
-            for group in layout.groups:  # none for replicated parameters: they are counted once
-                dist.all_reduce(part, group=group)
-            total = part + total.to(part.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(total, 0)  # replicas may round otherwise
-        return total[:, :-1].cpu()
-
-    def _scale(self, mask: Tensor, factor: float) -> None:
+    def _scale(self, zigs: Tensor, factor: float) -> None:
         """Multiplies the ZIGs of a mask: a whole multiply per tensor is faster than one by index."""
-        table = torch.ones(self.schedule.size + 1)
-        table[:-1][mask] = factor
-        for s, p in self._here(self.schedule.group):
-            factors = table.index_select(0, s.owner)
-            if (factors != 1).any():
-                p.mul_(factors.view([-1 if d == s.dim else 1 for d in range(p.dim())]).to(p.device, p.dtype))
+        if not zigs.any():
+            return
+        factors = torch.ones(self.num_zigs).masked_fill(zigs, factor)
+        for s, p in on_this_rank(self._group, self._by_name()):
+            p.mul_(per_position(factors, s.owner, s.dim, p))
 
-    def _freeze(self, mask: Tensor) -> None:
+    def _freeze(self, zigs: Tensor) -> None:
         """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
         params = self._by_name()
-        for s, p, index in _positions(mask, self._here(self.schedule.group + self.schedule.readers)):
-            for t in (p, *self.state[params[s.param]].values()):
-                if isinstance(t, Tensor) and t.is_floating_point() and _local(t).shape == p.shape:
-                    _local(t).index_fill_(s.dim, index.to(t.device), 0)
-        self._own["zero"] = (self.zero | mask).to(torch.uint8)
+        for (s, index, _), p in self._rows_and_weights(rows_of(zigs, self._group + self._readers, params)):
+            p.index_fill_(s.dim, index, 0)
+            for state in self.state[params[s.param]].values() if params[s.param] in self.state else ():
+                if _can_be_zeroed(state, p):
+                    local(state).index_fill_(s.dim, index, 0)
+        self._own["zero"] = (self._made_zero | zigs).to(torch.uint8)
 
-    def _guard(self) -> None:
-        """Zeroes again what gets gradients though zero: groups whose reader is frozen or sees more than zeros."""
-        if self.schedule.guarded:
-            for s, p, index in _positions(self.zero, self._here(self.schedule.guarded)):
-                p.index_fill_(s.dim, index, 0)
+    def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
+        params = self._by_name()
+        for row in rows:
+            yield row, local(params[row.slice.param])
 
+    # zeros stay zero --------------------------------------------------------------------------
 
-class Layout(NamedTuple):
-    """Where the parts of a sum lie and which process groups add them up; none for what every rank holds whole."""
+    def _frozen_rows_and_weights(self) -> list[tuple[Rows, Tensor]]:
+        """The zero positions of all groups, found once for each freeze, and the weights that they are of now."""
+        found = vars(self).get("_frozen")
+        if found is None or found.mask is not self._own["zero"]:
+            rows = rows_of(self._made_zero, self._group, self._by_name())
+            found = self._frozen = _Frozen(self._own["zero"], rows)
+        return list(self._rows_and_weights(found.rows))
 
-    device: torch.device
-    groups: tuple[dist.ProcessGroup, ...] = ()
+    def _hold_zeros(self, now: int) -> None:
+        """Zeroes again what moved though its ZIG is zero, and remembers which parameters do that.
 
-
-def _layout(p: Tensor) -> Layout:
-    if not isinstance(p, DTensor):
-        return Layout(p.device)
-    if other := [x for x in p.placements if type(x) not in (Shard, Replicate)]:
-        raise OTOError(
-            f"a parameter of shape {tuple(p.shape)} is placed as {other[0]}: tensor parallel is not supported, "
-            "use FSDP2 or HSDP (fully_shard) alone, or DDP"
-        )
-    sharded = [i for i, x in enumerate(p.placements) if isinstance(x, Shard)]
-    return Layout(p.to_local().device, tuple(p.device_mesh.get_group(i) for i in sharded))
-
-
-def _local(t: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def _owned(s: Slice, p: Tensor) -> Tensor:
-    """The owners of the positions that this rank holds of a parameter: DTensors are cut as by `torch.chunk`."""
-    owner = s.owner
-    if isinstance(p, DTensor):
-        for i, placement in enumerate(p.placements):
-            if isinstance(placement, Shard) and placement.dim == s.dim:
-                chunks = owner.chunk(p.device_mesh.size(i))
-                rank = p.device_mesh.get_local_rank(i)
-                owner = chunks[rank] if rank < len(chunks) else owner[:0]
-    return owner
-
-
-def paper_salience(xd: Tensor, xx: Tensor, dd: Tensor, elements: Tensor) -> Tensor:
-    """How redundant each group is, (n,): the mean of cos(x, d) and of 1 / (|x| / size), each L2-normalised."""
-    cosine = torch.nan_to_num(xd / (xx * dd).sqrt(), posinf=0.0, neginf=0.0)
-    small = 1 / (xx.sqrt() / elements + 1e-6)
-    return 0.5 * torch.nn.functional.normalize(cosine, dim=0) + 0.5 * torch.nn.functional.normalize(small, dim=0)
+        All zero positions are looked at in the step of a freeze and in the next, in which momentum that could not be
+        zeroed would show; later one ZIG of every slice, another in each step: what moves zeros (noise, a penalty, a
+        teacher) moves all of them. `zero`, and so every number that is reported, looks at all of them.
+        """
+        rows = self._frozen_rows_and_weights()
+        frozen: _Frozen | None = vars(self).get("_frozen")
+        if not rows or frozen is None:
+            return
+        watched = [(row, p) for row, p in rows if (row.slice.param, row.slice.dim) not in self._restless]
+        if frozen.full_looks > 0:
+            frozen.full_looks -= 1
+            moved = [(row, p) for row, p in watched if p.index_select(row.slice.dim, row.index).any()]
+        else:
+            one_zig = [p.select(row.slice.dim, row.positions[now % len(row.positions)]) for row, p in watched]
+            norm = torch.nn.utils.get_total_norm(one_zig, math.inf)
+            moved = watched if bool(norm != 0) else []
+        if moved:
+            names = {(row.slice.param, row.slice.dim) for row, _ in moved}
+            logger.info(
+                "something besides the loss moves ZIGs that are zero, of %s and %d other parameters (noise on "
+                "gradients, a penalty, a momentum that can't be zeroed): they are zeroed after every step from now on",
+                min(names)[0], len(names) - 1,
+            )  # fmt: skip
+            self._restless |= names
+        for row, p in rows:
+            if (row.slice.param, row.slice.dim) in self._restless:
+                p.index_fill_(row.slice.dim, row.index, 0)
 
 
-def paper_lambda(xd: Tensor, xx: Tensor, dd: Tensor, lam: float, amplify: float, hat: float) -> Tensor:
-    """The penalty of each group, (n,): lam, or between its bounds where the step would grow the norm (<x, d> < 0)."""
-    low, high = -xd / xx.sqrt(), -dd * xx.sqrt() / xd
-    grown = (amplify * low).clamp(lam, hat * lam)
-    grown = torch.where(grown >= high, (low + high) / 2, grown)
-    return torch.where(xd < 0, grown, torch.full_like(xd, lam))
+class _Frozen:
+    """Where the zeros of one mask are."""
+
+    def __init__(self, mask: Tensor, rows: list[Rows]) -> None:
+        self.mask = mask
+        self.rows = rows
+        self.full_looks = 2
 
 
-def _spread(values: Tensor, s: Slice, index: Tensor, like: Tensor) -> Tensor:
-    """One number per ZIG -> one per position of the slice, broadcastable to `like`."""
-    shape = [-1 if d == s.dim else 1 for d in range(like.dim())]
-    return values.to(like.device, like.dtype)[s.owner.to(like.device)[index]].view(shape)
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """The terms of the real inner product."""
+    return (x.conj() * y).real if x.is_complex() else x * y
 
 
-def the_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
-    """The one target that is given, by name, checked; group sparsity 0.5 if none is."""
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are both given: one target at a time")
-    name, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
-    for one in value.values() if name == "target_per_axis" else [value]:
-        if not (0 <= one < 1 if name in SPARSITIES else 0 < one <= 1):
-            raise ValueError(f"{name} is {value}: it must be in {'[0, 1)' if name in SPARSITIES else '(0, 1]'}")
-    return name, value
+def _weight_squared(weight: Tensor, gradient: Tensor) -> Tensor:
+    return inner(weight, weight)
 
 
-def _most(axes: Sequence[PrunableAxis], min_keep: float, wanted: Mapping[str, float] | None) -> list[int]:
-    """How many ZIGs of every axis may go: all above the floor, or as many as {regular expression: target} wants."""
-    most = [axis.size - max(1, math.ceil(min_keep * axis.size)) for axis in axes]
-    if wanted is None:
-        return most
-    asked = [round(next((t for p, t in wanted.items() if re.search(p, axis.name)), 0) * axis.size) for axis in axes]
-    for axis, n, limit in zip(axes, asked, most, strict=True):
-        if n > limit:
-            raise ValueError(
-                f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
-                f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
-            )
-    return asked
+def _gradient_squared(weight: Tensor, gradient: Tensor) -> Tensor:
+    return inner(gradient, gradient)
 
 
-def _goal(kind: str, wanted: Any, work: Work, room: np.ndarray, min_keep: float) -> float:
-    """How much of the work is left in the end."""
-    dense, least = work.left(0 * room), work.left(room)
-    if kind == "target_per_axis":
-        return least
-    goal = dense - round(wanted * dense) if kind == "target_group_sparsity" else wanted * dense
-    if goal < least:
-        bound = math.floor(1000 * (1 - least / dense)) if kind in SPARSITIES else math.ceil(1000 * least / dense)
-        raise ValueError(
-            f"{kind}={wanted} is not feasible: with min_keep={min_keep} it can be "
-            f"at {'most' if kind in SPARSITIES else 'least'} {bound / 1000}"
-        )
-    return goal
+def _can_be_zeroed(state: Any, p: Tensor) -> bool:
+    """Whether what an optimizer keeps of a parameter is a plain tensor of its shape, not a quantised one, say."""
+    if not isinstance(state, Tensor):
+        return False
+    here = local(state) if isinstance(state, DTensor) else state
+    plain = type(here) in (Tensor, torch.nn.Parameter)
+    return plain and here.shape == p.shape and (here.is_floating_point() or here.is_complex())
 
 
-def _multiple(axis: PrunableAxis, divisible: int | None) -> int:
-    """Of how many ZIGs a multiple has to stay for the width to be divisible; one ZIG may be several channels wide."""
-    width = next(m for m in axis.members if m.role == "producer").positions(axis.size).shape[1]
-    divisible = divisible or (8 if width * axis.size >= 64 else 1)
-    return math.lcm(axis.multiple, divisible // math.gcd(divisible, width))
+def _without_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else params
+    return {**group, "params": [p[1] if isinstance(p, tuple) else p for p in params]}
 
 
-def _room(
-    axes: Sequence[PrunableAxis], most: Sequence[int], multiple: Sequence[int], tied: Sequence[Sequence[str]] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tie of every axis, of what a multiple stays, and how many may go, each (axes,), given the limits of each."""
-    tie, multiple, room = np.arange(len(axes)), np.array(multiple, int), np.zeros(len(axes), int)
-    if tied is None:
-        for a, axis in enumerate(axes):
-            first = (axis.size - 1) % multiple[a] + 1  # has to go for a multiple to stay
-            room[a] = first + (most[a] - first) // multiple[a] * multiple[a] if most[a] >= first else 0
-        return tie, multiple, room
-    number = {axis.name: a for a, axis in enumerate(axes)}
-    for names in tied:
-        some = [number[name] for name in names if name in number]
-        steps = math.gcd(*(axes[a].size for a in some))
-        step = math.lcm(*(int(multiple[a]) // math.gcd(multiple[a], axes[a].size // steps) for a in some))
-        if len(some) == len(names) and steps % step == 0:
-            tie[some], multiple[some] = some[0], [step * axes[a].size // steps for a in some]
-            room[some] = multiple[some] * min(most[a] // multiple[a] for a in some)
-    return tie, multiple, room
-
-
-def _per_axis(zigs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """How many ZIGs of every axis are in a mask, (axes,)."""
-    return np.array([part.sum() for part in np.split(zigs, np.cumsum(sizes)[:-1])], float)
-
-
-def _positions(mask: Tensor, here: Iterable[tuple[Slice, Tensor]]) -> Iterator[tuple[Slice, Tensor, Tensor]]:
-    """(slice, parameter, its positions whose ZIG is in the mask), where there are some."""
-    padded = torch.cat([mask, torch.zeros(1, dtype=torch.bool)])
-    for s, p in here:
-        index = padded.index_select(0, s.owner).nonzero().squeeze(1)
-        if len(index):
-            yield s, p, index.to(p.device)
-
-
-def _slices(
-    axes: Sequence[PrunableAxis],
-    members: Mapping[str, Sequence[Member]],
-    params: Mapping[str, Tensor],
-    known: dict[bytes, Tensor],
-) -> tuple[Slice, ...]:
-    """The members of all axes as one owner vector per parameter dimension."""
-    total = sum(axis.size for axis in axes)
-    owners: dict[tuple[str, int], np.ndarray] = {}
-    start = 0
+def _elements(axes: Sequence[PrunableAxis], params: Mapping[str, Tensor]) -> Tensor:
+    """Parameters of one ZIG of each axis, (axes,)."""
+    counts = []
     for axis in axes:
-        zigs = np.arange(start, start + axis.size)[:, None]
-        for m in members.get(axis.name, ()):
-            owner = owners.setdefault((m.param, m.dim), np.full(params[m.param].shape[m.dim], total, np.int32))
-            owner[m.positions(axis.size)] = zigs
-        start += axis.size
-    return tuple(
-        Slice(name, dim, known.setdefault(owner.tobytes(), torch.from_numpy(owner)))
-        for (name, dim), owner in owners.items()
-    )
-
-
-def _events(total_steps: int, window: tuple[float, float], count: int) -> tuple[int, ...]:
-    """Steps of the choices and of the end of pruning, evenly over the window: count + 1 of them."""
-    begin, end = max(1, round(window[0] * total_steps)), round(window[1] * total_steps)
-    if not 0 <= window[0] < window[1] <= 1:
-        raise ValueError(f"window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
-    if end - begin < count:
-        needed = math.ceil((count + 2) / (window[1] - window[0]))
-        raise ValueError(
-            f"total_steps is {total_steps}, fewer training steps than the pruning window {window} with {count} events "
-            f"needs: train for {needed} steps or more, or widen the window"
-        )
-    return tuple(begin + round(i * (end - begin) / count) for i in range(count + 1))
-
-
-def _chosen(i: int, events: tuple[int, ...]) -> float:
-    """How much of the way to the target is chosen by the i-th event."""
-    return 1 - (1 - i / (len(events) - 1)) ** 3
-
-
-@functools.cache
-def _sample_steps(events: tuple[int, ...]) -> frozenset[int]:
-    """The steps at which salience is sampled, evenly before each choice."""
-    steps: set[int] = set()
-    for i, (previous, event) in enumerate(zip((0, *events), events[:-1], strict=False)):
-        part = (_chosen(i + 1, events) - _chosen(i, events)) / _chosen(1, events)
-        count = min(max(1, round(SAMPLES * part)), event - previous)
-        steps |= {event - k * (event - previous) // count for k in range(count)}
-    return frozenset(steps)
-
-
-@functools.cache
-def _shrink_steps(events: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-    """The steps that make redundant ZIGs smaller, SHRINKS of them up to each event -> (the one before, the event)."""
-    steps = {}
-    for previous, event in itertools.pairwise(events):
-        some = sorted({previous + math.ceil(i * (event - previous) / SHRINKS) for i in range(SHRINKS + 1)})
-        steps |= {now: (before, event) for before, now in itertools.pairwise(some)}
-    return steps
-
-
-@functools.cache
-def _with_base(cls: type, base: type[torch.optim.Optimizer]) -> type:
-    """The class whose step is ours around that of `base`."""
-    if issubclass(cls, base):
-        return cls
-    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        count = 0
+        for m in axis.group:
+            p = params[m.param]
+            count += m.positions(axis.size).shape[1] * p.numel() // p.shape[m.dim]
+        counts.append(count)
+    return torch.tensor(counts, dtype=torch.float32)
 
 
 def _fingerprint(axes: Sequence[PrunableAxis]) -> str:
     """What tells partitions apart: the names and sizes of the axes, in their order."""
     text = "\n".join(f"{axis.name} {axis.size}" for axis in axes)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _rebuild(base: type[torch.optim.Optimizer]) -> DHSPG:
-    """An empty optimizer, for pickle and deepcopy to fill."""
-    return DHSPG.__new__(DHSPG, base=base)

@@ -37,11 +37,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .calls import Forward, as_forwards, own_copy, raise_if_out_of_memory, recorded
 from .card import IN_PROGRESS, add_to_card, model_card
 from .certificate import certify
+from .choice import the_target
 from .cut import Cut, TrialCut, compact_, resolve
-from .dhspg import DHSPG, the_target
+from .dhspg import DHSPG
 from .examples import Beginning
 from .figures import save_figures
 from .modeling_oto import FILE_NAME, OTOError
+from .paper import PaperDHSPG
 from .partition import partition_zigs
 from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
 from .report import Report, measure, scores, size
@@ -434,20 +436,20 @@ class OTOMixin:
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
-        mode = self._setting("pruning_mode")
-        scheduled = {name: self._setting(name) for name in ("min_keep", "group_divisible")}
-        scheduled["window"] = self._setting("pruning_window")
+        params = [group for group in groups if group["params"]]
+        common = {"base": cls, "params": params, "total_steps": steps, **kwargs}
+        targets = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
+        if self._setting("pruning_mode") == "paper":
+            return PaperDHSPG(model, self.partition, **common, **targets)
         return DHSPG(
             model,
             self.partition,
-            base=cls,
-            params=[group for group in groups if group["params"]],
-            total_steps=steps,
-            **{name: self._setting(name) for name in TARGETS},
-            mode=mode,
+            window=self._setting("pruning_window"),
+            min_keep=self._setting("min_keep"),
+            group_divisible=self._setting("group_divisible"),
             tied=None if self._ties is None else [tie.axes for tie in self._ties],
-            **(scheduled if mode == "scheduled" else {}),
-            **kwargs,
+            **common,
+            **targets,
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

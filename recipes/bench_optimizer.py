@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from hf_oto import DHSPG, partition_zigs
-from hf_oto.dhspg import _sample_steps, _shrink_steps
 
 SMALL = ViTConfig(
     hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768, image_size=32, patch_size=4
@@ -48,15 +47,6 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
 
-def bytes_of(optimizer: DHSPG) -> int:
-    """Memory of what DHSPG keeps beside its base: the table of groups, and the masks and salience."""
-    plan, own = optimizer.schedule, optimizer.param_groups[0]
-    slices = [*plan.group, *plan.readers, *plan.guarded]
-    arrays = [plan.sizes, plan.room, plan.multiple, plan.cost, plan.elements, *plan.work]
-    tensors = {id(t): t for t in [*(s.owner for s in slices), *own.values()] if torch.is_tensor(t)}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(a.nbytes for a in arrays)
-
-
 def timed(optimizer: torch.optim.Optimizer) -> float:
     """Seconds of one step."""
     start = time.perf_counter()
@@ -64,15 +54,15 @@ def timed(optimizer: torch.optim.Optimizer) -> float:
     return time.perf_counter() - start
 
 
-def bench(model: PreTrainedModel, base: str, steps: int) -> None:
-    """Prints the ratios of one model and base."""
+def bench(model: PreTrainedModel, base: str, steps: int, noise: bool) -> None:
+    """Prints the ratios of one model and base; with noise, zero ZIGs have gradients too."""
     cls, settings = BASES[base]
     partition = partition_zigs(model, inputs_of(model))
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         p.grad = torch.randn(p.shape, generator=generator) * 1e-3
-        q.grad = p.grad  # read only
+        q.grad = p.grad.clone()
     plain = cls(twin.parameters(), **settings)
     ours = DHSPG(model, partition, base=cls, total_steps=steps, **settings)
     events = ours.schedule.events
@@ -81,17 +71,21 @@ def bench(model: PreTrainedModel, base: str, steps: int) -> None:
         pair = (timed(plain), timed(ours)) if now % 2 else (timed(ours), timed(plain))[::-1]
         if now in events:
             kind = "choice"
-        elif now in _sample_steps(events):
+        elif now in ours.schedule.sample_steps:
             kind = "salience"
-        elif now in _shrink_steps(events):
+        elif now in ours.schedule.factors:
             kind = "shrinking"
         else:
             kind = "after the freeze" if now > events[-1] else "other"
+        if now in events and not noise:  # a loss has no gradients there
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                p.grad.mul_(p != 0)
+                q.grad.copy_(p.grad)
         if now > 3:  # the first steps make the optimizers' states
             rows.setdefault(kind, []).append(pair)
             rows.setdefault("whole run", []).append(pair)
     params = sum(p.numel() for p in model.parameters())
-    memory, step = bytes_of(ours) / params / 4, 1e3 * statistics.median(a for a, _ in rows["whole run"])
+    memory, step = ours.nbytes / params / 4, 1e3 * statistics.median(a for a, _ in rows["whole run"])
     print(f"{base}, {params / 1e6:.1f}M parameters, {partition.num_zigs:,} ZIGs, memory {memory:.2%} of the weights, "
           f"base step {step:.1f} ms")  # fmt: skip
     whole = sum(b - a for a, b in rows["whole run"])
@@ -110,6 +104,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--base", choices=BASES, action="append")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--noise", action="store_true", help="gradients on zero ZIGs too: they are undone every step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.model or MODELS:
@@ -117,7 +112,7 @@ def main() -> None:
         model = MODELS[name]()
         for base in options.base or BASES:
             print(name, end=": ")
-            bench(copy.deepcopy(model), base, options.steps)
+            bench(copy.deepcopy(model), base, options.steps, options.noise)
 
 
 if __name__ == "__main__":

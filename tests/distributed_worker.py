@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, partition_zigs
 from hf_oto import trainer as trainer_module
+from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.zigs import Member, OTOError, PrunableAxis
 
 torch.set_num_threads(1)
@@ -70,11 +71,11 @@ def net(kind=""):
     return model
 
 
-def optimizer_for(model, cls=DHSPG, mode="scheduled", **more):
+def optimizer_for(model, cls=DHSPG, **more):
     base = {"base": torch.optim.AdamW, "lr": 1e-2, "num_events": 2}
-    if mode == "paper":
-        base = {"base": torch.optim.SGD, "lr": 0.3, "lam": 0.5}
-    more = {"target_group_sparsity": 0.5, "total_steps": STEPS, "mode": mode} | more
+    if cls is PaperDHSPG:
+        base = {"base": torch.optim.SGD, "lr": 0.3, "penalty": Penalty(0.5, 2.0, 10.0, 0.0)}
+    more = {"target_group_sparsity": 0.5, "total_steps": STEPS} | more
     return cls(model, PARTITION, weight_decay=0.1, **base, **more)
 
 
@@ -111,8 +112,10 @@ class Rough(DHSPG):
     def _sums(self, *many):
         noise = torch.Generator().manual_seed(dist.get_rank())
         rough = [
-            [(s, i, v * (1 + 1e-6 * torch.randn(v.shape, generator=noise))) for s, i, v in parts] for parts in many
-        ]
+            [part._replace(values=part.values * (1 + 1e-6 * torch.randn(part.values.shape, generator=noise)))
+             for part in parts]
+            for parts in many
+        ]  # fmt: skip
         return super()._sums(*rough)
 
 
@@ -183,7 +186,7 @@ def optimizers(rank, world, folder):
 
     found["ddp"] = ran(*ddp())
     found["ddp accumulated"] = ran(*ddp(), accumulate=2)
-    found["ddp paper"] = ran(*ddp(mode="paper"))
+    found["ddp paper"] = ran(*ddp(cls=PaperDHSPG))
     found["ddp tied"] = ran(*ddp("tied"))
     found["ddp rough"] = ran(*ddp("alike", cls=Rough))
     with silent("broadcast"):
@@ -196,10 +199,10 @@ def optimizers(rank, world, folder):
     found["fsdp2"] = result(model, optimizer)
     found["fsdp2 made before"] = ran(*sharded(after=False))
     found["fsdp2 accumulated"] = ran(*sharded(), accumulate=2)
-    found["fsdp2 paper"] = ran(*sharded(mode="paper"))
+    found["fsdp2 paper"] = ran(*sharded(cls=PaperDHSPG))
     found["fsdp2 tied"] = ran(*sharded("tied"))
     found["mixed"] = ran(*sharded(parts=("b", "d")))
-    found["mixed paper"] = ran(*sharded(parts=("b", "d"), mode="paper"))
+    found["mixed paper"] = ran(*sharded(parts=("b", "d"), cls=PaperDHSPG))
     with silent("all_reduce"):  # of fsdp2 itself: reduce-scatter
         found["fsdp2, broken"] = ran(*sharded())
     for shape in ((1, world), (world, 1)):

@@ -15,8 +15,6 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from hf_oto.dhspg import _sample_steps
-
 ROOT = Path(__file__).parents[1]
 WORKER = str(ROOT / "tests" / "distributed_worker.py")
 FORKED = [sys.executable, WORKER]
@@ -51,9 +49,9 @@ def distance(a, b):
 # the optimizer ----------------------------------------------------------------------------
 
 
-def one_process(accumulate=1, kind="", mode="scheduled", halved=False):
+def one_process(accumulate=1, kind="", cls=worker.DHSPG, halved=False):
     model = worker.net(kind)
-    optimizer = worker.optimizer_for(model, mode=mode)
+    optimizer = worker.optimizer_for(model, cls=cls)
     if halved:  # the second half of every batch is left out
         worker.train(model, optimizer, world=2)
     else:
@@ -72,7 +70,7 @@ def test_micro_batches_are_one_large_batch():
 def test_optimizer_across_processes(tmp_path):
     launch(*FORKED, str(tmp_path), "optimizers:2", "hsdp:4")
     ranks, four = results(tmp_path, "optimizers"), results(tmp_path, "hsdp", 4)
-    one = {"": one_process(), "paper": one_process(mode="paper"), "tied": one_process(kind="tied")}
+    one = {"": one_process(), "paper": one_process(cls=worker.PaperDHSPG), "tied": one_process(kind="tied")}
     assert all(int(run["zero"].sum()) == 8 for run in one.values())
     # ties are broken by position, wherever the ZIGs lie: all but the floor of the first axis, then the second
     assert one["tied"]["zero"].tolist() == [True] * 6 + [False] + [True] * 2 + [False] * 7
@@ -96,8 +94,8 @@ def test_optimizer_across_processes(tmp_path):
     assert distance(ranks[0]["fsdp2, broken"], one[""]) == float("inf")
 
     traffic = ranks[0]["traffic"]
-    events = worker.optimizer_for(worker.net()).schedule.events
-    assert traffic["decisions"] == len(_sample_steps(events)) > len(events) - 1
+    schedule = worker.optimizer_for(worker.net()).schedule
+    assert traffic["decisions"] == len(schedule.sample_steps) > len(schedule.events) - 1
     assert traffic["sent"] == [worker.PARTITION.num_zigs + 1] * traffic["decisions"]
 
     for rank in four:

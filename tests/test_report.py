@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_oto import DHSPG, OTOTrainer, PruningPlan, ZIGPartition, compact, figures, partition_zigs, report
 from hf_oto.cut import resolve
+from hf_oto.paper import PaperDHSPG
 from hf_oto.report import Report, macs, measure, table
 from hf_oto.zigs import PrunableAxis
 
@@ -166,7 +167,8 @@ def test_what_is_left_is_what_a_cut_leaves(name, seed):
     assert [optimizer.left(partition, work) for work in works] == [1, 1]
     gone = np.random.default_rng(seed).random(partition.num_zigs) < 0.4 + 0.5 * seed
     next(iter(partition.split(gone)))[1][:] = True  # of an axis that is all zero, one ZIG stays
-    optimizer.param_groups[0]["zero"] = torch.from_numpy(gone).to(torch.uint8)
+    with torch.no_grad():
+        optimizer._freeze(torch.from_numpy(gone))
     plan = PruningPlan({axis.name: np.flatnonzero(~g).tolist() or [0] for axis, g in partition.split(gone)})
     dense = [count(model), macs(model, inputs)]
     small = compact(model, partition, plan)
@@ -265,11 +267,12 @@ def test_the_progress_bar_of_a_notebook_shows_them_too(tmp_path):
 def test_phases_of_the_paper():
     """Pruning ends when the target is reached, not at a step."""
     model = bert()
-    optimizer = DHSPG(model, partition_zigs(model), total_steps=100, mode="paper")
+    optimizer = PaperDHSPG(model, partition_zigs(model), total_steps=100)
     state, phases = optimizer.param_groups[0], []
     for step, zeros in ((9, 0), (10, 0), (99, 67), (50, 68)):  # of 136 ZIGs
         state["dhspg_step"] = step
-        state["zero"][:zeros] = 1
+        with torch.no_grad():
+            optimizer._freeze(torch.arange(136) < zeros)
         phases.append(optimizer.phase)
     assert phases == ["warm-up", "pruning", "pruning", "training the rest"]
 
