@@ -123,6 +123,8 @@ class OTOArguments:
         the_target({name: vars(self)[name] for name in TARGETS})
         if self.pruning_mode not in ("scheduled", "paper"):
             raise ValueError(f"pruning_mode is {self.pruning_mode!r}: it must be 'scheduled' or 'paper'")
+        if self.pruning_mode == "paper" and self.uniform:
+            raise ValueError("uniform is True: pruning_mode='paper' knows no equal widths, use 'scheduled'")
         window = self.pruning_window
         if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
             raise ValueError(f"pruning_window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
@@ -192,6 +194,7 @@ class OTOMixin:
         self._steps_made = 0  # of the optimizer; `state.global_step` follows
         self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
+        self._optimizer_text = ""  # the one that DHSPG is around, with its settings
         self._early_card: tuple[Any, Any] | None = None  # what a card was asked for with, while training
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments):
@@ -202,11 +205,6 @@ class OTOMixin:
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
         self._refuse_launcher()
-        if self.optimizer is not None:
-            raise OTOError(
-                "OTOTrainer makes the DHSPG optimizer itself, on the first batch: not optimizers=(...), pass "
-                "optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for your schedule override create_scheduler"
-            )
 
     # training --------------------------------------------------------------------------------------
 
@@ -388,29 +386,39 @@ class OTOMixin:
             raise OTOError(f"compute_loss of {type(self).__name__} does not call its model: override trace_calls")
         return forwards, bool(torch.isfinite(torch.as_tensor(loss)).all())
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """DHSPG around the optimizer that the arguments ask for, with the same parameter groups."""
-        model = self.model if model is None else model
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """DHSPG around the optimizer that the trainer makes or was given, whatever its parameter groups are."""
         self._steps_made = 0
-        if self.optimizer is not None:
-            return self.optimizer
+        if self._dhspg() is None:
+            super().create_optimizer(*args, **kwargs)
+            self._take_over_optimizer(args[0] if args else kwargs.get("model"))
+        return self.optimizer
+
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s (private, of 5.23): what training calls after `create_optimizer`, before the model is sharded.
+        A subclass may have made its optimizer without asking us."""
+        if training and self.is_in_train and self._dhspg() is None:
+            self._take_over_optimizer(None)
+        return super()._wrap_model(model, training, *args, **kwargs)
+
+    def _take_over_optimizer(self, model: torch.nn.Module | None) -> None:
+        model = self.model if model is None else model
+        base = self.optimizer
+        if not isinstance(base, torch.optim.Optimizer):
+            raise OTOError(f"{type(base).__name__} is no torch optimizer, which makes the steps: use one that is")
         _take_off_autocast_(model)  # of an evaluation before; training puts it on again
         with random_states_kept(model):  # training goes on with the numbers it would have drawn
-            self.optimizer = self._dhspg_for(model)
+            self._analyse(model)
+            self.optimizer = self._dhspg_around(base, model)
+        self._optimizer_text = _described(base)
         self._loader = None
         self.optimizer.register_step_post_hook(self._note_step)
-        return self.optimizer
 
     def _note_step(self, *_: Any) -> None:
         self._steps_made = self.state.global_step + 1
 
-    def _dhspg_for(self, model: torch.nn.Module) -> DHSPG:
-        cls, kwargs = self._base_optimizer(model)
-        plain_class = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
-        if not plain_class or {"params", "model", "optimizer_dict"} & kwargs.keys():
-            raise OTOError(
-                f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
-            )
+    def _analyse(self, model: torch.nn.Module) -> None:
+        """Finds the ZIGs, and tries before the first step what has to be possible after the last one."""
         _of_rank_zero(lambda: self._refuse_adapters(model))
         if not self._forwards:
             self._forwards = as_forwards(self.trace_calls())
@@ -424,20 +432,15 @@ class OTOMixin:
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
         _of_rank_zero(lambda: self._rehearse_the_end(model))
+        works = {"params": self.partition.params(model), "macs": self.partition.work}
+        self._works = {name: work for name, work in works.items() if work is not None}
         if self.is_fsdp_enabled:
             self._whole = WholeModel(model)
             self._meeting = torch.distributed.new_group(backend="gloo")  # the one that knows who is missing
-        decay = set(self.get_decay_parameter_names(model))
-        groups = [
-            {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == decayed],
-             "weight_decay": self.args.weight_decay if decayed else 0.0}
-            for decayed in (True, False)
-        ]  # fmt: skip
+
+    def _dhspg_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> DHSPG:
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        works = {"params": self.partition.params(model), "macs": self.partition.work}
-        self._works = {name: work for name, work in works.items() if work is not None}
-        params = [group for group in groups if group["params"]]
-        common = {"base": cls, "params": params, "total_steps": steps, **kwargs}
+        common = {"base": base, "total_steps": steps}
         targets = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
         if self._setting("pruning_mode") == "paper":
             return PaperDHSPG(model, self.partition, **common, **targets)
@@ -695,8 +698,7 @@ class OTOMixin:
                 logger.warning("the card still says that training goes on: %s: %s", type(error).__name__, error)
 
     def _add_to_card(self) -> None:
-        cls, values = self._base_optimizer(self.model)
-        optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
+        optimizer = f"DHSPG of hf_oto around {self._optimizer_text}"
         folder, text = self.args.output_dir, IN_PROGRESS
         if self.report is not None:
             name = self.hub_model_id or Path(folder).name
@@ -720,9 +722,6 @@ class OTOMixin:
 
     # what it reads ---------------------------------------------------------------------------------
 
-    def _base_optimizer(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        return self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-
     def _refuse_launcher(self) -> None:
         """What `accelerate launch` or the model itself, not the arguments, ask for."""
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -742,7 +741,7 @@ class OTOMixin:
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        return optimizer
+        return optimizer if isinstance(optimizer, DHSPG) else None
 
 
 class OTOTrainer(OTOMixin, Trainer):
@@ -785,6 +784,19 @@ FSDP1 = (
 
 # beginnings of arguments that are about the machine, the files or the Hub, not about the training
 OF_THE_PLACE = tuple("output_ log report_ run_ save_ hub_ push_ disable_ debug accelerator_ use_cpu".split())
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's class and settings, as one line; where parameter groups differ in one, all its values."""
+    shown = {}
+    for name in optimizer.defaults:
+        values = [group.get(name) for group in optimizer.param_groups]
+        if len(set(map(str, values))) > 1:
+            shown[name] = values
+        elif values[0]:  # not what is off
+            shown[name] = values[0]
+    cls = type(optimizer)
+    return f"{cls.__module__}.{cls.__qualname__} with {shown}"
 
 
 def _take_off_autocast_(model: torch.nn.Module) -> None:

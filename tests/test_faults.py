@@ -1217,7 +1217,18 @@ def everything(value, depth=6, seen=None):
     return id(value)
 
 
-OURS = {"partition", "plan", "report", "optimizer", "_forwards", "_works", "_ties", "_whole", "_steps_made"}
+OURS = {
+    "partition",
+    "plan",
+    "report",
+    "optimizer",
+    "_forwards",
+    "_works",
+    "_ties",
+    "_whole",
+    "_steps_made",
+    "_optimizer_text",
+}
 
 
 @pytest.mark.parametrize("collator", [masked, OwnMask()])
