@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reasons import FACTORS, FIXED
+from .reasons import FACTORS, FIXED, Reason
 
 ID = np.int32  # of index ids: a model has a few million
 
@@ -69,8 +69,8 @@ class Algebra:
         self._pin = np.zeros(1 << 12, np.int32)  # index into reasons, 0: not pinned
         self._mark = np.zeros(1 << 12, np.uint16)
         self.count = 1
-        self.reasons: list[str] = [""]
-        self._reason_of: dict[str, int] = {}
+        self.reasons = [Reason("")]
+        self._reason_of: dict[Reason, int] = {}
         self.products: list[Product] = []
         self._factored: dict[tuple[bytes, tuple[int, ...]], tuple[np.ndarray, ...]] = {}
         self._merged: dict[tuple[bytes, ...], np.ndarray] = {}
@@ -117,19 +117,19 @@ class Algebra:
             ra, rb = ra[different][::-1], rb[different][::-1]
             self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
 
-    def pin(self, dim: Dim, why: str) -> None:
+    def pin(self, dim: Dim, why: Reason) -> None:
         """No position of dim may be removed."""
         for leaf in dim:
             self.pin_ids(leaf.ids, why)
 
-    def reason(self, why: str) -> int:
+    def reason(self, why: Reason) -> int:
         """The number of a reason; of several for one position the lowest is shown."""
         if why not in self._reason_of:
             self._reason_of[why] = len(self.reasons)
             self.reasons.append(why)
         return self._reason_of[why]
 
-    def pin_ids(self, ids: np.ndarray, why: str) -> None:
+    def pin_ids(self, ids: np.ndarray, why: Reason) -> None:
         """`pin` for plain ids."""
         reason = self.reason(why)
         ids = ids[(ids != 0) & ((self._pin[ids] == 0) | (self._pin[ids] > reason))]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .zigs import PrunableAxis, Work, ZIGPartition
+from .cost import Work
+from .zigs import PrunableAxis, ZIGPartition
 
 OVERSHOOT = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
 UNDER_A_NORM = 0.01  # how little of the salience of its ZIGs an axis as a whole has if a norm takes its scale away

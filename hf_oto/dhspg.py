@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .choice import FRACTIONS_REMOVED, budget_of, choose, counts_exactly, limits_of, the_target, weigh_survivors
+from .cost import Work
 from .modeling_oto import OTOError
 from .schedule import Schedule
 from .slices import Part, Rows, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
-from .zigs import PrunableAxis, PruningPlan, Work, ZIGPartition
+from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
 EMA = 0.9
 PIECE = 2**20  # elements of a parameter that are multiplied at a time
+LOOK_ELSEWHERE = 50  # steps after which other zeros are looked at
 
 
 class Moments(NamedTuple):
@@ -166,6 +168,7 @@ class DHSPG(torch.optim.Optimizer):
         self.num_zigs = int(self.limits.sizes.sum())
         self._salience = salience
         self._process_group = process_group
+        self._frozen: Frozen | None = None
         trained = self._by_name()
         owners: dict[bytes, Tensor] = {}
         readers = {
@@ -174,13 +177,11 @@ class DHSPG(torch.optim.Optimizer):
         # what is zero of a zero ZIG, and what reads it: zero too then, so that its gradients are
         self._group = slices_of(axes, {axis.name: axis.group for axis in axes}, trained, owners)
         self._readers = slices_of(axes, readers, trained, owners)
-        # without a reader that is zeroed too, or where f(0) is not 0, a zero group still gets gradients
+        # without a reader that is zeroed too, a zero group still gets gradients
         unread = [
             axis
             for axis in axes
-            if not axis.zero_path
-            or not readers[axis.name]
-            or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
+            if not readers[axis.name] or len(readers[axis.name]) < sum(m.role == "consumer" for m in axis.members)
         ]
         self._restless = {(m.param, m.dim) for axis in unread for m in axis.group}
         self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
@@ -329,16 +330,11 @@ class DHSPG(torch.optim.Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and what others have put on the instance (a scheduler its own `step`), as torch has it;
+        process groups can't be copied."""
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
-        for name in (
-            "_process_group",
-            "_frozen",
-            "step",
-            "_zero_grad_profile_name",
-            "_warned_capturable_if_run_uncaptured",
-        ):
-            kept.pop(name, None)
-        return kept | {"_process_group": None}
+        kept.pop("step", None)
+        return kept | {"_frozen": None, "_process_group": None}
 
     def __repr__(self) -> str:
         groups = ", ".join(f"{sum(p.numel() for p in g['params']):,} at lr {g['lr']}" for g in self.param_groups)
@@ -358,7 +354,7 @@ class DHSPG(torch.optim.Optimizer):
     def zero(self) -> Tensor:
         """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and in the weights (of a
         sharded model: in those that this rank holds) they are."""
-        zero = self._made_zero
+        zero = self.made_zero
         for rows, p in self._frozen_rows_and_weights():
             moved = p.index_select(rows.slice.dim, rows.index) != 0
             others = [d for d in range(moved.dim()) if d != rows.slice.dim]
@@ -367,12 +363,13 @@ class DHSPG(torch.optim.Optimizer):
         return zero
 
     @property
-    def _made_zero(self) -> Tensor:
+    def made_zero(self) -> Tensor:
+        """Which ZIGs this optimizer has made zero, bool (num_zigs,), whatever is in the weights now."""
         return self._own["zero"].cpu() > 0
 
     def zeros(self, partition: ZIGPartition) -> PruningPlan:
         """What this optimizer has made zero, whatever the weights say now, as a plan that removes it."""
-        parts = np.split(self._made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
+        parts = np.split(self.made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
         gone = dict(zip(self.axis_names, parts, strict=False))
         kept = {}
         for axis in partition.axes:
@@ -388,7 +385,11 @@ class DHSPG(torch.optim.Optimizer):
     @property
     def target_reached(self) -> bool:
         """Whether as many ZIGs are zero as the target asks for."""
-        return self._left(self.zero.numpy()) <= self.budget.goal
+        return self.reaches_target(self.zero)
+
+    def reaches_target(self, zero: Tensor) -> bool:
+        """Whether the target would be reached with these zeros, bool (num_zigs,)."""
+        return self._left(zero.numpy()) <= self.budget.goal
 
     def _left(self, zero: np.ndarray) -> float:
         return self.budget.work.left(self.limits.count(zero))
@@ -419,8 +420,8 @@ class DHSPG(torch.optim.Optimizer):
     def nbytes(self) -> int:
         """Memory, in bytes, of what it keeps beside the base optimizer: owners of positions, masks and salience."""
         kept = [s.owner for s in self._group + self._readers] + [t for t in self._own.values() if torch.is_tensor(t)]
-        if (frozen := vars(self).get("_frozen")) is not None:
-            kept += [row.index for row in frozen.rows]
+        if self._frozen is not None:
+            kept += [rows.index for rows in self._frozen.rows]
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values())
 
     def _by_name(self) -> dict[str, Tensor]:
@@ -544,7 +545,7 @@ class DHSPG(torch.optim.Optimizer):
 
     def _choose(self, share: float) -> Tensor:
         """The ZIGs to be made zero next. Those without a gradient since the last choice have no salience and stay."""
-        zero = self._made_zero.numpy()
+        zero = self.made_zero.numpy()
         salience, of_axes = (self._own[name].cpu().double().numpy() for name in ("salience", "salience_of_axes"))
         sampled = self._own["sampled"].cpu().numpy() > 0
         weighted = weigh_survivors(salience, of_axes, zero, self.limits)
@@ -583,7 +584,7 @@ class DHSPG(torch.optim.Optimizer):
             for state in self.state[params[s.param]].values() if params[s.param] in self.state else ():
                 if _can_be_zeroed(state, p):
                     local(state).index_fill_(s.dim, index, 0)
-        self._own["zero"] = (self._made_zero | zigs).to(torch.uint8)
+        self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
 
     def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
         params = self._by_name()
@@ -594,51 +595,58 @@ class DHSPG(torch.optim.Optimizer):
 
     def _frozen_rows_and_weights(self) -> list[tuple[Rows, Tensor]]:
         """The zero positions of all groups, found once for each freeze, and the weights that they are of now."""
-        found = vars(self).get("_frozen")
-        if found is None or found.mask is not self._own["zero"]:
-            rows = rows_of(self._made_zero, self._group, self._by_name())
-            found = self._frozen = _Frozen(self._own["zero"], rows)
-        return list(self._rows_and_weights(found.rows))
+        if self._frozen is None or self._frozen.mask is not self._own["zero"]:
+            self._frozen = Frozen(self._own["zero"], rows_of(self.made_zero, self._group, self._by_name()))
+        return list(self._rows_and_weights(self._frozen.rows))
 
     def _hold_zeros(self, now: int) -> None:
         """Zeroes again what moved though its ZIG is zero, and remembers which parameters do that.
 
         All zero positions are looked at in the step of a freeze and in the next, in which momentum that could not be
-        zeroed would show; later one ZIG of every slice, another in each step: what moves zeros (noise, a penalty, a
-        teacher) moves all of them. `zero`, and so every number that is reported, looks at all of them.
+        zeroed would show; later one ZIG of every parameter, as what moves zeros (noise, a penalty, a teacher) moves
+        all of them. `zero`, and so every number that is reported, looks at all of them.
         """
-        rows = self._frozen_rows_and_weights()
-        frozen: _Frozen | None = vars(self).get("_frozen")
-        if not rows or frozen is None:
-            return
-        watched = [(row, p) for row, p in rows if (row.slice.param, row.slice.dim) not in self._restless]
-        if frozen.full_looks > 0:
-            frozen.full_looks -= 1
-            moved = [(row, p) for row, p in watched if p.index_select(row.slice.dim, row.index).any()]
+        pairs = self._frozen_rows_and_weights()
+        watched = [(rows, p) for rows, p in pairs if rows.key not in self._restless]
+        if self._frozen.full_looks > 0:
+            self._frozen.full_looks -= 1
+            moved = [(rows, p) for rows, p in watched if p.index_select(rows.slice.dim, rows.index).any()]
         else:
-            one_zig = [p.select(row.slice.dim, row.positions[now % len(row.positions)]) for row, p in watched]
-            norm = torch.nn.utils.get_total_norm(one_zig, math.inf)
-            moved = watched if bool(norm != 0) else []
+            moved = watched if self._frozen.one_of_each_moved(watched, now) else []
         if moved:
-            names = {(row.slice.param, row.slice.dim) for row, _ in moved}
+            self._restless |= {rows.key for rows, _ in moved}
             logger.info(
                 "something besides the loss moves ZIGs that are zero, of %s and %d other parameters (noise on "
                 "gradients, a penalty, a momentum that can't be zeroed): they are zeroed after every step from now on",
-                min(names)[0], len(names) - 1,
+                moved[0][0].slice.param, len(moved) - 1,
             )  # fmt: skip
-            self._restless |= names
-        for row, p in rows:
-            if (row.slice.param, row.slice.dim) in self._restless:
-                p.index_fill_(row.slice.dim, row.index, 0)
+        for rows, p in pairs:
+            if rows.key in self._restless:
+                p.index_fill_(rows.slice.dim, rows.index, 0)
 
 
-class _Frozen:
-    """Where the zeros of one mask are."""
+class Frozen:
+    """Where the zeros of one mask are, and a quick look at some of them."""
 
     def __init__(self, mask: Tensor, rows: list[Rows]) -> None:
         self.mask = mask
         self.rows = rows
         self.full_looks = 2
+        self._views_of: tuple[int, list[int]] = (0, [])
+        self._views: list[Tensor] = []
+
+    def one_of_each_moved(self, watched: Sequence[tuple[Rows, Tensor]], now: int) -> bool:
+        """Whether, of any parameter, one ZIG is not zero; which one changes every LOOK_ELSEWHERE steps."""
+        turn = now // LOOK_ELSEWHERE
+        views_of = (turn, [p.data_ptr() for _, p in watched])
+        if views_of != self._views_of:  # views are made once: of small models these would cost more than the look
+            ones = [p.select(rows.slice.dim, rows.positions[turn % len(rows.positions)]) for rows, p in watched]
+            self._views = [one.reshape(-1) if one.is_contiguous() else one for one in ones]
+            self._views_of = views_of
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for view in self._views:
+            alike.setdefault((view.device, view.dtype), []).append(view if view.dim() == 1 else view.reshape(-1))
+        return any(bool(torch.cat(views).any()) for views in alike.values())
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ class PaperDHSPG(DHSPG):
     def _redundant(self, now: int) -> Tensor:
         """The groups that are redundant, or at the choice may be, and aren't zero yet, bool (num_zigs,)."""
         if now == self.schedule.events[0]:
-            return ~self._made_zero
-        return (self._own["redundant"].cpu() > 0) & ~self._made_zero
+            return ~self.made_zero
+        return (self._own["redundant"].cpu() > 0) & ~self.made_zero
 
     def _after_step(self, now: int) -> None:
         before, self._weights_before = self._weights_before, []

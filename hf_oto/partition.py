@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from .axes import Leaf
 from .calls import Forward, Inputs, as_forwards, input_tensors, make_inputs, raise_if_out_of_memory, tensors_of
 from .certificate import cut_difference, refuse_random
+from .cost import Width, Work
 from .cut import Cut, cut_, resolve
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
@@ -31,8 +32,10 @@ from .restore import MANY, WeightsKept, evaluating, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, is_comparison, spans_of
+from .solve import solve
+from .table import fold
 from .trace import Fakes, Trace, experts_at_once_, trace
-from .zigs import Width, Work, ZIGPartition, fold, random_half, solve
+from .zigs import ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +169,7 @@ def _pin_around_what_never_ran(traced: Trace, found: Axes) -> None:
                         continue
                     name = next((widths[k * size] for k in CONCATENATED if k * size in widths), None)
                     for dim in dims[start:stop] if name else ():
-                        found.algebra.pin(dim, IDLE.format(fold(name)))
+                        found.algebra.pin(dim, IDLE.of(fold(name)))
 
 
 def _solved(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
@@ -228,7 +231,7 @@ def _consistent(model: nn.Module, traced: Trace, found: Axes) -> tuple[ZIGPartit
             return partition, axis_of
         axes = axis_of[np.isin(zig_of, partition.sizes.involved(conflicts, removed))]
         layer = next((c.layer for c in conflicts if c.layer), "forward")
-        found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), SIZE.format(layer))
+        found.algebra.pin_ids(np.flatnonzero(np.isin(axis_of, axes)), SIZE.of(layer))
 
 
 def _draws(partition: ZIGPartition) -> Iterator[tuple[np.ndarray, bool]]:
@@ -273,7 +276,7 @@ def _rehearsed(model: nn.Module, forwards: list[Forward], traced: Trace, found: 
                     logger.info("pinned %s: %s", family, why)
                     bad = [i for i, axis in enumerate(partition.axes) if fold(axis.name) == family]
                     ids = np.flatnonzero(np.isin(axis_of, bad))
-                    found.algebra.pin_ids(ids, REHEARSAL.format(why))
+                    found.algebra.pin_ids(ids, REHEARSAL.of(why))
                 else:
                     good.add(family)
             partition, axis_of = _consistent(model, traced, found)

@@ -1,106 +1,132 @@
-"""Why a position stays, and what would lift the pin: every reason that the rules, the solver and the rehearsal give.
-
-{} is what differs from case to case; where one layer is to blame a reason ends with it, " in encoder.layer.0".
-"""
+"""Why a position stays, and what would lift the pin: every reason that the rules, solver and rehearsal give."""
 
 from __future__ import annotations
 
-import functools
-import re
 
-OUTPUT = "it is part of the model's output"
-MEETS = "it meets a position that stays (of an input or an index, say)"
-STAYS = "it meets a position that can't go"
-FACTORS = "its factors don't fit those of another axis"
-FIXED = "a fixed position of it is read"
-STRIDE = "its positions are read at a stride"
-WRAPS = "it is rolled over the end by a fixed number of positions"
-MEMORY = "{} reads memory by strides"
-NUMBERED = "positions are looked up by number"
-INDEX = "it is an index"
-SPATIAL = "it is a spatial axis"
-NEIGHBOURS = "its neighbours are pooled or resized with it"
-KERNEL = "it is a position of a kernel"
-PLANE = "it becomes part of the image plane"
-COMPLEX = "it holds the parts of a complex number"
-SUMMED = "summed over, and neither side becomes zero"
-SUM = "it is summed over, and not zero"
-NORM = "a norm is taken over it"
-AVERAGE = "an average is taken over it"
-TAKEN = "{} is taken over it"
-OBSERVED = "an observer takes its minimum and maximum"
-ALONG = "{} runs along it"
-MIXED = "{} mixes all its positions"
-LAYER_NORM = "a layer norm takes mean and variance over it"
-GROUP_NORM = "a group norm takes mean and variance over it"
-BATCH_NORM = "a batch norm averages over it"
-ATTENTION = "attention runs over it"
-GATES = "it counts the gates of a recurrent layer"
-STEPS = "a recurrent layer runs along it"
-SYSTEM = "a linear system is solved along it"
-TRIANGLE = "a triangle is cut out of it"
-DIVISOR = "it is divided by, and becomes zero"
-RANDOM = "{} draws random numbers for each of its positions"
-LOSS = "a loss compares it with a target"
-FUSED = "{} is one kernel of a GPU"
-BY_NUMBER = "flex attention may treat each of its heads and positions by number"
-NO_RULE = "{} has no rule"
-UNUSED = "the traced forward never used it"
-IDLE = "{}, which never ran, may read it"
-SCRIPTED = "TorchScript reads it"
-INSIDE = "it is a position inside a group (a head, say) that is pruned as a whole"
-UNMADE = "no parameter makes it"
-UNREAD = "no parameter consumes it"
-LONELY = "it is the only one of its axis"
-PROTECTED = "protected by the caller"
-SIZE = "a size used in {} can't follow it"
-REHEARSAL = "cutting it failed in rehearsal: {}"
+class Reason(str):
+    """Why a position stays; a text, as which it prints and compares.
 
-_MEANING = "nothing: its width has a meaning"
-_OTHERS = "nothing: a position that goes would change the others"
-LIFTS = {  # reason -> what would lift it
-    **dict.fromkeys((SPATIAL, KERNEL, PLANE, COMPLEX, INDEX, NUMBERED, GATES, LONELY, STAYS, FACTORS), _MEANING),
-    **dict.fromkeys((ALONG, MIXED, TAKEN, SUM, SUMMED, NEIGHBOURS, ATTENTION, STEPS, SYSTEM, TRIANGLE), _OTHERS),
-    OUTPUT: "nothing: it would change what the model returns",
-    LOSS: "nothing: it would change what the model learns",
-    MEETS: "nothing: the input has this width",
-    **dict.fromkeys((FIXED, STRIDE, WRAPS), "model code that does not count positions of this axis"),
-    BY_NUMBER: "the attention implementation sdpa or eager",
-    MEMORY: "view, narrow or unfold in its place",
-    NORM: "nothing in this model: weights that the norm counts would go",
-    AVERAGE: "nothing in this model: it changes with the width, and no scaling of weights undoes that",
-    **dict.fromkeys(
-        (LAYER_NORM, GROUP_NORM, BATCH_NORM),
-        "nothing in this model: they change with the width; batch norm would not mind for its channels",
-    ),
-    OBSERVED: "observers that are switched off, in a FakeQuantize that is not fused: model.apply(disable_observer)",
-    DIVISOR: "an epsilon in the divisor, as in torch.nn.functional.normalize",
-    RANDOM: "nothing: other numbers would be drawn",
-    FUSED: "a partition of the model on the CPU or the meta device",
-    NO_RULE: "a rule for this operation: please report it; or, for one of your own, operations of PyTorch",
-    **dict.fromkeys((UNUSED, IDLE), "a batch, or several calls, that use it: partition_zigs(model, inputs)"),
-    SCRIPTED: "the module as it is before torch.jit.script",
-    INSIDE: "nothing: it goes with its group",
-    **dict.fromkeys((UNMADE, UNREAD), "nothing: there is no weight to save"),
-    PROTECTED: "leaving it out of protect",
-    SIZE: "model code that takes this size from the layer it belongs to; torch.nn.MultiheadAttention takes that of "
-    "all heads from embed_dim",
-    REHEARSAL: "please report it: hf_oto can't rebuild the cut layer",
-}
-
-
-def lift(reason: str) -> str:
-    """What would lift a pin.
+    Attributes:
+        lift: what would lift the pin.
+        anywhere: the reason without the layer that is to blame.
 
     Example:
-        >>> lift("softmax runs along it in head")
+        >>> why = ALONG.of("softmax").at("head")
+        >>> why, why.anywhere
+        ('softmax runs along it in head', 'softmax runs along it')
+        >>> why.lift
         'nothing: a position that goes would change the others'
     """
-    without_layer = re.sub(r" in [\w.]*$", "", reason)
-    found = (text for template, text in LIFTS.items() if _pattern(template).fullmatch(without_layer))
-    return next(found, "please report it: nobody has thought of this")
+
+    lift: str
+    anywhere: Reason
+
+    def __new__(cls, text: str, lift: str = "please report it: nobody has thought of this") -> Reason:
+        reason = super().__new__(cls, text)
+        reason.lift = lift
+        reason.anywhere = reason
+        return reason
+
+    def of(self, what: str) -> Reason:
+        """The reason with what it depends on in the place of {}."""
+        return Reason(self.replace("{}", what), self.lift)
+
+    def at(self, layer: str) -> Reason:
+        """The reason with the layer that it comes from."""
+        return self._more(f" in {layer}" if layer else "")
+
+    def partly(self) -> Reason:
+        """The reason of a dimension of which it concerns some positions only."""
+        return self._more(" (some positions)")
+
+    def _more(self, text: str) -> Reason:
+        reason = Reason(self + text, self.lift)
+        reason.anywhere = self.anywhere
+        return reason
 
 
-@functools.cache
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, template.split("{}"))), re.DOTALL)
+MEANING = "nothing: its width has a meaning"
+OTHERS = "nothing: a position that goes would change the others"
+NO_WEIGHT = "nothing: there is no weight to save"
+STATISTICS = "nothing in this model: they change with the width; batch norm would not mind for its channels"
+A_BATCH = "a batch, or several calls, that use it: partition_zigs(model, inputs)"
+UNCOUNTED = "model code that does not count positions of this axis"
+
+OUTPUT = Reason("it is part of the model's output", "nothing: it would change what the model returns")
+MEETS = Reason(
+    "it meets a position that stays (of an input or an index, say)",
+    "nothing: the input has this width",
+)
+STAYS = Reason("it meets a position that can't go", MEANING)
+FACTORS = Reason("its factors don't fit those of another axis", MEANING)
+FIXED = Reason("a fixed position of it is read", UNCOUNTED)
+STRIDE = Reason("its positions are read at a stride", UNCOUNTED)
+WRAPS = Reason("it is rolled over the end by a fixed number of positions", UNCOUNTED)
+MEMORY = Reason("{} reads memory by strides", "view, narrow or unfold in its place")
+NUMBERED = Reason("positions are looked up by number", MEANING)
+INDEX = Reason("it is an index", MEANING)
+SPATIAL = Reason("it is a spatial axis", MEANING)
+NEIGHBOURS = Reason("its neighbours are pooled or resized with it", OTHERS)
+KERNEL = Reason("it is a position of a kernel", MEANING)
+PLANE = Reason("it becomes part of the image plane", MEANING)
+COMPLEX = Reason("it holds the parts of a complex number", MEANING)
+SUMMED = Reason("summed over, and neither side becomes zero", OTHERS)
+SUM = Reason("it is summed over, and not zero", OTHERS)
+NORM = Reason("a norm is taken over it", "nothing in this model: weights that the norm counts would go")
+AVERAGE = Reason(
+    "an average is taken over it",
+    "nothing in this model: it changes with the width, and no scaling of weights undoes that",
+)
+TAKEN = Reason("{} is taken over it", OTHERS)
+OBSERVED = Reason(
+    "an observer takes its minimum and maximum",
+    "observers that are switched off, in a FakeQuantize that is not fused: model.apply(disable_observer)",
+)
+ALONG = Reason("{} runs along it", OTHERS)
+MIXED = Reason("{} mixes all its positions", OTHERS)
+LAYER_NORM = Reason("a layer norm takes mean and variance over it", STATISTICS)
+GROUP_NORM = Reason("a group norm takes mean and variance over it", STATISTICS)
+BATCH_NORM = Reason("a batch norm averages over it", STATISTICS)
+ATTENTION = Reason("attention runs over it", OTHERS)
+GATES = Reason("it counts the gates of a recurrent layer", MEANING)
+STEPS = Reason("a recurrent layer runs along it", OTHERS)
+SYSTEM = Reason("a linear system is solved along it", OTHERS)
+TRIANGLE = Reason("a triangle is cut out of it", OTHERS)
+DIVISOR = Reason(
+    "it is divided by, and becomes zero",
+    "an epsilon in the divisor, as in torch.nn.functional.normalize",
+)
+RANDOM = Reason(
+    "{} draws random numbers for each of its positions",
+    "nothing: other numbers would be drawn",
+)
+LOSS = Reason("a loss compares it with a target", "nothing: it would change what the model learns")
+FUSED = Reason("{} is one kernel of a GPU", "a partition of the model on the CPU or the meta device")
+BY_NUMBER = Reason(
+    "flex attention may treat each of its heads and positions by number",
+    "the attention implementation sdpa or eager",
+)
+NO_RULE = Reason(
+    "{} has no rule",
+    "a rule for this operation: please report it; or, for one of your own, operations of PyTorch",
+)
+UNUSED = Reason("the traced forward never used it", A_BATCH)
+IDLE = Reason("{}, which never ran, may read it", A_BATCH)
+SCRIPTED = Reason("TorchScript reads it", "the module as it is before torch.jit.script")
+INSIDE = Reason(
+    "it is a position inside a group (a head, say) that is pruned as a whole",
+    "nothing: it goes with its group",
+)
+UNMADE = Reason("no parameter makes it", NO_WEIGHT)
+UNREAD = Reason("no parameter consumes it", NO_WEIGHT)
+LONELY = Reason("it is the only one of its axis", MEANING)
+PROTECTED = Reason("protected by the caller", "leaving it out of protect")
+SIZE = Reason(
+    "a size used in {} can't follow it",
+    "model code that takes this size from the layer it belongs to; torch.nn.MultiheadAttention takes that of all "
+    "heads from embed_dim",
+)
+REHEARSAL = Reason(
+    "cutting it failed in rehearsal: {}",
+    "please report it: hf_oto can't rebuild the cut layer",
+)

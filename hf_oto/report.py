@@ -21,7 +21,6 @@ from .cut import TrialCut
 from .restore import evaluating
 from .rules import multiplications
 from .trace import persistent_buffers, trace
-from .zigs import as_html
 
 # numbers -------------------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Report(dict):
         return "\n".join([table(self["before"], self["after"]), *self._notes()])
 
     def _repr_html_(self) -> str:
-        return f"{as_html(_rows(self['before'], self['after']))}<p>{'<br>'.join(map(html.escape, self._notes()))}</p>"
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _notes(self) -> list[str]:
         zeroed, compact = self["metrics"]["zeroed"], self["metrics"]["compact"]

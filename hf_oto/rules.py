@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import reasons
 from .axes import Algebra, Dim, Leaf, Mark, size, with_zero
+from .reasons import Reason
 from .trace import Call, Equation, Ref, Trace
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,13 @@ class Axes:
         """How much of a weight a tensor is, see `weights`."""
         return self.weights.get(ref.value, 0)
 
-    def why(self, text: str) -> str:
+    def why(self, reason: Reason) -> Reason:
         """A reason with the layer it comes from."""
-        return f"{text} in {self.layer}" if self.layer else text
+        return reason.at(self.layer)
 
-    def pin(self, dim: Dim, text: str) -> None:
+    def pin(self, dim: Dim, reason: Reason) -> None:
         """Pins with a reason."""
-        self.algebra.pin(dim, self.why(text))
+        self.algebra.pin(dim, self.why(reason))
 
     def unify(self, a: Dim, b: Dim, zero: Callable[[bool, bool], bool] = both) -> Dim:
         """The common dimension of two operands of an elementwise op; size 1 broadcasts."""
@@ -196,7 +197,7 @@ def _keeps_zero(call: Call) -> bool:
 def cross(s: Axes, call: Call) -> list[list[Dim]]:
     """... 3, ... 3 -> ... 3"""
     for ref in call.refs:
-        s.pin(s.of(ref)[call.given["dim"]], reasons.ALONG.format("a cross product"))
+        s.pin(s.of(ref)[call.given["dim"]], reasons.ALONG.of("a cross product"))
     return elementwise(s, call)
 
 
@@ -791,7 +792,7 @@ def reduction(s: Axes, call: Call) -> list[list[Dim]]:
     dims = s.of(ref)
     for leaf in (leaf for d in which for leaf in dims[d]):
         if not (leaf.zero and (total or (name == "mean" and not s.weight(ref)))):
-            s.pin((leaf,), why.get(name, reasons.TAKEN.format(name)))
+            s.pin((leaf,), why.get(name, reasons.TAKEN.of(name)))
     keep = len(call.outs[0].shape) == len(dims)
     dims = [() if d in which else dim for d, dim in enumerate(dims) if keep or d not in which]
     if name in ("logsumexp", "argmax", "argmin"):  # of zeros it is no zero
@@ -804,7 +805,7 @@ def along(s: Axes, call: Call) -> list[list[Dim]]:
     """normalised, ordered, accumulated or transformed along some dimensions, which stay"""
     dims, which = s.of(call.args[0]), call.given["dim"]
     for d in [which] if isinstance(which, int) else which:
-        s.pin(dims[d], reasons.ALONG.format(call.name.strip("_")))
+        s.pin(dims[d], reasons.ALONG.of(call.name.strip("_")))
         dims[d] = s.algebra.fixed(call.outs[0].shape[d])
     if "softmax" in call.name or call.name == "logcumsumexp":  # of zeros it is no zero
         dims = not_zero(dims)
@@ -844,7 +845,7 @@ def unknown(s: Axes, call: Call) -> list[list[Dim]]:
     for ref in call.refs:
         s.produce(ref)
         for dim in s.of(ref):
-            s.pin(dim, WHOLE.get(call.name, reasons.NO_RULE).format(call.name.strip("_")))
+            s.pin(dim, WHOLE.get(call.name, reasons.NO_RULE).of(call.name.strip("_")))
     return stay(s, call)
 
 

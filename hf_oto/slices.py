@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     index: Tensor  # (k,), on the parameter's device
     positions: list[int]  # the same, for who wants one at a time
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells slices apart: the parameter, and the dimension of it."""
+        return self.slice.param, self.slice.dim
+
 
 class Part(NamedTuple):
     """A tensor whose elements are to be added up ZIG by ZIG."""

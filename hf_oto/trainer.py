@@ -36,8 +36,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .calls import Forward, as_forwards, own_copy, raise_if_out_of_memory, recorded
 from .card import IN_PROGRESS, add_to_card, model_card
-from .certificate import certify
+from .certificate import certify, largest_difference, own_outputs, zeroed
 from .choice import the_target
+from .cost import Work
 from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG
 from .examples import Beginning
@@ -50,7 +51,7 @@ from .report import Report, measure, scores, size
 from .restore import WeightsKept, contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
-from .zigs import PruningPlan, Work, ZIGPartition, random_half
+from .zigs import PruningPlan, ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
@@ -541,20 +542,23 @@ class OTOMixin:
         """Saves the trained model, certifies the cut of its zeros, measures both, cuts, and lets go of the rest."""
         optimizer = self._dhspg()
         events = optimizer.schedule.events
-        if not optimizer.target_reached:
+        if not optimizer.reaches_target(optimizer.made_zero):
             logger.warning(
                 "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
                 optimizer.group_sparsity,
             )
+        made_zero = optimizer.zeros(self.partition)
         del optimizer  # its state is twice the model
         model = self._without_training_memory()
         state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
-        zeroed = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
+        metrics = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
         self._saved_in = _of_rank_zero(self._save_trained)  # before rank 0 waits for any other
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
+        if self._zero_again(model, made_zero):
+            metrics = {}  # other weights were evaluated
         self.plan = PruningPlan.from_zeros(model, self.partition)
         cut = resolve(self.partition, self.plan)
         certificate = _of_rank_zero(lambda: certify(model, cut, self._forwards))
@@ -581,7 +585,7 @@ class OTOMixin:
             max_output_difference=certificate.cut,
             max_output_difference_in_own_dtype=certificate.rounding,
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
-            metrics={"zeroed": zeroed, "compact": {}},
+            metrics={"zeroed": metrics, "compact": {}},
         )
         if self.is_world_process_zero():
             if not self.args.disable_tqdm:
@@ -605,6 +609,28 @@ class OTOMixin:
                 where += f" ({folder} holds the full one)"
                 break
         return f"hf_oto cut {', '.join(cut)}; {where}"
+
+    def _zero_again(self, model: torch.nn.Module, made_zero: PruningPlan) -> bool:
+        """Zeroes ZIGs that the optimizer made zero and that aren't in the weights: whether there were any."""
+        removed = made_zero.removed(self.partition)
+        moved = removed & ~PruningPlan.from_zeros(model, self.partition).removed(self.partition)
+        if not moved.any():
+            return False
+
+        def how_far() -> float:
+            before = own_outputs(model, self._forwards)
+            with zeroed(model, Cut(self.partition, removed, {}, {})):
+                return largest_difference(before, own_outputs(model, self._forwards))
+
+        difference = _of_rank_zero(how_far)
+        self.partition.zero_(model, made_zero)
+        logger.warning(
+            "%d of %d ZIGs that training had made zero were not zero in the end: weights were put into the model from "
+            "outside (an average, a checkpoint, a callback of yours). They are zeroed again, by which the outputs on "
+            "a real batch move by %.1e, relative to their size",
+            moved.sum(), removed.sum(), difference,
+        )  # fmt: skip
+        return True
 
     def _measured(self, model: torch.nn.Module, cut: Cut) -> list[dict[str, Any]]:
         """What the full and the cut model take. Measuring runs them, and what goes wrong with that is a warning."""

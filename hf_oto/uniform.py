@@ -19,7 +19,8 @@ from .calls import Inputs
 from .certificate import outputs_differ
 from .cut import Cut, TrialCut, resolve
 from .dense import stock_model
-from .zigs import OTOError, PruningPlan, ZIGPartition
+from .modeling_oto import OTOError
+from .zigs import PruningPlan, ZIGPartition
 
 Path = tuple[str | int, ...]  # ("vision_config", "hidden_sizes", 2)
 

@@ -5,7 +5,7 @@
     python recipes/bench_quality.py --smoke                     # every task and method, briefly; needs no dataset
 
 Methods: dense; scheduled, the package's default; paper, OTOv2's update; magnitude, one shot at 10 % of the steps by
-squared norm per parameter; hesso, score and schedule of HESSO (arXiv 2409.09085) without its corrective cycle; random
+squared norm per parameter; hesso, the score of HESSO (arXiv 2409.09085) on this schedule, in its window; random
 ZIGs on the default's schedule; distilled, the default taught by the dense model of the same seed, whose training comes
 on top (Hinton et al., arXiv 1503.02531). All but paper share budget, floors and freezing. Paper knows group sparsity
 alone and can miss it: compare it by what is left, or give all the same --sparsities by `--budget groups`. Accuracy is
@@ -14,9 +14,8 @@ Each run appends a JSON line to --out; runs already there are skipped.
 """
 
 import argparse
-import bisect
+import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from time import process_time
@@ -40,6 +39,8 @@ from transformers import (
 )
 
 from hf_oto import DHSPG, PruningPlan, ZIGPartition, compact, partition_zigs
+from hf_oto.dhspg import Moments
+from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.report import macs
 
 UNRELATED = ("seeds", "methods", "targets", "sparsities", "out")  # options that a single run does not depend on
@@ -48,53 +49,22 @@ TEACHING, TEMPERATURE = 0.7, 2.0  # the teacher's part of the loss, and how soft
 LEARNING_RATES = {"resnet": (2e-3, 0.1), "vit": (1e-3, 0.05), "text": (3e-5, 1e-2)}  # of AdamW and SGD
 
 
-class Random(DHSPG):
-    """The scheduled DHSPG on random ZIGs, and the frame of all that score one batch without regard to costs."""
-
-    def _sample(self, now: int) -> None:
-        plan, grads = self.schedule, {n: p.grad for n, p in self._by_name().items()}
-        xg = [(s, p, grads[s.param]) for s, p in self._here(plan.group) if grads[s.param] is not None]
-        pairs = xg, [(s, x, x) for s, x, _ in xg], [(s, g, g) for s, _, g in xg]
-        sums = self._sums(*([(s, None, a * b) for s, a, b in some] for some in pairs)).double()
-        elements, cost = (torch.from_numpy(np.repeat(each, plan.sizes)) for each in (plan.elements, plan.cost))
-        self._own["salience"] = self._score(*sums, elements) * cost  # `_choose` divides by it
-        self._own["salience_of_axes"].fill_(math.inf)  # and knows nothing of norms
-
-    def _score(self, xg: Tensor, xx: Tensor, gg: Tensor, elements: Tensor) -> Tensor:
-        """How important ZIGs are, (num_zigs,), by <x, gradient>, |x|^2, |gradient|^2 and number of parameters."""
-        seed = torch.initial_seed() + self._own["dhspg_step"]  # leaves batches and dropout as with other methods
-        return torch.rand(len(xx), generator=torch.Generator().manual_seed(seed)).double()
+def at_random(moments: Moments, generator: torch.Generator) -> Tensor:
+    """No ZIG is more important than another; batches and dropout stay those of the other methods."""
+    return torch.rand(len(moments.cost), generator=generator) * moments.cost
 
 
-class Magnitude(Random):
-    """By squared norm per parameter."""
-
-    def _score(self, xg: Tensor, xx: Tensor, gg: Tensor, elements: Tensor) -> Tensor:
-        return xx / elements
+def magnitude(moments: Moments) -> Tensor:
+    """Squared norm per parameter."""
+    return moments.weight_squared / moments.elements * moments.cost
 
 
-class HESSO(Random):
-    """By five scores; every period takes an equal part of the budget and fades it linearly, step by step, to zero."""
-
-    def _score(self, xg: Tensor, xx: Tensor, gg: Tensor, elements: Tensor) -> Tensor:
-        cosine = torch.nan_to_num(-xg / (xx * gg).sqrt(), posinf=0.0, neginf=0.0)
-        scores = xx.sqrt(), xx.sqrt() / elements, 1 + cosine, xg.abs(), xg.square() / 2
-        return sum(normalize(score, dim=0) for score in scores) / len(scores)
-
-    def _scheduled_step(self, now: int) -> None:
-        events, choosing = self.schedule.events, now in self.schedule.events[:-1]
-        period = bisect.bisect_left(events, now)  # it ends at events[period]
-        if choosing:
-            self._sample(now)
-        super(DHSPG, self).step()
-        redundant = self._own["redundant"].cpu() > 0
-        if now in events:
-            self._freeze(redundant)
-            redundant = self._choose((period + 1) / (len(events) - 1)) if choosing else torch.zeros_like(redundant)
-        elif redundant.any():
-            self._scale(redundant, (events[period] - now) / (events[period] - now + 1))
-        self._own["redundant"] = redundant.to(torch.uint8)
-        self._guard()
+def hesso(moments: Moments) -> Tensor:
+    """The mean of HESSO's five scores."""
+    xg, xx, gg, elements, cost = moments
+    cosine = torch.nan_to_num(-xg / (xx * gg).sqrt(), posinf=0.0, neginf=0.0)
+    scores = xx.sqrt(), xx.sqrt() / elements, 1 + cosine, xg.abs(), xg.square() / 2
+    return sum(normalize(score, dim=0) for score in scores) / len(scores) * cost
 
 
 def optimizer_of(model: PreTrainedModel, partition: ZIGPartition, setting: dict[str, Any]) -> torch.optim.Optimizer:
@@ -107,10 +77,14 @@ def optimizer_of(model: PreTrainedModel, partition: ZIGPartition, setting: dict[
     cls, arguments = {
         "scheduled": (DHSPG, {}),
         "distilled": (DHSPG, {}),
-        "paper": (DHSPG, {"mode": "paper", "epsilon": 0.95}),  # as in its tutorials
-        "magnitude": (Magnitude, {"window": (0.1, 0.1 + 1 / steps), "num_events": 1}),
-        "hesso": (HESSO, {"window": (0.1, 0.25), "num_events": 10}),  # its tutorials: from 1/10 to 1/5 or 1/4
-        "random": (Random, {}),
+        "paper": (PaperDHSPG, {"penalty": Penalty.released(base, epsilon=0.95)}),  # as in its tutorials
+        # saliences are divided by the cost of a ZIG, which these three are not meant to know: they multiply by it
+        "magnitude": (DHSPG, {"salience": magnitude, "window": (0.1, 0.1 + 1 / steps), "num_events": 1}),
+        "hesso": (DHSPG, {"salience": hesso, "window": (0.1, 0.25), "num_events": 10}),  # as in its tutorials
+        "random": (
+            DHSPG,
+            {"salience": functools.partial(at_random, generator=torch.Generator().manual_seed(setting["seed"]))},
+        ),
     }[method]
     kind = "target_group_sparsity" if setting["budget"] == "groups" else f"target_{setting['budget']}"
     return cls(model, partition, base, total_steps=steps, **{kind: setting["target"]}, **arguments, **common)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_oto.axes import Algebra, Leaf, Mark, size
-from hf_oto.zigs import solve
+from hf_oto.reasons import Reason
+from hf_oto.solve import solve
 
 laws = settings(derandomize=True, max_examples=60, deadline=None)
 
@@ -159,7 +160,7 @@ def test_a_chain_undone_adds_nothing(shape, chain):
     assert np.array_equal(array, places)
     alone = [zigs_of(algebra, dims)[1][leaf.ids] for dim in dims for leaf in dim]
     for a, b in zip(dims, back, strict=True):
-        assert algebra.align(a, b, "it meets what stays") is not None
+        assert algebra.align(a, b, Reason("it meets what stays")) is not None
     together = [zigs_of(algebra, dims)[1][leaf.ids] for dim in dims for leaf in dim]
     for a, b in zip(alone, together, strict=True):
         assert np.array_equal(a, b) if "swap" not in dict(chain) else ((a < 0) | (b >= 0)).all()
@@ -220,8 +221,8 @@ def test_what_stays_is_not_factored():
 def test_factors_that_do_not_fit_are_pinned():
     algebra = Algebra()
     a, b = ((algebra.new(2), algebra.new(6)) for _ in range(2))
-    assert algebra.align(a, b, "") is not None
-    assert algebra.align(a, (algebra.new(3), algebra.new(4)), "") is None
+    assert algebra.align(a, b, Reason("")) is not None
+    assert algebra.align(a, (algebra.new(3), algebra.new(4)), Reason("")) is None
     assert (algebra.pins[np.concatenate([leaf.ids for leaf in a])] > 0).all()
 
 
@@ -264,7 +265,7 @@ def test_a_copy_is_independent():
     a, b = algebra.new(3), algebra.new(3)
     twin = algebra.copy()
     twin.union(a.ids, b.ids)
-    twin.pin((a,), "why")
+    twin.pin((a,), Reason("why"))
     twin.factor(twin.new(4), (2, 2))
     assert np.array_equal(algebra.roots(), np.arange(7)) and not algebra.pins.any()
     assert not algebra.products and algebra.reasons == [""]
@@ -273,8 +274,8 @@ def test_a_copy_is_independent():
 def test_the_first_reason_stays():
     algebra = Algebra()
     leaf = algebra.new(3)
-    algebra.pin_ids(leaf.ids[:1], "first")
-    algebra.pin((leaf,), "second")
+    algebra.pin_ids(leaf.ids[:1], Reason("first"))
+    algebra.pin((leaf,), Reason("second"))
     assert [algebra.reasons[r] for r in algebra.pins[leaf.ids]] == ["first", "second", "second"]
 
 
@@ -310,7 +311,7 @@ def problems(draw):
         algebra.union(a.ids, b.ids[:: draw(st.sampled_from([1, -1]))])
     for _ in range(draw(st.integers(0, 1))):
         leaf = leaves[draw(st.integers(0, len(leaves) - 1))]
-        algebra.pin_ids(leaf.ids[draw(st.integers(0, len(leaf.ids) - 1)) :], "drawn")
+        algebra.pin_ids(leaf.ids[draw(st.integers(0, len(leaf.ids) - 1)) :], Reason("drawn"))
     return algebra, sources
 
 
@@ -367,7 +368,7 @@ def test_solving_catches_a_broken_constraint():
         broken = whole.copy()
         broken[ids] = False
         assert violations(algebra, broken) > 0
-    algebra.pin_ids(other[0].ids[:1], "late")
+    algebra.pin_ids(other[0].ids[:1], Reason("late"))
     assert violations(algebra, whole) > 0
 
 
@@ -380,6 +381,6 @@ def test_the_outermost_factor_goes():
     (member,) = axis.members
     assert (axis.size, member.start, member.outer, member.inner) == (4, 0, 1, 6)
     assert np.array_equal(zig_of[heads.ids], np.arange(4)) and (zig_of[head_dim.ids] == -1).all()
-    algebra.pin((heads,), "heads stay")
+    algebra.pin((heads,), Reason("heads stay"))
     solution, _ = zigs_of(algebra, [dim])
     assert [(axis.size, axis.members[0].outer) for axis in solution.axes] == [(6, 4)]

@@ -5,6 +5,7 @@ Partitions are made on the meta device, where no rehearsal on weights can mend a
 
 import copy
 import dataclasses
+import pickle
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -475,23 +476,23 @@ def test_positions_one_off_show(name):
 
 PINNED = {  # build, a dimension of a parameter, why it stays
     "response norm": (images(nn.LocalResponseNorm(3)), "up.weight[0]", reasons.NEIGHBOURS),
-    "softmax of channels": (images(nn.Softmax2d()), "up.weight[0]", reasons.ALONG.format("softmax")),
+    "softmax of channels": (images(nn.Softmax2d()), "up.weight[0]", reasons.ALONG.of("softmax")),
     "layer norm": (steps(nn.LayerNorm(8)), "up.weight[0]", reasons.LAYER_NORM),
-    "plane of frequencies": (steps(lambda x: torch.fft.fft2(x).real), "up.weight[0]", reasons.ALONG.format("fft_c2c")),
-    "largest": (steps(lambda x: x + x.amax(-1, keepdim=True)), "up.weight[0]", reasons.TAKEN.format("amax")),
+    "plane of frequencies": (steps(lambda x: torch.fft.fft2(x).real), "up.weight[0]", reasons.ALONG.of("fft_c2c")),
+    "largest": (steps(lambda x: x + x.amax(-1, keepdim=True)), "up.weight[0]", reasons.TAKEN.of("amax")),
     "smallest": (steps(lambda x: x / (1 + x.norm(-torch.inf, -1, keepdim=True))), "up.weight[0]", reasons.NORM),
     "division by zero": (steps(lambda x: x / x.norm(dim=1, keepdim=True)), "up.weight[0]", reasons.DIVISOR),
-    "roll of all": (steps(lambda x: x.roll(1)), "up.weight[0]", reasons.MIXED.format("roll")),
+    "roll of all": (steps(lambda x: x.roll(1)), "up.weight[0]", reasons.MIXED.of("roll")),
     "cropped": (steps(lambda x: F.pad(x, (-1, 1))), "up.weight[0]", reasons.FIXED),
     "random places": (images(nn.FractionalMaxPool2d(2, 4)), "up.weight[0]", "fractional_max_pool2d draws random"),
-    "cross product": (fork(torch.linalg.cross, (3, 3), 3), "a.weight[0]", reasons.ALONG.format("a cross product")),
+    "cross product": (fork(torch.linalg.cross, (3, 3), 3), "a.weight[0]", reasons.ALONG.of("a cross product")),
     "triangle": (weighted(lambda x, p: x @ p.tril(), 8, 8), "p[0]", reasons.TRIANGLE),
     "exponential": (weighted(lambda x, p: x @ p.matrix_exp(), 8, 8), "p[0]", "linalg_matrix_exp mixes all"),
     "strides": (steps(lambda x: x.as_strided((2, 6, 8), (48, 8, 1))), "up.weight[0]", "as_strided reads memory"),
     "a mask of its own": (steps(lambda x: x.masked_scatter(x > 0, x.flip(1))), "up.weight[0]", reasons.NUMBERED),
     "scatter of channels": (steps(lambda x: x.scatter(2, x.long() * 0, x)), "up.weight[0]", reasons.NUMBERED),
     "loss": (lambda: (Loss(), waves(2, 6, 4)), "down.weight[0]", reasons.LOSS),
-    "all heads in one": (attention, "up.weight[0]", reasons.SIZE.format("mid")),
+    "all heads in one": (attention, "up.weight[0]", reasons.SIZE.of("mid")),
     "heads of an encoder": (encoder, "mid.layers.0.self_attn.in_proj_weight[0]", "a size used in mid.layers.0"),
     "orthogonal": (wrapped(orthogonal), "up.0.parametrizations.weight.original[0]", "linalg_solve_ex mixes all"),
     "observers": (quantised(True, *PER_TENSOR), "up.weight[0]", reasons.OBSERVED),
@@ -506,17 +507,20 @@ def test_what_stays_says_why(name):
     row = Row(build, [], values=True)
     partition = partition_of(row)
     assert partition.pinned[param].startswith(why)
-    assert not any("report" in reasons.lift(why) for why in partition.pinned.values())
+    assert not any("report" in why.lift for why in partition.pinned.values())
 
 
-def test_every_reason_has_a_lift():
-    known = [
-        text for name, text in vars(reasons).items() if name.isupper() and name[0] != "_" and isinstance(text, str)
-    ]
+def test_every_reason_has_a_lift_wherever_it_goes():
+    known = [reason for reason in vars(reasons).values() if isinstance(reason, reasons.Reason)]
     assert len(known) > 30
-    asks = {text for text in known if "please report it" in reasons.lift(text.format("this"))}
+    asks = {reason for reason in known if "please report it" in reason.lift}
     assert asks == {reasons.NO_RULE, reasons.REHEARSAL}
-    assert "please report it" in reasons.lift("some reason that is not in the table")  # negative control
+    for reason in known:
+        why = reason.of("this").at("layer.0").partly()
+        for same in (why, copy.deepcopy(why), pickle.loads(pickle.dumps(why))):
+            assert same == reason.replace("{}", "this") + " in layer.0 (some positions)"
+            assert same.lift == reason.lift and same.anywhere == reason.of("this")
+    assert "please report it" in reasons.Reason("one of the user's own").lift  # negative control
 
 
 @pytest.mark.parametrize(("value", "zero"), [(torch.relu, True), (torch.sigmoid, False)])
