@@ -415,17 +415,19 @@ def test_metrics_are_those_of_the_stock_trainer(tmp_path):
 
 def test_early_stopping_watches_its_own_metric(tmp_path):
     """The best metric is the loss, and the patience is counted in evaluations, whatever we log."""
-    trainer, *_ = watched(
-        mixed(tf.Trainer), tmp_path, load_best_model_at_end=True, metric_for_best_model="loss",
-        save_strategy="steps", save_steps=8,
+    patient = tf.EarlyStoppingCallback(early_stopping_patience=3)
+    args = settings(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=0.0, max_steps=40,
     )  # fmt: skip
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert trainer.state.best_metric in losses
+    trainer = OTOTrainer(bert(), args, train_dataset=labelled(), eval_dataset=labelled(8), callbacks=[patient])
+    trainer.train()
+    losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    assert trainer.state.best_metric == losses[trainer.state.best_global_step]
+    # nothing learns at this rate: from the target on there is one best evaluation, then three that are not better
+    assert trainer.state.global_step == trainer.state.best_global_step + 3 * 2 < 40
     with pytest.raises(KeyError, match="group_sparsity"):  # control: ours are no metric to choose by
-        watched(
-            mixed(tf.Trainer), tmp_path / "b", load_best_model_at_end=True, save_strategy="steps", save_steps=8,
-            metric_for_best_model="oto/group_sparsity",
-        )  # fmt: skip
+        watched(mixed(tf.Trainer), tmp_path / "b", metric_for_best_model="oto/group_sparsity")
 
 
 def test_metrics_that_a_trainer_adds_in_place_are_still_returned(tmp_path):
