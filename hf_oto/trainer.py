@@ -396,10 +396,11 @@ class OTOMixin:
         return self.optimizer
 
     def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s (private, of 5.23): what training calls after `create_optimizer`, before the model is sharded.
-        A subclass may have made its optimizer without asking us."""
-        if training and self.is_in_train and self._dhspg() is None:
-            self._take_over_optimizer(None)
+        """`Trainer`'s (private, of 5.23), which training calls between `create_optimizer` and `prepare`."""
+        if training and self.is_in_train:
+            if self._dhspg() is None:  # a subclass has made its optimizer without asking us
+                self._take_over_optimizer(None)
+            _take_off_autocast_(self.model)  # of an earlier try, with a larger batch
         return super()._wrap_model(model, training, *args, **kwargs)
 
     def _take_over_optimizer(self, model: torch.nn.Module | None) -> None:
@@ -524,7 +525,10 @@ class OTOMixin:
         anything is analysed."""
         if not all(p.requires_grad for p in model.parameters()):
             with self._room_for_rehearsal(model) as folder, no_progress_bars():
-                self._save(folder)
+                try:
+                    self._save(folder)
+                except Exception:  # the rehearsal will say why
+                    return
                 refuse_adapter(model, folder)
 
     @contextlib.contextmanager
@@ -826,14 +830,15 @@ def _described(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _take_off_autocast_(model: torch.nn.Module) -> None:
-    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision.
+    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision, if it has.
 
-    accelerate's own undo takes off whatever names what it wraps: the decorators of the class's forward, and the
-    forward that others have put in its place on this object.
+    accelerate (1.15) keeps it as `_original_forward`. Its own undo takes off whatever names what it wraps: the
+    decorators of the class's forward, and the forward that others have put in its place on this object.
     """
     original = vars(model).pop("_original_forward", None)
     if original is not None:
         vars(model).pop("forward", None)
+        vars(model).pop("_is_accelerate_prepared", None)  # it would not be wrapped again
         if original != model.forward:  # not the class's own, which is there again
             model.forward = original
 

@@ -269,6 +269,40 @@ def test_forward_is_what_it_was_after_mixed_precision(tmp_path, monkeypatch):
         run(llama(), tmp_path / "c")(input_ids=words, return_dict=False)
 
 
+def test_mixed_precision_is_put_on_once(tmp_path):
+    """However often training is tried, with smaller batches, and after an evaluation."""
+
+    class Greedy(OTOTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 4 and self.state.global_step > 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    args = settings(tmp_path, bf16=True, auto_find_batch_size=True)
+    trainer = Greedy(bert(), args, train_dataset=labelled(), eval_dataset=labelled(8))
+    trainer.evaluate()
+    assert "_original_forward" in vars(trainer.model)  # control: it is on
+    trainer.train()
+    assert trainer._train_batch_size <= 4
+    assert vars(trainer.model)["_original_forward"].__func__ is type(trainer.model).forward
+
+
+def test_mixed_precision_after_an_evaluation_is_the_stock_trainers(tmp_path):
+    """Nothing is pruned: every weight and the loss in the end are those of the stock trainer, to the last bit."""
+
+    def run(cls, arguments, folder, **more):
+        args = settings(tmp_path / folder, arguments, **more)
+        trainer = cls(bert(), args, train_dataset=labelled(), eval_dataset=labelled(8))
+        trainer.evaluate()
+        trainer.train()
+        return state(trainer.model), trainer.evaluate()["eval_loss"]
+
+    weights, loss = run(tf.Trainer, tf.TrainingArguments, "stock", bf16=True)
+    for bf16 in (True, False):  # False is the control
+        ours, our_loss = run(OTOTrainer, OTOTrainingArguments, f"ours-{bf16}", bf16=bf16, target_group_sparsity=0.0)
+        assert same(ours, weights) is bf16 and (our_loss == loss) is bf16
+
+
 # sentence-transformers --------------------------------------------------------------------
 
 PAIRS = {"anchor": ["it was a good film", "it was bad"] * 16, "positive": ["good film", "a bad film"] * 16}
