@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .evaluating import evaluating
 from .modeling_oto import OTOError
-from .restore import CALLABLES, evaluating, held, slots_of
+from .restore import CALLABLES, held, slots_of
 
 
 class Forward(NamedTuple):

@@ -20,8 +20,9 @@ from torch import nn
 
 from .calls import Forward, Inputs, as_forwards, described, raise_if_out_of_memory, tensors_of
 from .cut import Cut, TrialCut
+from .evaluating import WeightsKept, evaluating, seed_everything
 from .modeling_oto import OTOError
-from .restore import WeightsKept, evaluating, seed_everything, uninterrupted
+from .restore import uninterrupted
 from .trace import experts_at_once_
 from .wide import WideArithmetic, wide_dtype
 from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition, random_half

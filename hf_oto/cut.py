@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .calls import outermost_pretrained
+from .evaluating import renew_caches_
 from .modeling_oto import VERSION, become_compact_, named_tensors, set_sizes_, sizes_of
-from .restore import contents, places, put_back, renew_caches_, restored
+from .restore import contents, places, put_back, restored
 from .sizes import Attribute
 from .wide import storage_of
 from .zigs import PruningPlan, ZIGPartition

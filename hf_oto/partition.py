@@ -26,9 +26,10 @@ from .calls import Forward, Inputs, as_forwards, input_tensors, make_inputs, rai
 from .certificate import cut_difference, refuse_random
 from .cost import Width, Work
 from .cut import Cut, cut_, resolve
+from .evaluating import WeightsKept, evaluating
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
-from .restore import MANY, WeightsKept, evaluating, replace_tensors_, restored
+from .restore import MANY, replace_tensors_, restored
 from .rules import Axes, apply_rules, multiplications, without_repeats
 from .scales import solve_scales
 from .sizes import Sizes, is_comparison, spans_of

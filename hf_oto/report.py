@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy, tensors_of
 from .cut import TrialCut
-from .restore import evaluating
+from .evaluating import evaluating
 from .rules import multiplications
 from .trace import persistent_buffers, trace
 

@@ -14,9 +14,10 @@ from fractions import Fraction
 import numpy as np
 from torch.utils._pytree import tree_iter
 
-from . import rules
-from .rules import Axes, reduced_dims
-from .trace import Call, Ref, Trace
+from .rules import RULES as AXIS_RULES
+from .rules import Axes, contractions, layout, lookups, reduced_dims, reductions
+from .sizes import Ref
+from .trace import Call, Trace
 from .zigs import Scale, ZIGPartition
 
 Exponent = dict[int, Fraction]  # unknown (the number of a parameter or new tensor) or ~axis -> coefficient, never 0
@@ -200,9 +201,20 @@ _NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
     filled: """zeros new_zeros zeros_like empty new_empty empty_like ones new_ones ones_like full new_full full_like
         scalar_tensor""",
 }
-_LIKE = {rules.mm: product, rules.convolution: product, rules.attention: attention, rules.rms_norm: rms_norm}
-_LIKE |= dict.fromkeys(rules.LAYOUT, same)
-RULES = {name: _LIKE[rule] for name, rule in rules.RULES.items() if rule in _LIKE}
+MOVES = (
+    layout.view, layout.strided, layout.repeat, layout.slice_, layout.split, layout.cat, layout.roll, layout.rot90,
+    layout.pad, layout.windows, layout.diagonal, layout.diag_embed, layout.pixel_shuffle, layout.pixel_unshuffle,
+    layout.im2col, layout.col2im, layout.channel_shuffle, layout.as_complex,
+    lookups.index_, lookups.gather, lookups.masked_scatter, lookups.packed,
+)  # fmt: skip
+_LIKE = {
+    contractions.mm: product,
+    contractions.convolution: product,
+    contractions.attention: attention,
+    reductions.rms_norm: rms_norm,
+    **dict.fromkeys(MOVES, same),
+}
+RULES = {name: _LIKE[rule] for name, rule in AXIS_RULES.items() if rule in _LIKE}
 RULES |= {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 

@@ -1,7 +1,13 @@
-"""Sizes that modules keep to themselves: which attribute must become what, so that a cut model still runs.
+"""Sizes that modules keep to themselves (`num_heads`, say): what each must become for a cut model to run.
 
-Every size argument seen in the trace gave an equation "expression == what a cut leaves of an axis". Solving them for a
-set of removed ZIGs gives the new attributes; a contradiction names the ZIGs that can't be removed together.
+While the model is traced, these ints are tagged (`Size`), so that every size argument remembers where it came from;
+what each torch function says of its size arguments (`SIZE_RULES`) becomes an `Equation`, "expression == what a cut
+leaves of an axis". Solving the equations for a set of removed ZIGs gives the new attributes; a contradiction names the
+ZIGs that can't be removed together.
+
+Worked example: `x.view(b, n, self.num_heads, 64)` says num_heads == what is left of dimension 2 of the result. With 3
+of 12 heads removed num_heads becomes 9. A 64 written in the code is a constant: if dimension 3 could lose something,
+the equation 64 == what is left would contradict every cut of it, and it is pinned.
 """
 
 from __future__ import annotations
@@ -11,16 +17,259 @@ import hashlib
 import math
 import operator
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .modeling_oto import is_cut_size
-from .trace import Equation, Expr
+
+# ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right), where the
+# operations are those of arithmetic, and comparisons, which are 1 or 0
+Expr = tuple
+
 
 Attribute = tuple[str, str, int | None]  # module path, name, index in a list
 Values = Mapping[Attribute, int]
 Spans = dict[tuple[int, int], tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A recorded tensor: its number and its shape at that time."""
+
+    value: int
+    shape: tuple[int, ...]
+
+
+class Equation(NamedTuple):
+    """`left == right` must hold before and after a cut."""
+
+    left: Expr
+    right: Expr
+    layer: str
+
+
+# tagged ints ---------------------------------------------------------------------------------------
+
+
+class Size(int):
+    """An int that remembers, as an expression, where it came from."""
+
+    def __new__(cls, value: int, expr: Expr, equations: list[Equation]) -> Size:
+        size = super().__new__(cls, value)
+        size.expr, size.equations = expr, equations  # these receive what its later uses imply
+        return size
+
+    def _leave(self) -> int:
+        """Leaves the algebra: from now on the expression has to keep its value."""
+        self.equations.append(Equation(self.expr, ("const", plain(self)), ""))
+        return plain(self)
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and isinstance(other, Size):
+            if other.expr != self.expr:
+                self.equations.append(Equation(self.expr, other.expr, ""))
+        elif equal is not NotImplemented:
+            self._note("==", other, equal)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    # What is found by it in a table or set was compared with it; what isn't found there leaves no trace.
+    __hash__ = int.__hash__
+
+    def _note(self, comparison: str, other: Any, found: bool) -> None:
+        """A comparison has to come out the same after a cut: code takes the other branch otherwise."""
+        if isinstance(other, int):
+            compared = (comparison, self.expr, expr_of(other))
+            self.equations.append(Equation(compared, ("const", int(found)), ""))
+
+    def __int__(self) -> int:
+        return self._leave()
+
+    def __float__(self) -> float:
+        return float(self._leave())
+
+    def __reduce__(self) -> tuple:
+        return int, (plain(self),)
+
+
+def _operation(name: str, op: str | None) -> Callable:
+    """`Size.name`: the result is a size too, unless expressions have no such `op` or the other side is no int."""
+    compute = getattr(int, name)
+
+    def operate(self: Size, other: Any) -> Any:
+        if op is None or not isinstance(other, int):
+            return compute(self._leave(), other._leave() if isinstance(other, Size) else other)
+        sides = (expr_of(other), self.expr) if name.startswith("__r") else (self.expr, expr_of(other))
+        return Size(compute(plain(self), plain(other)), (op, *sides), self.equations)
+
+    return operate
+
+
+_OPS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
+for _name, _op in [(f"__{side}{name}__", op) for name, op in _OPS.items() for side in ("", "r")]:
+    setattr(Size, _name, _operation(_name, _op))
+
+
+def _comparison(name: str, op: str) -> Callable:
+    compute = getattr(int, name)
+
+    def compare(self: Size, other: Any) -> bool:
+        found = compute(self, other)
+        if found is not NotImplemented:
+            self._note(op, other, found)
+        return found
+
+    return compare
+
+
+for _name, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
+    setattr(Size, _name, _comparison(_name, _op))
+
+
+def plain(value: int) -> int:
+    """The bare int, without a tag and without any consequence."""
+    return int.__pos__(value)
+
+
+def expr_of(value: int | Expr) -> Expr:
+    """The expression a size came from; a plain int is a constant."""
+    if isinstance(value, tuple):
+        return value
+    return value.expr if isinstance(value, Size) else ("const", value)
+
+
+def span(ref: Ref, dim: int, start: int = 0, stop: int | None = None) -> Expr:
+    """The number of positions in [start, stop) of a dimension that a cut leaves."""
+    dim %= len(ref.shape)
+    return ("span", ref.value, dim, start, ref.shape[dim] if stop is None else stop)
+
+
+# what each function says of the sizes it is given: their arguments are those of torch's own ------------
+
+Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
+
+
+def _shape(ref: Callable, out: Any, sizes: Sequence[Any], first: int = 0) -> Pairs:
+    for d, n in enumerate(sizes, first):
+        if isinstance(n, int) and n != -1:
+            yield n, span(ref(out), d)
+
+
+def _ints(sizes: Sequence[Any]) -> Sequence[int]:
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+def _view(ref: Callable, out: Any, input: Any, *sizes: Any, shape: Any = (), size: Any = (), **_: Any) -> Pairs:
+    return _shape(ref, out, _ints(sizes) or shape or size)
+
+
+def _repeat(ref: Callable, out: Any, input: Any, *sizes: Any, repeats: Any = (), dims: Any = ()) -> Pairs:
+    for d, n in enumerate(reversed(_ints(sizes) or repeats or dims), 1):
+        yield n, ("//", span(ref(out), -d), span(ref(input), -d)) if d <= input.dim() else span(ref(out), -d)
+
+
+def _repeat_interleave(ref: Callable, out: Any, input: Any, repeats: Any, dim: int | None = None, **_: Any) -> Pairs:
+    if isinstance(repeats, int) and dim is not None:
+        yield repeats, ("//", span(ref(out), dim), span(ref(input), dim))
+
+
+def _split(ref: Callable, out: Any, input: Any, split_size_or_sections: Any, dim: int = 0) -> Pairs:
+    for i, piece in enumerate(out):
+        n = split_size_or_sections if isinstance(split_size_or_sections, int) else split_size_or_sections[i]
+        if piece.shape[dim] == n:
+            yield n, span(ref(piece), dim)
+
+
+def _chunk(ref: Callable, out: Any, input: Any, chunks: int, dim: int = 0) -> Pairs:
+    yield ("*", ("const", len(out)), span(ref(out[0]), dim)), span(ref(input), dim)
+
+
+def _slices(ref: Callable, out: Any, input: Any, index: Any) -> Pairs:
+    index = index if isinstance(index, tuple) else (index,)
+    masks = [i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1 for i in index]
+    widths = [0 if i is None or i is ... else width for i, width in zip(index, masks, strict=True)]
+    dim = 0
+    for i, width in zip(index, widths, strict=True):
+        if isinstance(i, slice) and i.step in (None, 1):
+            yield from _bounds(ref(input), dim, i.start, i.stop)
+        dim += input.dim() - sum(widths) if i is ... else width
+
+
+def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs:
+    n = source.shape[dim]
+    for bound in (start, stop):
+        if isinstance(bound, int) and 0 < bound < n:
+            yield bound, span(source, dim, 0, plain(bound))
+        elif isinstance(bound, int) and -n < bound < 0:
+            yield 0 - bound, span(source, dim, n + plain(bound), n)
+
+
+def _narrow(ref: Callable, out: Any, input: Any, dim: int, start: Any, length: int) -> Pairs:
+    if isinstance(start, int):
+        yield from _bounds(ref(input), dim % input.dim(), start, start + length)
+
+
+def _groups(ref: Callable, out: Any, input: Any, weight: Any, *more: Any, groups: int = 1, **_: Any) -> Pairs:
+    """(b, g i) and (o, i); transposed, which has out for input, (b, g o) and (i, o)"""
+    whole = span(ref(input), input.dim() - weight.dim() + 1)
+    yield more[4] if len(more) > 4 else groups, ("//", whole, span(ref(weight), 1))
+
+
+def _group_norm(ref: Callable, out: Any, input: Any, num_groups: int, *_: Any, **__: Any) -> Pairs:
+    yield num_groups, ("//", span(ref(out), 1), ("const", input.shape[1] // plain(num_groups)))
+
+
+def _default_scale(ref: Callable, out: Any, query: Any, *_: Any, scale: float | None = None, **__: Any) -> Pairs:
+    if scale is None:  # 1 / sqrt(head_dim) is then read off the query
+        yield query.shape[-1], span(ref(query), -1)
+
+
+def _all_heads(ref: Callable, out: Any, query: Any, *args: Any, **named: Any) -> Pairs:
+    """Of attention with all its projections in one function, head_dim is embed_dim // num_heads: it stays whole."""
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    for tensor, dim in ((query, -1), (args[4], 0), *((named.get(name), 0) for name in names)):
+        if tensor is not None:
+            yield tensor.shape[dim], span(ref(tensor), dim)
+
+
+SIZE_RULES: dict[str, Callable[..., Pairs]] = {
+    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
+    **dict.fromkeys(
+        ["zeros", "ones", "empty", "rand", "randn"],
+        lambda ref, out, *sizes, **named: _view(ref, out, None, *sizes, **named),
+    ),
+    "full": lambda ref, out, size, *_, **__: _shape(ref, out, size),
+    "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
+    "unflatten": lambda ref, out, input, dim, sizes: _shape(ref, out, sizes, dim % input.dim()),
+    **dict.fromkeys(
+        ["layer_norm", "rms_norm", "_fused_rms_norm"],
+        lambda ref, out, input, normalized_shape, *_, **__: _shape(ref, out, normalized_shape, -len(normalized_shape)),
+    ),
+    "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
+    "split": _split, "split_with_sizes": _split, "chunk": _chunk, "__getitem__": _slices, "narrow": _narrow,
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
+    **dict.fromkeys(
+        ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
+        lambda ref, out, input, *more, **named: _groups(ref, input, out, *more, **named),
+    ),
+    "__setitem__": lambda ref, out, input, index, value: _slices(ref, out, input, index),
+    "multi_head_attention_forward": _all_heads,
+    **dict.fromkeys(
+        ["affine_grid", "affine_grid_generator"],  # (n, c, h, w), of which the channels decide nothing
+        lambda ref, out, theta, size, *_, **__: _shape(ref, out, [size[0], *size[2:]]),
+    ),
+    "group_norm": _group_norm, "scaled_dot_product_attention": _default_scale,
+}  # fmt: skip
+
+
+# solving -------------------------------------------------------------------------------------------
 
 
 class Sizes:

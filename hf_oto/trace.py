@@ -1,8 +1,7 @@
 """The calls of the model's forward, traced: every ATen call with the tensors it took and the layer it ran in.
 
-They are traced together, in eval mode and in train mode, so that one algebra unites all they say. Sizes that modules
-keep to themselves (`num_heads`, `split_size`, ...) are tagged while the trace runs, so that each size argument
-remembers where it came from; what it must equal becomes an `Equation` for sizes.py.
+They are traced together, in eval mode and in train mode, so that one algebra unites all they say. Meanwhile the sizes
+that modules keep to themselves are tagged (sizes.py).
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,22 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
+from .evaluating import WeightsKept, enter_mode_, evaluating
 from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
-from .restore import MANY, WeightsKept, enter_mode_, evaluating
+from .restore import MANY
+from .sizes import SIZE_RULES, Equation, Ref, Size, expr_of, plain, span
 
 logger = logging.getLogger(__name__)
-
-# ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right), where the
-# operations are those of arithmetic, and comparisons, which are 1 or 0
-Expr = tuple
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A recorded tensor: its number and its shape at that time."""
-
-    value: int
-    shape: tuple[int, ...]
 
 
 class Call(NamedTuple):
@@ -95,14 +83,6 @@ class OpaqueOp:
         self._schema = Schema(f"higher_order::{op.name()}")
 
 
-class Equation(NamedTuple):
-    """`left == right` must hold before and after a cut."""
-
-    left: Expr
-    right: Expr
-    layer: str
-
-
 class Trace(NamedTuple):
     """What all the forwards did.
 
@@ -133,223 +113,6 @@ class Trace(NamedTuple):
         return [ref for refs in self.returned.values() for ref in refs]
 
 
-class Size(int):
-    """An int that remembers, as an expression, where it came from."""
-
-    def __new__(cls, value: int, expr: Expr, equations: list[Equation]) -> Size:
-        size = super().__new__(cls, value)
-        size.expr, size.equations = expr, equations  # these receive what its later uses imply
-        return size
-
-    def _leave(self) -> int:
-        """Leaves the algebra: from now on the expression has to keep its value."""
-        self.equations.append(Equation(self.expr, ("const", plain(self)), ""))
-        return plain(self)
-
-    def __eq__(self, other: object) -> bool:
-        equal = int.__eq__(self, other)
-        if equal is True and isinstance(other, Size):
-            if other.expr != self.expr:
-                self.equations.append(Equation(self.expr, other.expr, ""))
-        elif equal is not NotImplemented:
-            self._note("==", other, equal)
-        return equal
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    # What is found by it in a table or set was compared with it; what isn't found there leaves no trace.
-    __hash__ = int.__hash__
-
-    def _note(self, comparison: str, other: Any, found: bool) -> None:
-        """A comparison has to come out the same after a cut: code takes the other branch otherwise."""
-        if isinstance(other, int):
-            compared = (comparison, self.expr, expr_of(other))
-            self.equations.append(Equation(compared, ("const", int(found)), ""))
-
-    def __int__(self) -> int:
-        return self._leave()
-
-    def __float__(self) -> float:
-        return float(self._leave())
-
-    def __reduce__(self) -> tuple:
-        return int, (plain(self),)
-
-
-def _operation(name: str, op: str | None) -> Callable:
-    """`Size.name`: the result is a size too, unless expressions have no such `op` or the other side is no int."""
-    compute = getattr(int, name)
-
-    def operate(self: Size, other: Any) -> Any:
-        if op is None or not isinstance(other, int):
-            return compute(self._leave(), other._leave() if isinstance(other, Size) else other)
-        sides = (expr_of(other), self.expr) if name.startswith("__r") else (self.expr, expr_of(other))
-        return Size(compute(plain(self), plain(other)), (op, *sides), self.equations)
-
-    return operate
-
-
-_OPS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
-for _name, _op in [(f"__{side}{name}__", op) for name, op in _OPS.items() for side in ("", "r")]:
-    setattr(Size, _name, _operation(_name, _op))
-
-
-def _comparison(name: str, op: str) -> Callable:
-    compute = getattr(int, name)
-
-    def compare(self: Size, other: Any) -> bool:
-        found = compute(self, other)
-        if found is not NotImplemented:
-            self._note(op, other, found)
-        return found
-
-    return compare
-
-
-for _name, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
-    setattr(Size, _name, _comparison(_name, _op))
-
-
-def plain(value: int) -> int:
-    """The bare int, without a tag and without any consequence."""
-    return int.__pos__(value)
-
-
-def expr_of(value: int | Expr) -> Expr:
-    """The expression a size came from; a plain int is a constant."""
-    if isinstance(value, tuple):
-        return value
-    return value.expr if isinstance(value, Size) else ("const", value)
-
-
-def span(ref: Ref, dim: int, start: int = 0, stop: int | None = None) -> Expr:
-    """The number of positions in [start, stop) of a dimension that a cut leaves."""
-    dim %= len(ref.shape)
-    return ("span", ref.value, dim, start, ref.shape[dim] if stop is None else stop)
-
-
-# what each function says of the sizes it is given: their arguments are those of torch's own ------------
-
-Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
-
-
-def _shape(ref: Callable, out: Any, sizes: Sequence[Any], first: int = 0) -> Pairs:
-    for d, n in enumerate(sizes, first):
-        if isinstance(n, int) and n != -1:
-            yield n, span(ref(out), d)
-
-
-def _ints(sizes: Sequence[Any]) -> Sequence[int]:
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-
-
-def _view(ref: Callable, out: Any, input: Any, *sizes: Any, shape: Any = (), size: Any = (), **_: Any) -> Pairs:
-    return _shape(ref, out, _ints(sizes) or shape or size)
-
-
-def _repeat(ref: Callable, out: Any, input: Any, *sizes: Any, repeats: Any = (), dims: Any = ()) -> Pairs:
-    for d, n in enumerate(reversed(_ints(sizes) or repeats or dims), 1):
-        yield n, ("//", span(ref(out), -d), span(ref(input), -d)) if d <= input.dim() else span(ref(out), -d)
-
-
-def _repeat_interleave(ref: Callable, out: Any, input: Any, repeats: Any, dim: int | None = None, **_: Any) -> Pairs:
-    if isinstance(repeats, int) and dim is not None:
-        yield repeats, ("//", span(ref(out), dim), span(ref(input), dim))
-
-
-def _split(ref: Callable, out: Any, input: Any, split_size_or_sections: Any, dim: int = 0) -> Pairs:
-    for i, piece in enumerate(out):
-        n = split_size_or_sections if isinstance(split_size_or_sections, int) else split_size_or_sections[i]
-        if piece.shape[dim] == n:
-            yield n, span(ref(piece), dim)
-
-
-def _chunk(ref: Callable, out: Any, input: Any, chunks: int, dim: int = 0) -> Pairs:
-    yield ("*", ("const", len(out)), span(ref(out[0]), dim)), span(ref(input), dim)
-
-
-def _slices(ref: Callable, out: Any, input: Any, index: Any) -> Pairs:
-    index = index if isinstance(index, tuple) else (index,)
-    masks = [i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1 for i in index]
-    widths = [0 if i is None or i is ... else width for i, width in zip(index, masks, strict=True)]
-    dim = 0
-    for i, width in zip(index, widths, strict=True):
-        if isinstance(i, slice) and i.step in (None, 1):
-            yield from _bounds(ref(input), dim, i.start, i.stop)
-        dim += input.dim() - sum(widths) if i is ... else width
-
-
-def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs:
-    n = source.shape[dim]
-    for bound in (start, stop):
-        if isinstance(bound, int) and 0 < bound < n:
-            yield bound, span(source, dim, 0, plain(bound))
-        elif isinstance(bound, int) and -n < bound < 0:
-            yield 0 - bound, span(source, dim, n + plain(bound), n)
-
-
-def _narrow(ref: Callable, out: Any, input: Any, dim: int, start: Any, length: int) -> Pairs:
-    if isinstance(start, int):
-        yield from _bounds(ref(input), dim % input.dim(), start, start + length)
-
-
-def _groups(ref: Callable, out: Any, input: Any, weight: Any, *more: Any, groups: int = 1, **_: Any) -> Pairs:
-    """(b, g i) and (o, i); transposed, which has out for input, (b, g o) and (i, o)"""
-    whole = span(ref(input), input.dim() - weight.dim() + 1)
-    yield more[4] if len(more) > 4 else groups, ("//", whole, span(ref(weight), 1))
-
-
-def _group_norm(ref: Callable, out: Any, input: Any, num_groups: int, *_: Any, **__: Any) -> Pairs:
-    yield num_groups, ("//", span(ref(out), 1), ("const", input.shape[1] // plain(num_groups)))
-
-
-def _default_scale(ref: Callable, out: Any, query: Any, *_: Any, scale: float | None = None, **__: Any) -> Pairs:
-    if scale is None:  # 1 / sqrt(head_dim) is then read off the query
-        yield query.shape[-1], span(ref(query), -1)
-
-
-def _all_heads(ref: Callable, out: Any, query: Any, *args: Any, **named: Any) -> Pairs:
-    """Of attention with all its projections in one function, head_dim is embed_dim // num_heads: it stays whole."""
-    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    for tensor, dim in ((query, -1), (args[4], 0), *((named.get(name), 0) for name in names)):
-        if tensor is not None:
-            yield tensor.shape[dim], span(ref(tensor), dim)
-
-
-SIZE_RULES: dict[str, Callable[..., Pairs]] = {
-    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
-    **dict.fromkeys(
-        ["zeros", "ones", "empty", "rand", "randn"],
-        lambda ref, out, *sizes, **named: _view(ref, out, None, *sizes, **named),
-    ),
-    "full": lambda ref, out, size, *_, **__: _shape(ref, out, size),
-    "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
-    "unflatten": lambda ref, out, input, dim, sizes: _shape(ref, out, sizes, dim % input.dim()),
-    **dict.fromkeys(
-        ["layer_norm", "rms_norm", "_fused_rms_norm"],
-        lambda ref, out, input, normalized_shape, *_, **__: _shape(ref, out, normalized_shape, -len(normalized_shape)),
-    ),
-    "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
-    "split": _split, "split_with_sizes": _split, "chunk": _chunk, "__getitem__": _slices, "narrow": _narrow,
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
-    **dict.fromkeys(
-        ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
-        lambda ref, out, input, *more, **named: _groups(ref, input, out, *more, **named),
-    ),
-    "__setitem__": lambda ref, out, input, index, value: _slices(ref, out, input, index),
-    "multi_head_attention_forward": _all_heads,
-    **dict.fromkeys(
-        ["affine_grid", "affine_grid_generator"],  # (n, c, h, w), of which the channels decide nothing
-        lambda ref, out, theta, size, *_, **__: _shape(ref, out, [size[0], *size[2:]]),
-    ),
-    "group_norm": _group_norm, "scaled_dot_product_attention": _default_scale,
-}  # fmt: skip
-
-
-# recording -----------------------------------------------------------------------------------------
-
-
 def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """Arguments with every leaf mapped: several times as fast as a pytree, and a trace maps many thousands."""
     if type(value) is tuple or type(value) is list:
@@ -362,12 +125,14 @@ def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
 class _Recorder(TorchDispatchMode):
     """Numbers tensors by identity, kept alive so that it stays unique, and writes down every ATen call."""
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.supports_higher_order_operators = True
         self.calls: list[Call] = []
         self.layers = [""]
+        self.in_hand: dict[str, set[int]] = {}
         self.count = 0
+        self._paths = paths
         self._number: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []
 
@@ -395,6 +160,26 @@ class _Recorder(TorchDispatchMode):
     def known(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """The numbers of those tensors that have one."""
         return {self._number[id(t)] for t in tensors if id(t) in self._number}
+
+    @contextlib.contextmanager
+    def watching_layers(self) -> Iterator[None]:
+        """While open, the modules that run say where a call is made, and what their forwards have in hand."""
+        here = threading.get_ident()  # hooks are those of all threads
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == here:
+                self.in_hand.setdefault(self.layers[-1], set()).update(self.known(tensors_of(args)))
+                self.layers.append(self._paths.get(module, self.layers[-1]))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == here:
+                self.layers.pop()
+                self.in_hand.setdefault(self.layers[-1], set()).update(self.known(tensors_of(output)))
+
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+        with before, after:
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -526,84 +311,102 @@ def trace(
         OTOError: the model can't take the calls in eval mode. (What it can't do in train mode, without labels say, is
             left out.)
     """
-    recorder, equations, fakes = _Recorder(), [], Fakes(model)
-    parameters = {name for name, _ in model.named_parameters()}
-    tensors = named_tensors(model)
-    stored = parameters | persistent_buffers(model).keys()  # of what is tied, the first name
-    sources = {name: recorder.new(t.shape) for name, t in tensors.items() if name in stored}
-    taken: list[list[Ref]] = [[] for _ in forwards]  # the tensors that every call takes
-    paths = {module: path for path, module in model.named_modules()}
-    in_hand: dict[str, set[int]] = {}
-    empty = any(t.is_meta for t in tensors.values())
-    weights = fakes.weights(model) if fake or empty else None
-    here = threading.get_ident()
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != here:  # hooks are those of all threads
-            return
-        in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(args)))
-        recorder.layers.append(paths.get(module, recorder.layers[-1]))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != here:
-            return
-        recorder.layers.pop()
-        in_hand.setdefault(recorder.layers[-1], set()).update(recorder.known(tensors_of(output)))
-
-    def run(training: bool, on_fakes: bool) -> list[Ref]:
-        """Makes all the calls in one mode; what they return."""
-        outputs = []
-        mode = fakes.mode if on_fakes else contextlib.nullcontext()
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
-        with before, after, evaluating(model, training, weights if on_fakes else None), kept:
-            for name, tensor in named_tensors(model).items():
-                if name in sources:
-                    recorder.name(tensor, sources[name])
-            experts_at_once_(model)
-            tag_(model, equations)
-            with mode, _Tagger(recorder, equations), recorder:
-                enter_mode_(model, training)  # what modules compute from their weights then is seen, too
-            for forward, refs in zip(forwards, taken, strict=True):
-                count = iter(range(len(refs)))
-
-                def given(tensor: torch.Tensor, refs: list[Ref] = refs, count: Iterator[int] = count) -> torch.Tensor:
-                    copied = fakes.of(tensor) if on_fakes else tensor.clone()
-                    i = next(count, None)
-                    refs += [recorder.new(tensor.shape)] if i is None else []
-                    recorder.name(copied, refs[-1 if i is None else i])
-                    return copied
-
-                recorder.layers = [""]
-                with mode, _Tagger(recorder, equations), recorder:
-                    output = forward.run(model, given)
-                found = tensors_of(output)
-                if not found:
-                    raise OTOError(f"there is no tensor in what {type(model).__name__} returns, {type(output)}")
-                outputs += [recorder.ref(t) for t in found]
-        return outputs
-
+    runs = _Runs(model, forwards, fake)
     traced, returned, evaluated = {}, {}, 0
     for training in modes:
-        mark = len(recorder.calls), len(equations)
-        for on_fakes in [True] * (fake or empty) + [False] * (not empty):
+        for on_fakes in runs.ways:
+            mark = runs.mark()
             try:
-                returned[training] = run(training, on_fakes)
+                returned[training] = runs.run(training, on_fakes)
             except Exception as error:  # data-dependent branches and exotic kernels don't run on FakeTensors
                 raise_if_out_of_memory(error)
                 problem = error
-                del recorder.calls[mark[0] :], equations[mark[1] :]
+                runs.forget_since(mark)
                 said = str(error).split("\n")[0]
                 logger.info("the trace with training=%s, fake=%s failed: %s", training, on_fakes, said)
             else:
                 traced[training] = on_fakes
                 break
         if not training and not traced:
-            hint = " (or the model can't be traced without weights: load them first)" if empty else ""
+            hint = " (or the model can't be traced without weights: load them first)" if runs.is_empty else ""
             raise OTOError(
                 f"{type(model).__name__} can't take the batch {described(forwards)}: "
                 f"{type(problem).__name__}: {problem}{hint}"
             ) from problem
-        evaluated = evaluated or len(recorder.calls)
-    return Trace(recorder.calls, evaluated, sources, parameters, returned, equations, in_hand, traced)
+        evaluated = evaluated or len(runs.recorder.calls)
+    recorder = runs.recorder
+    return Trace(
+        recorder.calls, evaluated, runs.sources, runs.parameters, returned, runs.equations, recorder.in_hand, traced
+    )
+
+
+class _Runs:
+    """The calls, made once in every mode, into one recorder.
+
+    Attributes:
+        is_empty: whether the model has no weights: it then runs on FakeTensors only.
+        ways: whether to run on FakeTensors, in the order in which this is tried.
+        sources: the numbers of parameters and persistent buffers, the same in every run, by (first) name.
+        equations: what the runs say of sizes.
+    """
+
+    def __init__(self, model: nn.Module, forwards: Sequence[Forward], fake: bool) -> None:
+        self.model, self.forwards = model, forwards
+        self.recorder = _Recorder({module: path for path, module in model.named_modules()})
+        self.equations: list[Equation] = []
+        tensors = named_tensors(model)
+        self.parameters = {name for name, _ in model.named_parameters()}
+        stored = self.parameters | persistent_buffers(model).keys()
+        self.sources = {name: self.recorder.new(t.shape) for name, t in tensors.items() if name in stored}
+        self.is_empty = any(t.is_meta for t in tensors.values())
+        self.ways = [True] * (fake or self.is_empty) + [False] * (not self.is_empty)
+        self._fakes = Fakes(model)
+        self._fake_weights = self._fakes.weights(model) if True in self.ways else None
+        self._taken: list[list[Ref]] = [[] for _ in forwards]  # the tensors that every call takes
+
+    def mark(self) -> tuple[int, int]:
+        """Where the recording is now."""
+        return len(self.recorder.calls), len(self.equations)
+
+    def forget_since(self, mark: tuple[int, int]) -> None:
+        """Takes back what a run recorded that failed."""
+        del self.recorder.calls[mark[0] :], self.equations[mark[1] :]
+
+    def run(self, training: bool, on_fakes: bool) -> list[Ref]:
+        """Makes all the calls in one mode; what they return."""
+        model, recorder, outputs = self.model, self.recorder, []
+        mode = self._fakes.mode if on_fakes else contextlib.nullcontext()
+        weights = self._fake_weights if on_fakes else None
+        kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
+        with recorder.watching_layers(), evaluating(model, training, weights), kept:
+            for name, tensor in named_tensors(model).items():
+                if name in self.sources:
+                    recorder.name(tensor, self.sources[name])
+            experts_at_once_(model)
+            tag_(model, self.equations)
+            with mode, _Tagger(recorder, self.equations), recorder:
+                enter_mode_(model, training)  # what modules compute from their weights then is seen, too
+            for forward, taken in zip(self.forwards, self._taken, strict=True):
+                recorder.layers = [""]
+                with mode, _Tagger(recorder, self.equations), recorder:
+                    output = forward.run(model, self._giving(taken, on_fakes))
+                found = tensors_of(output)
+                if not found:
+                    raise OTOError(f"there is no tensor in what {type(model).__name__} returns, {type(output)}")
+                outputs += [recorder.ref(t) for t in found]
+        return outputs
+
+    def _giving(self, taken: list[Ref], on_fakes: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives a call its own copies of its inputs: in every run the i-th input has the same number."""
+        known = iter(list(taken))
+
+        def give(tensor: torch.Tensor) -> torch.Tensor:
+            ref = next(known, None)
+            if ref is None:
+                ref = self.recorder.new(tensor.shape)
+                taken.append(ref)
+            given = self._fakes.of(tensor) if on_fakes else tensor.clone()
+            self.recorder.name(given, ref)
+            return given
+
+        return give

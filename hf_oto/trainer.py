@@ -41,6 +41,7 @@ from .choice import the_target
 from .cost import Work
 from .cut import Cut, TrialCut, compact_, resolve
 from .dhspg import DHSPG
+from .evaluating import WeightsKept, evaluating, random_states_kept
 from .examples import Beginning
 from .figures import save_figures
 from .modeling_oto import FILE_NAME, OTOError
@@ -48,7 +49,8 @@ from .paper import PaperDHSPG
 from .partition import partition_zigs
 from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
 from .report import Report, measure, scores, size
-from .restore import WeightsKept, contents, evaluating, put_back, random_states_kept, replace_tensors_, restored
+from .restore import contents, put_back, replace_tensors_, restored
+from .resume import STATES, has_weights, holds_whole_model, lacks, load_weights_, newest_complete
 from .trace import persistent_buffers
 from .uniform import Tie, find_ties, plain
 from .zigs import PruningPlan, ZIGPartition, random_half
@@ -193,6 +195,7 @@ class OTOMixin:
         self._taken: list[Any] = []  # batches looked at that only we can give to training
         self._taken_of: Any = None  # the iterator that they are of
         self._steps_made = 0  # of the optimizer; `state.global_step` follows
+        self._rehearsed: ZIGPartition | None = None  # for which the end was tried
         self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._optimizer_text = ""  # the one that DHSPG is around, with its settings
@@ -201,6 +204,7 @@ class OTOMixin:
             if isinstance(given, TrainingArguments):
                 _refuse_sharding(given)
         super().__init__(*args, **kwargs)
+        self._given_optimizer: Any = self.optimizer  # the user's own, which another training begins with again
         self._ties: tuple[Tie, ...] | None = None
         self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
         if self.get_tp_size() > 1:
@@ -209,20 +213,29 @@ class OTOMixin:
 
     # training --------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
 
         Whatever fails after the last step, the trained full model is then in the folder `dense` of the output folder,
-        and the error names it.
+        and the error names it. Called again after it was interrupted, it trains its whole schedule, from the weights
+        as they are.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint to go on from, as if the run had never been interrupted; `True` is the newest complete
+                one in the output folder.
 
         Raises:
-            OTOError: the model was compacted by an earlier `train()`, or the certificate fails.
+            OTOError: the model was compacted by an earlier `train()`, the checkpoint is incomplete or another
+                model's, or the certificate fails.
         """
         if self.report is not None and self.model_init is None:
             raise OTOError(
                 "this trainer has compacted its model: to train that further make a Trainer(trainer.model, ...), "
                 "to prune it again an OTOTrainer(trainer.model, ...)"
             )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._complete_checkpoint(resume_from_checkpoint)
         self.plan = self.report = self._saved_in = None
         self._last_saved = (0, "")
         if self.model_init is not None:
@@ -231,7 +244,7 @@ class OTOMixin:
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
         earlier = self.state
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._compact()
         except BaseException as error:
             if self.state is earlier or not self._is_trained():
@@ -315,6 +328,101 @@ class OTOMixin:
             raise
         return str(folder)
 
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        """`Trainer`'s; where an earlier one was interrupted, or ran out of memory, this one begins anew."""
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # prepared for that one, it would go on with its schedule
+            self.optimizer = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = (
+                None  # and its memory
+            )
+            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # FSDP's are loaded further in
+                self._load_from_checkpoint(resume_from_checkpoint)
+        elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
+            self._given_optimizer = self.optimizer
+        if self.optimizer is None:
+            self.optimizer = self._given_optimizer
+        self._steps_made = 0
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer`'s, which makes one step too many if it was resumed at the last one, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    # resuming --------------------------------------------------------------------------------------
+
+    def _complete_checkpoint(self, asked: str | bool) -> str | bool:
+        """The folder to resume from, which lacks nothing; what isn't there at all is left for `Trainer` to refuse."""
+        place, with_scaler = self.args.output_dir, self.accelerator.scaler is not None
+        newest, incomplete = newest_complete(place, with_scaler)
+        if asked is not True:
+            incomplete = {str(asked): lacks(asked, with_scaler)} if os.path.isdir(asked) else {}
+        facts = "; ".join(f"{folder} lacks {', '.join(lacking)}" for folder, lacking in incomplete.items() if lacking)
+        if not facts:
+            return newest or True if asked is True else asked
+        if asked is True and newest is not None:
+            if self.is_world_process_zero():
+                logger.warning("%s: resuming from %s", facts, newest)
+            return newest
+        instead = f"resume from {newest}, or " if newest is not None else ""
+        raise OTOError(
+            f"can't resume: {facts} (a run that is killed leaves such a folder, and so does save_only_model=True): "
+            f"{instead}begin a new run from its weights, with a model from from_pretrained({next(iter(incomplete))!r})"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """`Trainer`'s, but all the weights or an error."""
+        if self._loads_otherwise(super()._load_from_checkpoint, Trainer._load_from_checkpoint, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+            return
+        whole = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        load_weights_(whole, str(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """`Trainer`'s, but all the weights or an error."""
+        best = self.state.best_model_checkpoint
+        if not has_weights(best):
+            raise OTOError(
+                f"the best checkpoint, {best}, is not there or has no weights, so they can't be loaded (machines that "
+                "share no disk need save_on_each_node=True)"
+            )
+        if self._loads_otherwise(super()._load_best_model, Trainer._load_best_model, best):
+            super()._load_best_model()
+            return
+        logger.info("Loading best model from %s (score: %s).", best, self.state.best_metric)
+        load_weights_(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
+
+    def _loads_otherwise(self, inherited: Any, stock: Any, folder: str) -> bool:
+        """Whether another trainer, accelerate (for FSDP) or PEFT has a way of its own to load what is in a folder."""
+        return self.is_fsdp_enabled or inherited.__func__ is not stock or not holds_whole_model(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """`Trainer`'s; what doesn't fit this run is an error that names the folder."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise OTOError(
+                f"can't resume from {checkpoint}: {error} (for a new run from its weights, take a model from "
+                f"from_pretrained({str(checkpoint)!r}))"
+            ) from error
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer`'s, into a folder that is incomplete until the last file: an older one may have had its name."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            for name in STATES:
+                (folder / name).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """`Trainer`'s; the state of the run, which is saved next, says that every rank has written its own."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    # data ------------------------------------------------------------------------------------------
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """`Trainer`'s; the training loop asks with the data loader that it goes on to read."""
         if dataloader is not self._taken_of:
@@ -391,8 +499,13 @@ class OTOMixin:
         """DHSPG around the optimizer that the trainer makes or was given, whatever its parameter groups are."""
         self._steps_made = 0
         if self._dhspg() is None:
-            super().create_optimizer(*args, **kwargs)
-            self._take_over_optimizer(args[0] if args else kwargs.get("model"))
+            before = self.optimizer
+            try:
+                super().create_optimizer(*args, **kwargs)
+                self._take_over_optimizer(args[0] if args else kwargs.get("model"))
+            except BaseException:
+                self.optimizer = before  # what the trainer has made isn't one that was given
+                raise
         return self.optimizer
 
     def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -433,10 +546,12 @@ class OTOMixin:
             self._ties = _of_rank_zero(lambda: find_ties(model, self.partition, self._forwards))
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
-        _of_rank_zero(lambda: self._rehearse_the_end(model))
+        if self._rehearsed is not self.partition:
+            _of_rank_zero(lambda: self._rehearse_the_end(model))
+            self._rehearsed = self.partition
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
             self._whole = WholeModel(model)
             self._meeting = torch.distributed.new_group(backend="gloo")  # the one that knows who is missing
 

@@ -21,8 +21,7 @@ from hf_oto.certificate import certify
 from hf_oto.cut import TrialCut, compact_, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
-from hf_oto.sizes import Sizes
-from hf_oto.trace import Equation, Size
+from hf_oto.sizes import Equation, Size, Sizes
 
 TOLERANCE = 1e-5
 

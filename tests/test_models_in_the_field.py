@@ -40,7 +40,7 @@ from hf_oto import OTOError, PruningPlan, check_zero_invariance, compact, partit
 from hf_oto.calls import Forward
 from hf_oto.certificate import certify
 from hf_oto.cut import resolve
-from hf_oto.trace import Size
+from hf_oto.sizes import Size
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm"),  # deprecated, but in use
@@ -1840,11 +1840,12 @@ class Later(Net):
 
 
 def test_a_part_that_never_ran_keeps_its_width():
-    """One that reads the width itself protects it. One that reads a multiple (two states side by side) does not: no
-    width says so. Switched on after the cut it is an error of shapes, never a wrong number."""
+    """One that reads the width itself protects it, or up to four states side by side. One that reads more of them does
+    not: switched on after the cut it is an error of shapes, never a wrong number."""
     x = {"x": waves(4, 6)}
     assert not partition_zigs(Later(16, lambda h: h), x).axes
-    model = Later(32, lambda h: torch.cat([h, h], -1))
+    assert not partition_zigs(Later(32, lambda h: torch.cat([h, h], -1)), x).axes
+    model = Later(80, lambda h: torch.cat([h] * 5, -1))
     partition = partition_zigs(model, x)
     assert [axis.size for axis in partition.axes] == [16]
     compact(model, partition, half(partition))

@@ -349,7 +349,7 @@ def test_a_rule_that_gives_the_wrong_shape_pins(monkeypatch):
 
 def test_a_rule_that_is_wrong_is_caught_in_rehearsal(monkeypatch):
     """Negative control of the rules themselves: the cut is compared, not believed."""
-    wrong = {"flip": lambda s, call: [s.of(call.args[0])], "_softmax": hf_oto.rules.elementwise}
+    wrong = {"flip": lambda s, call: [s.of(call.args[0])], "_softmax": hf_oto.rules.elementwise.elementwise}
     model = randomise_(TwoLayers(lambda x: x.flip(-1) + torch.linspace(0, 1, 12)))
     for op, rule in wrong.items():
         monkeypatch.setitem(hf_oto.rules.RULES, op, rule)
