@@ -1,8 +1,15 @@
 """Which ZIGs go: targets, floors, multiples and ties; pure functions of arrays, without a model or an optimizer.
 
 A choice takes blocks of ZIGs, the least salient for their cost first, until the budget is met. A block is what an
-axis (or several tied ones) may lose at a time. Worked example: an axis of 10 units of which a multiple of 4 has to
-stay loses its 2 least salient units first (8 stay), then 4 more (4 stay), then none, as at least one has to stay.
+axis (or several tied ones) may lose at a time.
+
+Worked example of blocks: an axis of 10 units of which a multiple of 4 has to stay loses its 2 least salient units
+first (8 stay), then 4 more (4 stay), then none, as at least one has to stay. Two tied axes, of 12 units of which a
+multiple of 4 has to stay and of 6 heads, lose 4 units and 2 heads at a time.
+
+Worked example of a budget: 60 of 100 ZIGs are to be left. At 0.4 of the way 16 ZIGs have to be zero; if 9 are, 7 are
+still to go. If the blocks hold 4, 8, 2 and 1 ZIGs, the least salient first, 4 and 8 would be 5 too many. So the
+second block is left out, and 4, 2 and 1 ZIGs are chosen.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,7 +64,8 @@ class Limits:
         sizes: ZIGs of every axis.
         kept_multiple: what stays of an axis is a multiple of this, unless all of it stays.
         removable: how many ZIGs may go at most.
-        tie: a number that axes share which keep equal fractions.
+        tie: the number of an axis, which stands for all that keep the same fraction as it does; without others, of
+            the axis itself.
     """
 
     sizes: np.ndarray
@@ -69,6 +77,14 @@ class Limits:
     def first_block(self) -> np.ndarray:
         """How many ZIGs have to go before a multiple stays, (axes,)."""
         return (self.sizes - 1) % self.kept_multiple + 1
+
+    def in_blocks(self, zigs: np.ndarray) -> np.ndarray:
+        """How many blocks so many ZIGs of every axis are, (axes,), where they are whole blocks."""
+        return -(-zigs // self.kept_multiple)
+
+    def in_zigs(self, blocks: np.ndarray) -> np.ndarray:
+        """How many ZIGs the first so many blocks of every axis are, (axes,)."""
+        return np.where(blocks > 0, self.first_block + (blocks - 1) * self.kept_multiple, 0)
 
     @property
     def axis_of(self) -> np.ndarray:
@@ -267,6 +283,45 @@ def _order_in_axes(salience: np.ndarray, zero: np.ndarray, limits: Limits) -> tu
     return order, np.arange(len(order)) - start_of_axis[limits.axis_of]
 
 
+class Blocks(NamedTuple):
+    """The blocks of all axes, tie after tie, in each the one that goes first to the one that goes last.
+
+    Worked example: an axis of 5 ZIGs, of which a multiple of 2 has to stay, and one of 2 ZIGs, both without a tie.
+    Blocks 0, 1 and 2 hold 1, 2 and 2 ZIGs of the first axis, blocks 3 and 4 the single ZIGs of the second.
+
+    Attributes:
+        zigs: all ZIGs, axis after axis, in each the zero ones, then from the least salient on, (num_zigs,).
+        block: the block of each of these, (num_zigs,).
+        tie: the tie of every block, (blocks,).
+        number: which of its tie a block is, from 0 on, (blocks,).
+    """
+
+    zigs: np.ndarray
+    block: np.ndarray
+    tie: np.ndarray
+    number: np.ndarray
+
+    @classmethod
+    def of(cls, salience: np.ndarray, zero: np.ndarray, limits: Limits) -> Blocks:
+        """The blocks in which the ZIGs of every axis go."""
+        zigs, rank = _order_in_axes(salience, zero, limits)
+        axis = limits.axis_of
+        # the first block may be smaller than the others: its missing ranks come before rank 0
+        number_of_zig = (rank + (limits.kept_multiple - limits.first_block)[axis]) // limits.kept_multiple[axis]
+        ties = np.unique(limits.tie)
+        blocks_of_tie = limits.in_blocks(limits.sizes)[ties]
+        start_of_tie = np.zeros(len(limits.sizes), int)
+        start_of_tie[ties] = np.cumsum(blocks_of_tie) - blocks_of_tie
+        # a block of tied axes is the next block of each of them
+        block = start_of_tie[limits.tie[axis]] + number_of_zig
+        tie = np.repeat(ties, blocks_of_tie)
+        return cls(zigs, block, tie, np.arange(len(tie)) - start_of_tie[tie])
+
+    def sums(self, of_zigs: np.ndarray) -> np.ndarray:
+        """The sum of a vector, (num_zigs,), over the ZIGs of every block, (blocks,)."""
+        return np.bincount(self.block, weights=of_zigs[self.zigs], minlength=len(self.tie))
+
+
 def choose(
     salience: np.ndarray,
     zero: np.ndarray,
@@ -283,7 +338,7 @@ def choose(
     Args:
         salience: (num_zigs,), what the loss would lose with a ZIG; ties are broken by position.
         zero: (num_zigs,), bool: these are gone.
-        may_go: (axes,), bool: others lose no ZIG now.
+        may_go: (axes,), bool: others lose no ZIG now, nor do axes that are tied to others.
         share: fraction, in (0, 1], of the way from the dense model to the goal.
         limits: what may go of every axis.
         budget: how much has to go.
@@ -291,60 +346,83 @@ def choose(
     Returns:
         the ZIGs to be made zero next, bool (num_zigs,).
     """
-    order, rank = _order_in_axes(salience, zero, limits)
-    score = np.where(zero, -np.inf, salience)[order]
-    axis = limits.axis_of
-    block = np.where(
-        rank < limits.first_block[axis], 0, 1 + (rank - limits.first_block[axis]) // limits.kept_multiple[axis]
-    )
-    tie = limits.tie[axis]
-    # a block of tied axes is the next block of each of them
-    by_block = np.lexsort((rank, axis, block, tie))
+    blocks = Blocks.of(salience, zero, limits)
+    living, begun = blocks.sums(~zero), blocks.sums(zero) > 0  # (blocks,)
     stays = np.isin(limits.tie, limits.tie[~may_go])
-    gone_after = limits.first_block[axis] + block * limits.kept_multiple[axis]
-    candidate = (gone_after <= limits.removable[axis]) & ~(stays[axis] & ~zero[order])
-    by_block = by_block[candidate[by_block]]
-    if not len(by_block):
-        return np.zeros(len(salience), bool)
-    order, score, axis, tie, block = order[by_block], score[by_block], axis[by_block], tie[by_block], block[by_block]
-    starts = np.flatnonzero(np.diff(tie, prepend=-1) | np.diff(block, prepend=-1))
-    salience_per_cost = np.add.reduceat(score, starts) / np.add.reduceat(budget.cost_of_zig[axis], starts)
-    taken = _fewest_blocks(np.argsort(salience_per_cost, kind="stable"), tie[starts], share, limits, budget)
-    # the ZIGs of the blocks, in the order in which these are taken
-    place = np.full(len(starts), len(starts))
-    place[taken] = np.arange(len(taken))
-    place = np.repeat(place, np.diff(starts, append=len(order)))
-    picked = order[np.argsort(place, kind="stable")][: (place < len(starts)).sum()]
-    picked = picked[~zero[picked]]
-    if budget.exact:
-        # more may be zero already than this event asks for: a state that was loaded into another schedule
-        picked = picked[: max(0, int(budget.dense - _goal_at(share, budget)) - int(zero.sum()))]
-    chosen = np.zeros(len(salience), bool)
-    chosen[picked] = True
-    return chosen
+    removable_blocks = np.where(stays, 0, limits.in_blocks(limits.removable))  # (axes,)
+    candidates = np.flatnonzero((living > 0) & (blocks.number < removable_blocks[blocks.tie]))
+    # what is zero in part is completed before anything else, so that one axis at most is out of step
+    per_cost = np.where(begun, -np.inf, _salience_per_cost(salience, zero, blocks, limits, budget))
+    candidates = candidates[np.argsort(per_cost[candidates], kind="stable")]
+
+    zero_zigs = limits.count(zero)  # (axes,)
+    zero_blocks = np.bincount(blocks.tie[living == 0], minlength=len(limits.sizes))  # (ties,)
+
+    def left(taken: np.ndarray) -> float:
+        """What is left of the budget's work without these blocks and without what is zero."""
+        gone_blocks = zero_blocks + np.bincount(blocks.tie[taken], minlength=len(limits.sizes))
+        # what is zero may be no whole number of blocks, or more than may go: of a state with other limits, say
+        gone = np.maximum(zero_zigs, limits.in_zigs(gone_blocks[limits.tie]))
+        return budget.work.left(gone)
+
+    taken = _fewest_blocks(candidates, blocks.tie, begun, left, _goal_at(share, budget), OVERSHOOT * budget.dense)
+    return _zigs_of(taken, blocks, zero, share, budget)
+
+
+def _salience_per_cost(
+    salience: np.ndarray, zero: np.ndarray, blocks: Blocks, limits: Limits, budget: Budget
+) -> np.ndarray:
+    """By what blocks are compared, (blocks,)."""
+    of_living = np.where(zero, 0, salience)
+    per_cost = blocks.sums(of_living) / blocks.sums(budget.cost_of_zig[limits.axis_of])
+    # sums of equally salient ZIGs may round in either direction: even then no block goes before the one before it
+    of_ties = np.split(per_cost, np.flatnonzero(blocks.number == 0)[1:])
+    return np.concatenate([np.maximum.accumulate(of_tie) for of_tie in of_ties])
 
 
 def _goal_at(share: float, budget: Budget) -> float:
     """How much is left when `share` of the way is gone."""
+    if share == 1:
+        return budget.goal  # which may be no whole number
     return budget.dense - round((budget.dense - budget.goal) * share)
 
 
-def _fewest_blocks(blocks: np.ndarray, tie: np.ndarray, share: float, limits: Limits, budget: Budget) -> np.ndarray:
-    """The shortest beginning of `blocks`, in their order, that meets the goal, rather without one that overshoots."""
-    goal = _goal_at(share, budget)
+def _fewest_blocks(
+    blocks: np.ndarray,
+    tie: np.ndarray,
+    begun: np.ndarray,
+    left: Callable[[np.ndarray], float],
+    goal: float,
+    overshoot: float,
+) -> np.ndarray:
+    """The shortest beginning of `blocks`, in their order, that meets the goal, rather without one that overshoots.
 
-    def left(taken: np.ndarray) -> float:
-        count = np.bincount(tie[taken], minlength=len(limits.sizes))[limits.tie]  # blocks of every axis
-        gone = np.where(count, limits.first_block + (count - 1) * limits.kept_multiple, 0)
-        return budget.work.left(gone)
-
+    All of them where that doesn't meet the goal. What is begun, `begun` (blocks,), is never left out.
+    """
     taken = best = blocks
     while left(taken) <= goal:
         beginning = bisect.bisect_left(range(len(taken)), -goal, key=lambda n: -left(taken[:n]))
         taken = taken[:beginning]
         best = max(best, taken, key=left)
-        if not len(taken) or goal - left(taken) <= OVERSHOOT * budget.dense:
+        if not len(taken) or begun[taken[-1]] or goal - left(taken) <= overshoot:
             break
+        # without its last block, and so without any later one of the same axis, which can't go before that
         too_much, others = taken[-1], blocks[len(taken) :]
         taken = blocks = np.concatenate([taken[:-1], others[tie[others] != tie[too_much]]])
     return best
+
+
+def _zigs_of(taken: np.ndarray, blocks: Blocks, zero: np.ndarray, share: float, budget: Budget) -> np.ndarray:
+    """The living ZIGs of the blocks, of the last one only what an exact number of ZIGs needs; bool (num_zigs,)."""
+    place = np.full(len(blocks.tie), len(taken))
+    place[taken] = np.arange(len(taken))
+    place = place[blocks.block]  # (num_zigs,)
+    in_order = blocks.zigs[np.argsort(place, kind="stable")]
+    zigs = in_order[: (place < len(taken)).sum()]
+    zigs = zigs[~zero[zigs]]
+    if budget.exact:
+        # more may be zero already than this event asks for: a state that was loaded into another schedule
+        zigs = zigs[: max(0, int(budget.dense - _goal_at(share, budget)) - int(zero.sum()))]
+    chosen = np.zeros(len(zero), bool)
+    chosen[zigs] = True
+    return chosen

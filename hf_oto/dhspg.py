@@ -186,14 +186,16 @@ class DHSPG(torch.optim.Optimizer):
         self._restless = {(m.param, m.dim) for axis in unread for m in axis.group}
         self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
         self._elements = _elements(axes, trained)
-        # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves
+        # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves.
+        # On the CPU and in these dtypes, whatever torch's defaults are: the choice is made there
         self._own.update(
             dhspg_step=0,
-            zero=torch.zeros(self.num_zigs, dtype=torch.uint8),
-            redundant=torch.zeros(self.num_zigs, dtype=torch.uint8),
-            salience=torch.zeros(self.num_zigs),
-            salience_of_axes=torch.zeros(len(axes)),
-            sampled=torch.zeros(len(axes), dtype=torch.uint8),  # axes whose gradients were seen since the last choice
+            zero=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
+            redundant=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
+            salience=torch.zeros(self.num_zigs, dtype=torch.float32, device="cpu"),
+            salience_of_axes=torch.zeros(len(axes), dtype=torch.float32, device="cpu"),
+            # axes whose gradients were seen since the last choice
+            sampled=torch.zeros(len(axes), dtype=torch.uint8, device="cpu"),
             partition=_fingerprint(axes),
             run=f"{target.kind}={target.value}, events at {', '.join(map(str, self.schedule.events)) or 'no step'}",
         )
@@ -337,7 +339,10 @@ class DHSPG(torch.optim.Optimizer):
         return kept | {"_frozen": None, "_process_group": None}
 
     def __repr__(self) -> str:
-        groups = ", ".join(f"{sum(p.numel() for p in g['params']):,} at lr {g['lr']}" for g in self.param_groups)
+        # the rate of a base may be a tensor, or None where it sets its own
+        rates = ["no lr" if g["lr"] is None else f"lr {float(g['lr']):g}" for g in self.param_groups]
+        sizes = [sum(p.numel() for p in g["params"]) for g in self.param_groups]
+        groups = ", ".join(f"{size:,} at {rate}" for size, rate in zip(sizes, rates, strict=True))
         return (
             f"{type(self).__name__} around {type(self.base).__name__} (parameters: {groups})\n"
             f"    {self.num_zigs:,} ZIGs on {len(self.axis_names)} axes, {self.group_sparsity:.3f} of them zero\n"
@@ -515,12 +520,13 @@ class DHSPG(torch.optim.Optimizer):
             sums = self._sums(self._parts(inner), self._parts(_weight_squared), self._parts(_gradient_squared))
             cost = torch.from_numpy(self.budget.cost_of_zig)[axis_of].float()
             salience = self._salience(Moments(*sums, self._elements[axis_of], cost)).float()
-            of_axes = torch.full((len(self.axis_names),), math.inf)  # who knows what it says of an axis under a norm
-        seen = torch.tensor(self._seen_axes(), dtype=torch.bool)
+            # who knows what it says of an axis under a norm
+            of_axes = torch.full((len(self.axis_names),), math.inf, device="cpu")
+        seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")
         self._own["sampled"] = ((self._own["sampled"].cpu() > 0) | seen).to(torch.uint8)
         for name, new, here in (("salience", salience, seen[axis_of]), ("salience_of_axes", of_axes, seen)):
             old = self._own[name].cpu()
-            new = torch.nan_to_num(new, nan=math.inf).float()
+            new = torch.nan_to_num(new, nan=math.inf, posinf=math.inf).float()
             # to begin at 0 makes all too small alike
             self._own[name] = torch.where(here, EMA * old + (1 - EMA) * new, old)
 
@@ -572,9 +578,10 @@ class DHSPG(torch.optim.Optimizer):
         """Multiplies the ZIGs of a mask: a whole multiply per tensor is faster than one by index."""
         if not zigs.any():
             return
-        factors = torch.ones(self.num_zigs).masked_fill(zigs, factor)
+        factors = torch.ones(self.num_zigs, dtype=torch.float32, device="cpu").masked_fill(zigs, factor)
         for s, p in on_this_rank(self._group, self._by_name()):
             p.mul_(per_position(factors, s.owner, s.dim, p))
+        self._forget_past_steps()
 
     def _freeze(self, zigs: Tensor) -> None:
         """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
@@ -585,6 +592,13 @@ class DHSPG(torch.optim.Optimizer):
                 if _can_be_zeroed(state, p):
                     local(state).index_fill_(s.dim, index, 0)
         self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
+        if zigs.any():
+            self._forget_past_steps()
+
+    def _forget_past_steps(self) -> None:
+        """LBFGS takes every change of the weights since its last step for its own: after another it begins anew."""
+        if isinstance(self.base, torch.optim.LBFGS):
+            self.state.clear()
 
     def _rows_and_weights(self, rows: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
         params = self._by_name()
@@ -686,7 +700,7 @@ def _elements(axes: Sequence[PrunableAxis], params: Mapping[str, Tensor]) -> Ten
             p = params[m.param]
             count += m.positions(axis.size).shape[1] * p.numel() // p.shape[m.dim]
         counts.append(count)
-    return torch.tensor(counts, dtype=torch.float32)
+    return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 
 def _fingerprint(axes: Sequence[PrunableAxis]) -> str:

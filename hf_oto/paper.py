@@ -144,7 +144,8 @@ class PaperDHSPG(DHSPG):
         """As many groups as the target asks for."""
         axis_of = torch.from_numpy(self.limits.axis_of)
         score = redundancy(xd, xx, dd, self._elements[axis_of])
-        score = score.masked_fill(~torch.tensor(self._seen_axes(), dtype=torch.bool)[axis_of], -torch.inf)
+        seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")
+        score = score.masked_fill(~seen[axis_of], -torch.inf)
         count = round(self.budget.dense - self.budget.goal)
         chosen = torch.zeros_like(candidates)
         chosen[torch.argsort(score, descending=True, stable=True)[:count]] = True

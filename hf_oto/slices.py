@@ -123,7 +123,7 @@ def _owner_on_this_rank(s: Slice, p: Tensor) -> Tensor:
 
 def rows_of(zigs: Tensor, slices: Iterable[Slice], params: Mapping[str, Tensor]) -> list[Rows]:
     """The positions of the ZIGs of a mask, bool (num_zigs,), on this rank; slices without any are left out."""
-    padded = torch.cat([zigs, torch.zeros(1, dtype=torch.bool)])  # the last one stands for no ZIG
+    padded = torch.cat([zigs, zigs.new_zeros(1)])  # the last one stands for no ZIG
     here = list(on_this_rank(slices, params))
     found: dict[tuple[int, torch.device], tuple[Tensor, list[int]]] = {}  # slices share owners, so they share these
     rows = []
@@ -155,7 +155,7 @@ def sum_over_zigs(many: Sequence[Iterable[Part]], params: Mapping[str, Tensor], 
         dtype = torch.promote_types(dtype, real)
         layouts[name] = layout_of(p)
     # the same layouts in the same order on all ranks, whatever these hold
-    sums = {layout: torch.zeros(len(many), num_zigs + 1, dtype=dtype) for layout in layouts.values()}
+    sums = {layout: torch.zeros(len(many), num_zigs + 1, dtype=dtype, device="cpu") for layout in layouts.values()}
     for k, parts in enumerate(many):
         found: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
         for s, index, values in parts:
@@ -168,7 +168,7 @@ def sum_over_zigs(many: Sequence[Iterable[Part]], params: Mapping[str, Tensor], 
                 owner, row_sums = (torch.cat(x) for x in zip(*pairs, strict=True))
                 # on the CPU the order of additions is always the same: replicas come to the same sums
                 sums[layout][k].index_add_(0, owner, row_sums.cpu())
-    total = torch.zeros(len(many), num_zigs + 1, dtype=dtype)
+    total = torch.zeros(len(many), num_zigs + 1, dtype=dtype, device="cpu")
     for layout, part in sums.items():
         if layout.groups:
             part = part.to(layout.device)
