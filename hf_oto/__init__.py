@@ -10,16 +10,25 @@ from .dhspg import DHSPG
 from .modeling_oto import OTOError
 from .partition import partition_zigs
 from .saving import install_hook
-from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments
+from .trainer import (
+    OTOArguments,
+    OTOMixin,
+    OTOSeq2SeqTrainer,
+    OTOSeq2SeqTrainingArguments,
+    OTOTrainer,
+    OTOTrainingArguments,
+)
 from .zigs import PruningPlan, ZIGPartition
 
 install_hook()
 
 __all__ = [
     "DHSPG",
+    "OTOArguments",
     "OTOError",
     "OTOMixin",
     "OTOSeq2SeqTrainer",
+    "OTOSeq2SeqTrainingArguments",
     "OTOTrainer",
     "OTOTrainingArguments",
     "PruningPlan",

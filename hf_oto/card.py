@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
@@ -90,7 +88,7 @@ def model_card(
     name: str,
     model: PreTrainedModel,
     report: Report,
-    arguments: Mapping[str, Any],
+    arguments: str,
     optimizer: str,
     folder: str = "",
 ) -> str:
@@ -100,7 +98,7 @@ def model_card(
         name: the repository.
         model: the model in it, saved before: its config names the Auto class that `trust_remote_code` needs.
         report: `OTOMixin.report`.
-        arguments: those of `OTOTrainingArguments` that make another run the same.
+        arguments: the training arguments that make another run the same, as code.
         optimizer: what trained it, in words.
         folder: where the card will be; shows the figures that lie there.
     """
@@ -108,12 +106,11 @@ def model_card(
     code = f"{Path(FILE_NAME).stem}.{cls}"
     autos = [auto for auto, reference in (vars(model.config).get("auto_map") or {}).items() if reference == code]
     load = LOAD if "oto" in vars(model.config) else STOCK
-    lines = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return COMPACT.format(
         load=load.format(name=name, cls=cls, remote=REMOTE.format(auto=autos[-1], name=name) if autos else ""),
         sparsity=report["group_sparsity"],
         report=report,
-        arguments=f'OTOTrainingArguments(\n    "out",\n{lines})',
+        arguments=arguments,
         optimizer=optimizer,
         figures="".join(f"\n![{f}]({f})\n" for f in FIGURES if Path(folder, f).exists()),
     )

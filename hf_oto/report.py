@@ -9,6 +9,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -117,9 +118,10 @@ def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[flo
 
 
 def scores(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation among what is logged."""
+    """The metrics of an evaluation among what is logged, those that are numbers."""
     no = ("_runtime", "_per_second", "_preparation_time")
-    return {k: v for k, v in logs.items() if k.startswith("eval_") and not k.endswith(no)}
+    numbers = {k: v for k, v in logs.items() if isinstance(v, Real)}
+    return {k: v for k, v in numbers.items() if k.startswith("eval_") and not k.endswith(no)}
 
 
 # text ----------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
 import os
 import re
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,7 +23,14 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from huggingface_hub import HfApi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -38,7 +47,7 @@ from .figures import save_figures
 from .modeling_oto import FILE_NAME, OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
-from .rehearsal import rehearse_saving
+from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
 from .report import Report, measure, scores, size
 from .restore import contents, put_back, replace_tensors_, restored
 from .resume import STATES, has_weights, holds_whole_model, lacks, load_weights_, newest_complete
@@ -50,8 +59,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class OTOTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what to prune. A plain `TrainingArguments` works too and then means the defaults.
+class OTOArguments:
+    """What to prune. It goes before any class of training arguments, as `OTOMixin` goes before any trainer:
+    `@dataclass class MyArguments(OTOArguments, SomeTrainingArguments): pass`.
 
     Args:
         target_group_sparsity (`float`, *optional*):
@@ -71,7 +81,7 @@ class OTOTrainingArguments(TrainingArguments):
             First and last moment of pruning as fractions of the optimizer steps (scheduled mode): (0.1, 0.6), or
             (0.1, 0.25) where at most a fifth is left.
         min_keep (`float`, *optional*, defaults to 0.1):
-            Fraction of every axis, at least one ZIG, that is never removed (scheduled mode).
+            Fraction of every axis, in [0, 1) and at least one ZIG, that is never removed (scheduled mode).
         group_divisible (`int`, *optional*):
             What is left of every axis is a multiple of this, in channels or units (scheduled mode): 8 for widths from
             64 on, 1 for others.
@@ -81,9 +91,10 @@ class OTOTrainingArguments(TrainingArguments):
         protect (`list[str]`, *optional*):
             Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
             it is in.
-    """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "target_per_axis"]
+    Raises:
+        ValueError: an argument is out of range, no regular expression, or one of two targets.
+    """
 
     target_group_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of ZIGs to remove, in [0, 1); 0.5 if no target is given."}
@@ -97,7 +108,7 @@ class OTOTrainingArguments(TrainingArguments):
     pruning_window: list[float] | None = field(
         default=None, metadata={"help": "Pruning starts and ends at these fractions of the steps."}
     )
-    min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays."})
+    min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays, in [0, 1)."})
     group_divisible: int | None = field(
         default=None, metadata={"help": "What stays of an axis is a multiple of this."}
     )
@@ -105,17 +116,56 @@ class OTOTrainingArguments(TrainingArguments):
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_per_axis, str):  # from a command line
+            self.target_per_axis = _parsed("target_per_axis", self.target_per_axis)
         super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError where an argument of ours can't be meant, by its name and value."""
         the_target({name: vars(self)[name] for name in TARGETS})
+        if self.pruning_mode not in ("scheduled", "paper"):
+            raise ValueError(f"pruning_mode is {self.pruning_mode!r}: it must be 'scheduled' or 'paper'")
+        if self.pruning_mode == "paper" and self.uniform:
+            raise ValueError("uniform is True: pruning_mode='paper' knows no equal widths, use 'scheduled'")
+        window = self.pruning_window
+        if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
+            raise ValueError(f"pruning_window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
+        if not 0 <= self.min_keep < 1:
+            raise ValueError(f"min_keep is {self.min_keep}: it must be in [0, 1)")
+        if self.group_divisible is not None and self.group_divisible < 1:
+            raise ValueError(f"group_divisible is {self.group_divisible}: it must be at least 1")
+        if isinstance(self.protect, str):  # its letters would each be taken for an expression
+            raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
+        for name, patterns in (("protect", self.protect), ("target_per_axis", self.target_per_axis)):
+            for pattern in patterns or ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {text!r}, which is no JSON: {error}") from error
 
 
 PLAN_NAME = "oto_plan.json"
 TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
-DEFAULTS = {
-    f.name: f.default if f.name != "protect" else ()
-    for f in fields(OTOTrainingArguments)
-    if f.name not in {f.name for f in fields(TrainingArguments)}
-}
+DEFAULTS = {f.name: f.default if f.default_factory is MISSING else () for f in fields(OTOArguments)}
+
+
+@dataclass
+class OTOTrainingArguments(OTOArguments, TrainingArguments):
+    """`TrainingArguments` and what to prune; see `OTOArguments`. A plain `TrainingArguments` works too and then means
+    the defaults."""
+
+
+@dataclass
+class OTOSeq2SeqTrainingArguments(OTOArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and what to prune; see `OTOArguments`."""
 
 
 class OTOMixin:
@@ -148,6 +198,8 @@ class OTOMixin:
         self._rehearsed: ZIGPartition | None = None  # for which the end was tried
         self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
+        self._optimizer_text = ""  # the one that DHSPG is around, with its settings
+        self._early_card: tuple[Any, Any] | None = None  # what a card was asked for with, while training
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments):
                 _refuse_sharding(given)
@@ -158,11 +210,6 @@ class OTOMixin:
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
         self._refuse_launcher()
-        if self.optimizer is not None:
-            raise OTOError(
-                "OTOTrainer makes the DHSPG optimizer itself, on the first batch: not optimizers=(...), pass "
-                "optimizer_cls_and_kwargs=(class, kwargs) or args.optim; for your schedule override create_scheduler"
-            )
 
     # training --------------------------------------------------------------------------------------
 
@@ -448,28 +495,46 @@ class OTOMixin:
             raise OTOError(f"compute_loss of {type(self).__name__} does not call its model: override trace_calls")
         return forwards, bool(torch.isfinite(torch.as_tensor(loss)).all())
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """DHSPG around the optimizer that the arguments ask for, with the same parameter groups."""
-        model = self.model if model is None else model
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """DHSPG around the optimizer that the trainer makes or was given, whatever its parameter groups are."""
         self._steps_made = 0
-        if self.optimizer is not None:
-            return self.optimizer
+        if self._dhspg() is None:
+            before = self.optimizer
+            try:
+                super().create_optimizer(*args, **kwargs)
+                self._take_over_optimizer(args[0] if args else kwargs.get("model"))
+            except BaseException:
+                self.optimizer = before  # what the trainer has made isn't one that was given
+                raise
+        return self.optimizer
+
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s (private, of 5.23), which training calls between `create_optimizer` and `prepare`."""
+        if training and self.is_in_train:
+            if self._dhspg() is None:  # a subclass has made its optimizer without asking us
+                self._take_over_optimizer(None)
+            _take_off_autocast_(self.model)  # of an earlier try, with a larger batch
+        return super()._wrap_model(model, training, *args, **kwargs)
+
+    def _take_over_optimizer(self, model: torch.nn.Module | None) -> None:
+        model = self.model if model is None else model
+        base = self.optimizer
+        if not isinstance(base, torch.optim.Optimizer):
+            raise OTOError(f"{type(base).__name__} is no torch optimizer, which makes the steps: use one that is")
+        _take_off_autocast_(model)  # of an evaluation before; training puts it on again
         with random_states_kept(model):  # training goes on with the numbers it would have drawn
-            self.optimizer = self._dhspg_for(model)
+            self._analyse(model)
+            self.optimizer = self._dhspg_around(base, model)
+        self._optimizer_text = _described(base)
         self._loader = None
         self.optimizer.register_step_post_hook(self._note_step)
-        return self.optimizer
 
     def _note_step(self, *_: Any) -> None:
         self._steps_made = self.state.global_step + 1
 
-    def _dhspg_for(self, model: torch.nn.Module) -> DHSPG:
-        cls, kwargs = self._base_optimizer(model)
-        plain_class = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
-        if not plain_class or {"params", "model", "optimizer_dict"} & kwargs.keys():
-            raise OTOError(
-                f"optim={self.args.optim!r} is no plain torch optimizer: use one such as adamw_torch_fused or sgd"
-            )
+    def _analyse(self, model: torch.nn.Module) -> None:
+        """Finds the ZIGs, and tries before the first step what has to be possible after the last one."""
+        _of_rank_zero(lambda: self._refuse_adapters(model))
         if not self._forwards:
             self._forwards = as_forwards(self.trace_calls())
         if self.partition is None:
@@ -484,20 +549,15 @@ class OTOMixin:
         if self._rehearsed is not self.partition:
             _of_rank_zero(lambda: self._rehearse_the_end(model))
             self._rehearsed = self.partition
+        works = {"params": self.partition.params(model), "macs": self.partition.work}
+        self._works = {name: work for name, work in works.items() if work is not None}
         if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
             self._whole = WholeModel(model)
             self._meeting = torch.distributed.new_group(backend="gloo")  # the one that knows who is missing
-        decay = set(self.get_decay_parameter_names(model))
-        groups = [
-            {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == decayed],
-             "weight_decay": self.args.weight_decay if decayed else 0.0}
-            for decayed in (True, False)
-        ]  # fmt: skip
+
+    def _dhspg_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> DHSPG:
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        works = {"params": self.partition.params(model), "macs": self.partition.work}
-        self._works = {name: work for name, work in works.items() if work is not None}
-        params = [group for group in groups if group["params"]]
-        common = {"base": cls, "params": params, "total_steps": steps, **kwargs}
+        common = {"base": base, "total_steps": steps}
         targets = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
         if self._setting("pruning_mode") == "paper":
             return PaperDHSPG(model, self.partition, **common, **targets)
@@ -514,23 +574,30 @@ class OTOMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log` with `oto/group_sparsity`, `oto/params_left` and `oto/macs_left`, fractions in [0, 1], in
-        every line; the progress bar shows the group sparsity and the phase."""
+        every line; the progress bar shows the group sparsity and the phase. The caller's own `logs`, which may be
+        what `evaluate` returns, get none of them."""
         optimizer = self._dhspg()
+        ours: dict[str, float] = {}
         if self.report is not None:
             before, after = self.report["before"], self.report["after"]
-            logs["oto/group_sparsity"] = self.report["group_sparsity"]
-            logs |= {f"oto/{name}_left": after[name] / (before[name] or 1) for name in self._works if name in before}
-            self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
+            ours["oto/group_sparsity"] = self.report["group_sparsity"]
+            ours |= {f"oto/{name}_left": after[name] / (before[name] or 1) for name in self._works if name in before}
         elif optimizer is not None:
-            logs["oto/group_sparsity"] = optimizer.group_sparsity
-            logs |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
+            ours["oto/group_sparsity"] = optimizer.group_sparsity
+            ours |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
             text = f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.training_bar.set_postfix_str(text)
                 elif (table := getattr(callback, "training_tracker", None)) is not None:  # in a notebook
                     table.prefix = text
-        super().log(logs, *args, **kwargs)
+        shown = logs | ours
+        super().log(shown, *args, **kwargs)
+        # trainers add to their logs in place (the epoch, metrics of their own), and their callers return that
+        logs.clear()
+        logs.update({name: value for name, value in shown.items() if name not in ours})
+        if self.report is not None:
+            self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """`Trainer.save_model`; beside a compact model also the figures, where matplotlib is installed, and beside one
@@ -543,6 +610,7 @@ class OTOMixin:
             self._save_figures(folder)
             if self.args.should_save and not isinstance(self.model, PreTrainedModel):
                 Path(folder, PLAN_NAME).write_text(self.plan.to_json())
+            self._write_early_card_anew()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """No checkpoint from before the target can be the best one."""
@@ -557,12 +625,7 @@ class OTOMixin:
         """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
         what can't be done in the end is an error before the first step."""
         cut = resolve(self.partition, random_half(self.partition), warn=False)
-        place = self.args.output_dir
-        os.makedirs(place, exist_ok=True)
-        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
-        if disk.total and disk.free < needed:  # some network disks say they have none at all
-            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
-        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
+        with self._room_for_rehearsal(model) as folder:
             try:
                 rehearse_saving(model, cut, lambda: self._save(folder), folder)
             except Exception as error:
@@ -571,6 +634,28 @@ class OTOMixin:
                     f"a compact {type(model).__name__} can't be saved and loaded again, which was tried before the "
                     f"first step: {type(error).__name__}: {error}"
                 ) from error
+
+    def _refuse_adapters(self, model: torch.nn.Module) -> None:
+        """Saves a model with frozen parameters once: what saves a part of its weights only is an error, even before
+        anything is analysed."""
+        if not all(p.requires_grad for p in model.parameters()):
+            with self._room_for_rehearsal(model) as folder, no_progress_bars():
+                try:
+                    self._save(folder)
+                except Exception:  # the rehearsal will say why
+                    return
+                refuse_adapter(model, folder)
+
+    @contextlib.contextmanager
+    def _room_for_rehearsal(self, model: torch.nn.Module) -> Iterator[str]:
+        """An empty folder, for a moment, beside where the trained model will be."""
+        place = self.args.output_dir
+        os.makedirs(place, exist_ok=True)
+        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
+        if disk.total and disk.free < needed:  # some network disks say they have none at all
+            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
+            yield folder
 
     def _compact(self) -> None:
         """Saves the trained model, certifies the cut of its zeros, measures both, cuts, and lets go of the rest."""
@@ -621,11 +706,28 @@ class OTOMixin:
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
             metrics={"zeroed": metrics, "compact": {}},
         )
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
-            print(self.report)
+        if self.is_world_process_zero():
+            if not self.args.disable_tqdm:
+                print(self.report)
+            print(self._outcome())  # as the Trainer prints its log lines, whatever the log level
         self._save_figures(self.args.output_dir)
         if self.is_world_process_zero() and self._saved_in != self._last_saved[1]:
             shutil.rmtree(self._saved_in, ignore_errors=True)  # at the very end: until here it is the way back
+
+    def _outcome(self) -> str:
+        """One line for whoever looks at the output of a run: what was cut, and where which model is now."""
+        cut = [f"{self._cut.removed.sum():,} of {self.partition.num_zigs:,} ZIGs"]
+        before, after = self.report["before"], self.report["after"]
+        for name, text in (("params", "parameters"), ("macs", "MACs")):
+            if name in before:
+                cut.append(f"{text} {before[name]:,} -> {after[name]:,}")
+        where = "the compact model is in memory, as trainer.model: trainer.save_model() saves it"
+        checkpoints = [self._last_saved[1], self.state.best_model_checkpoint or ""]
+        for folder in checkpoints:  # the last one may have been deleted for the best one
+            if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and os.path.isdir(folder):
+                where += f" ({folder} holds the full one)"
+                break
+        return f"hf_oto cut {', '.join(cut)}; {where}"
 
     def _zero_again(self, model: torch.nn.Module, made_zero: PruningPlan) -> bool:
         """Zeroes ZIGs that the optimizer made zero and that aren't in the weights: whether there were any."""
@@ -666,7 +768,9 @@ class OTOMixin:
             model, self.is_fsdp_enabled = self._whole.gathered(self.model), False
             self._whole = None
         else:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            _take_off_autocast_(model)
+            model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         for holder in (self, self.callback_handler):
             holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
         self.model_wrapped = model
@@ -723,35 +827,45 @@ class OTOMixin:
         """`Trainer`'s card with the optimizer that really trained, two more tags, and what `model_card` says."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.state.global_step > 0:
+            self._early_card = (args, kwargs) if self.report is None else None
             try:
                 self._add_to_card()
             except Exception as error:
                 logger.warning("the card says nothing of the pruning: %s: %s", type(error).__name__, error)
 
+    def _write_early_card_anew(self) -> None:
+        """A card from before the end says that training is not over."""
+        if self._early_card is not None:
+            given, named = self._early_card
+            try:
+                self.create_model_card(*given, **named)
+            except Exception as error:
+                logger.warning("the card still says that training goes on: %s: %s", type(error).__name__, error)
+
     def _add_to_card(self) -> None:
-        cls, values = self._base_optimizer(self.model)
-        optimizer = f"DHSPG of hf_oto around {cls.__module__}.{cls.__qualname__} with {values}"
+        optimizer = f"DHSPG of hf_oto around {self._optimizer_text}"
         folder, text = self.args.output_dir, IN_PROGRESS
         if self.report is not None:
             name = self.hub_model_id or Path(folder).name
             text = model_card(name, self.model, self.report, self._arguments(), optimizer, folder)
         add_to_card(os.path.join(folder, "README.md"), text, optimizer)
 
-    def _arguments(self) -> dict[str, Any]:
-        """The arguments that make another run the same: a few always, and what differs from its default."""
+    def _arguments(self) -> str:
+        """The arguments that make another run the same, as code: a few always, and what differs from its default."""
         values = self.args.to_dict() | {"max_steps": self.state.max_steps}
-        shown = dict([the_target({name: self._setting(name) for name in TARGETS})])
+        shown = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
+        if isinstance(self.args, OTOArguments):  # what says no target has no field for the default one
+            shown = dict([the_target(shown)])
         for f in fields(self.args):
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            differs = values[f.name] != default and (values[f.name] or default) and not f.name.startswith(OF_THE_PLACE)
+            value = values.get(f.name, default)  # some are left out, where they are no data
+            differs = value != default and (value or default) and not f.name.startswith(OF_THE_PLACE)
             if differs or f.name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed"):
-                shown[f.name] = values[f.name]
-        return shown
+                shown[f.name] = value
+        lines = "".join(f"    {name}={value!r},\n" for name, value in shown.items())
+        return f'{type(self.args).__name__}(\n    "out",\n{lines})'
 
     # what it reads ---------------------------------------------------------------------------------
-
-    def _base_optimizer(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        return self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
 
     def _refuse_launcher(self) -> None:
         """What `accelerate launch` or the model itself, not the arguments, ask for."""
@@ -772,7 +886,7 @@ class OTOMixin:
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        return optimizer
+        return optimizer if isinstance(optimizer, DHSPG) else None
 
 
 class OTOTrainer(OTOMixin, Trainer):
@@ -786,6 +900,7 @@ class OTOTrainer(OTOMixin, Trainer):
         >>> trainer = OTOTrainer(model, args, train_dataset=[{"input_ids": [1, 2, 3], "labels": 0}] * 32)
         >>> output = trainer.train()  # doctest: +ELLIPSIS
         {...}
+        hf_oto cut 13 of 26 ZIGs, parameters 4,890 -> 4,546, MACs 3,520 -> 1,456; the compact model is in memory, ...
         >>> trainer.report["group_sparsity"]
         0.5
     """
@@ -814,6 +929,33 @@ FSDP1 = (
 
 # beginnings of arguments that are about the machine, the files or the Hub, not about the training
 OF_THE_PLACE = tuple("output_ log report_ run_ save_ hub_ push_ disable_ debug accelerator_ use_cpu".split())
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's class and settings, as one line; where parameter groups differ in one, all its values."""
+    shown = {}
+    for name in optimizer.defaults:
+        values = [group.get(name) for group in optimizer.param_groups]
+        if len(set(map(str, values))) > 1:
+            shown[name] = values
+        elif values[0]:  # not what is off
+            shown[name] = values[0]
+    cls = type(optimizer)
+    return f"{cls.__module__}.{cls.__qualname__} with {shown}"
+
+
+def _take_off_autocast_(model: torch.nn.Module) -> None:
+    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision, if it has.
+
+    accelerate (1.15) keeps it as `_original_forward`. Its own undo takes off whatever names what it wraps: the
+    decorators of the class's forward, and the forward that others have put in its place on this object.
+    """
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        vars(model).pop("forward", None)
+        vars(model).pop("_is_accelerate_prepared", None)  # it would not be wrapped again
+        if original != model.forward:  # not the class's own, which is there again
+            model.forward = original
 
 
 def _delete_others(repo: str, kept: Sequence[str], token: str | None, revision: str | None) -> None:

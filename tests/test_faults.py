@@ -1217,7 +1217,9 @@ def everything(value, depth=6, seen=None):
     return id(value)
 
 
-OURS = {"partition", "plan", "report", "optimizer", "_forwards", "_works", "_ties", "_whole", "_steps_made"}
+OURS = set(
+    "partition plan report optimizer _forwards _works _ties _whole _rehearsed _steps_made _optimizer_text".split()
+)
 
 
 @pytest.mark.parametrize("collator", [masked, OwnMask()])

@@ -196,7 +196,10 @@ def test_the_card_keeps_the_metadata_and_shows_the_figures_that_exist(pushed):
     assert ".png" not in card(history(pushed.repos["me/twice"])[0]).text
     assert re.search(r"eval_accuracy: (0.\d+ full with zeros, )?[01].\d+ compact", end.text)
     assert "eval_accuracy" not in card(last(pushed.repos["me/twice"])).text
-    assert "- optimizer: DHSPG of hf_oto around torch.optim.sgd.SGD with {'lr': 0.001}\n- lr_scheduler" in end.text
+    assert (
+        "- optimizer: DHSPG of hf_oto around torch.optim.sgd.SGD with {'lr': 0.001, 'weight_decay': [0.1, 0.0]}\n"
+        in end.text
+    )
     assert "- optimizer: DHSPG of hf_oto around torch.optim.adamw.AdamW" in card(last(pushed.repos["me/twice"])).text
     assert "- optimizer: Use " in card(last(pushed.repos["me/stock"])).text  # control: what it replaces
     assert "- optimizer: Use " not in end.text
