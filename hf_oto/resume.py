@@ -1,14 +1,15 @@
 """Going on from a checkpoint: does its folder hold all that a run needs, and its weights, all of them or none.
 
-Stands beside the trainer, which asks before anything is trained. A checkpoint is complete if it has all that the run
-which saved it would go on with. Its weights are read as `from_pretrained` reads them: in the files of some models they
-have other names than in the modules.
+`Resuming` is a part of `OTOMixin`, which asks before anything is trained. A checkpoint is complete if it has all that
+the run which saved it would go on with. Its weights are read as `from_pretrained` reads them: in the files of some
+models they have other names than in the modules.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Collection
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .calls import raise_if_out_of_memory
+from .dhspg import DHSPG
 from .evaluating import random_states_kept
 from .modeling_oto import OTOError
+
+logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # what is removed before a checkpoint is written again
@@ -178,3 +183,105 @@ def _first_of(names: Collection[str]) -> str:
     """A few names, and how many more there are."""
     few = ", ".join(sorted(names)[:3])
     return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"
+
+
+# the trainer ---------------------------------------------------------------------------------------
+
+
+class Resuming:
+    """The part of `OTOMixin` that goes on from a checkpoint, or begins anew."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given_optimizer: Any = self.optimizer  # the user's own, which another training begins with again
+
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        """`Trainer`'s; where an earlier one was interrupted, or ran out of memory, this one begins anew."""
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # prepared for that one, it would go on with its schedule
+            self.optimizer = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = (
+                None  # and its memory
+            )
+            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # FSDP's are loaded further in
+                self._load_from_checkpoint(resume_from_checkpoint)
+        elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
+            self._given_optimizer = self.optimizer
+        if self.optimizer is None:
+            self.optimizer = self._given_optimizer
+        self._steps_made = 0
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer`'s, which makes one step too many if it was resumed at the last one, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _complete_checkpoint(self, asked: str | bool) -> str | bool:
+        """The folder to resume from, which lacks nothing; what isn't there at all is left for `Trainer` to refuse."""
+        place, with_scaler = self.args.output_dir, self.accelerator.scaler is not None
+        newest, incomplete = newest_complete(place, with_scaler)
+        if asked is not True:
+            incomplete = {str(asked): lacks(asked, with_scaler)} if os.path.isdir(asked) else {}
+        facts = "; ".join(f"{folder} lacks {', '.join(lacking)}" for folder, lacking in incomplete.items() if lacking)
+        if not facts:
+            return newest or True if asked is True else asked
+        if asked is True and newest is not None:
+            if self.is_world_process_zero():
+                logger.warning("%s: resuming from %s", facts, newest)
+            return newest
+        instead = f"resume from {newest}, or " if newest is not None else ""
+        raise OTOError(
+            f"can't resume: {facts} (a run that is killed leaves such a folder, and so does save_only_model=True): "
+            f"{instead}begin a new run from its weights, with a model from from_pretrained({next(iter(incomplete))!r})"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """`Trainer`'s, but all the weights or an error."""
+        if self._loads_otherwise(super()._load_from_checkpoint, Trainer._load_from_checkpoint, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+            return
+        whole = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        load_weights_(whole, str(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """`Trainer`'s, but all the weights or an error."""
+        best = self.state.best_model_checkpoint
+        if not has_weights(best):
+            raise OTOError(
+                f"the best checkpoint, {best}, is not there or has no weights, so they can't be loaded (machines that "
+                "share no disk need save_on_each_node=True)"
+            )
+        if self._loads_otherwise(super()._load_best_model, Trainer._load_best_model, best):
+            super()._load_best_model()
+            return
+        logger.info("Loading best model from %s (score: %s).", best, self.state.best_metric)
+        load_weights_(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
+
+    def _loads_otherwise(self, inherited: Any, stock: Any, folder: str) -> bool:
+        """Whether another trainer, accelerate (for FSDP) or PEFT has a way of its own to load what is in a folder."""
+        return self.is_fsdp_enabled or inherited.__func__ is not stock or not holds_whole_model(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """`Trainer`'s; what doesn't fit this run is an error that names the folder."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise OTOError(
+                f"can't resume from {checkpoint}: {error} (for a new run from its weights, take a model from "
+                f"from_pretrained({str(checkpoint)!r}))"
+            ) from error
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer`'s, into a folder that is incomplete until the last file: an older one may have had its name."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            for name in STATES:
+                (folder / name).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """`Trainer`'s; the state of the run, which is saved next, says that every rank has written its own."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()

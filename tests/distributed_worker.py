@@ -24,8 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, partition_zigs
-from hf_oto import trainer as trainer_module
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, ending, partition_zigs
 from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.zigs import Member, OTOError, PrunableAxis
 
@@ -367,14 +366,14 @@ def trainer_fsdp2(rank, world, folder):
         trained(folder / "broken", callbacks=[Breaks()], **again)
     except OTOError as error:
         found["broken"] = str(error), type(error.__cause__).__name__
-    original = trainer_module.certify
+    original = ending.certify
     if rank == 0:  # the others hear of it
-        trainer_module.certify = lambda *given: original(*given)._replace(cut=0.5)
+        ending.certify = lambda *given: original(*given)._replace(cut=0.5)
     try:
         trained(folder / "failed", **again)
     except OTOError as error:
         found["failed"] = str(error)
-    trainer_module.certify = original
+    ending.certify = original
     launcher = {  # what `accelerate launch` makes of its config file
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViTLayer",

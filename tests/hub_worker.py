@@ -18,8 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_oto
-from hf_oto import OTOTrainer, OTOTrainingArguments
-from hf_oto import trainer as trainer_module
+from hf_oto import OTOTrainer, OTOTrainingArguments, hub
 
 torch.set_num_threads(1)
 INPUTS = {"input_ids": torch.arange(16).view(2, 8)}
@@ -153,7 +152,7 @@ def alone(folder):
         model.push_to_hub("me/alone", commit_message=f"{len(kept)} heads", tags=["mine"])
         remember(folder, f"alone-{len(kept)}", model)
     tokenizer().push_to_hub("me/alone")
-    trainer_module._delete_others("me/alone", ["model-00001-of-00002.safetensors"], None, None)  # not there: none goes
+    hub._delete_others("me/alone", ["model-00001-of-00002.safetensors"], None, None)  # not there: none goes
 
 
 def image(folder):

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 
-from hf_oto import OTOTrainer
-from hf_oto import trainer as trainer_module
+from hf_oto import OTOTrainer, ending
 
 torch.set_num_threads(1)
-trainer_module.measure = functools.partial(trainer_module.measure, seconds=0)
-trainer_module.save_figures = lambda *_: None
+ending.measure = functools.partial(ending.measure, seconds=0)
+ending.save_figures = lambda *_: None
 EVERY = dict(save_strategy="steps", save_steps=4)
 
 
@@ -70,7 +69,7 @@ def killed_in_saving(folder):
 
 
 def killed_in_the_cut(folder):
-    trainer_module.compact_ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    ending.compact_ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     law.trained(folder, **EVERY)
 
 

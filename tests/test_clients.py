@@ -31,8 +31,8 @@ from hf_oto import (
     OTOSeq2SeqTrainingArguments,
     OTOTrainer,
     OTOTrainingArguments,
+    ending,
 )
-from hf_oto import trainer as trainer_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing"),  # trl 1.16 sets, and switches, what is deprecated
@@ -42,7 +42,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
     """Latencies are no subject here."""
-    monkeypatch.setattr(trainer_module, "measure", functools.partial(trainer_module.measure, seconds=0.01))
+    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0.01))
 
 
 WORDS = "[PAD] [UNK] [EOS] user assistant : it was a good bad film".split()
@@ -264,7 +264,8 @@ def test_forward_is_what_it_was_after_mixed_precision(tmp_path, monkeypatch):
     patched.forward = forward
     assert len(run(patched, tmp_path / "b")(input_ids=words, twice=True)) == 2
     # control: accelerate's own undo
-    monkeypatch.setattr("hf_oto.trainer._take_off_autocast_", lambda model: None)
+    for module in ("hf_oto.trainer", "hf_oto.ending"):
+        monkeypatch.setattr(f"{module}.take_off_autocast_", lambda model: None)
     with pytest.raises(AttributeError, match="'tuple' object"):  # the part in the middle has lost its decorator
         run(llama(), tmp_path / "c")(input_ids=words, return_dict=False)
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments
+from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, ending, hub
 from hf_oto import trainer as trainer_module
 
 STEPS = 16
@@ -34,8 +34,8 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs take a tenth of the time without figures and long measurements, which are tested elsewhere."""
-    monkeypatch.setattr(trainer_module, "measure", functools.partial(trainer_module.measure, seconds=0))
-    monkeypatch.setattr(trainer_module, "save_figures", lambda *_: None)
+    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0))
+    monkeypatch.setattr(ending, "save_figures", lambda *_: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -284,7 +284,7 @@ def test_what_fails_while_compacting(tmp_path, monkeypatch, broken, error):
         raise error
 
     def break_it(*_, **__):
-        monkeypatch.setattr(trainer_module, broken, fail)
+        monkeypatch.setattr(ending, broken, fail)
 
     trainer.add_callback(type("Late", (tf.TrainerCallback,), {"on_train_end": break_it})())
     expected = OTOError if type(error) is RuntimeError else torch.OutOfMemoryError
@@ -414,7 +414,7 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
             states = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
             held.extend(map(weakref.ref, [optimizer, inner, lr_scheduler, *states]))
 
-    right = trainer_module.certify
+    right = ending.certify
 
     def certify(model, *args):
         gc.collect()
@@ -422,7 +422,7 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
         assert all(p.grad is None for p in model.parameters())
         return right(model, *args)
 
-    monkeypatch.setattr(trainer_module, "certify", certify)
+    monkeypatch.setattr(ending, "certify", certify)
     make(tmp_path, callbacks=[Watching()]).train()
     assert len(held) > 10 and alive == []
 
@@ -435,7 +435,7 @@ def test_figures_and_latency_only_warn(tmp_path, monkeypatch, broken, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("no pen")
 
-    monkeypatch.setattr(trainer_module, broken, fail)
+    monkeypatch.setattr(ending, broken, fail)
     trainer = make(tmp_path, eval_dataset=rows(8))
     trainer.train()
     trainer.evaluate()
@@ -472,7 +472,7 @@ def test_a_card_that_fails_only_warns(tmp_path, monkeypatch, caplog):
     trainer.model.config.model_type = "bert"  # which the stock card asks for
     trainer.create_model_card(model_name="mine")
     assert "A compact model" in (tmp_path / "README.md").read_text()  # control
-    monkeypatch.setattr(trainer_module, "model_card", fail)
+    monkeypatch.setattr(hub, "model_card", fail)
     trainer.create_model_card(model_name="mine")
     assert "no ink" in caplog.text and "A compact model" not in (tmp_path / "README.md").read_text()
 

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, PruningPlan, compact, partition_zigs
-from hf_oto import trainer as trainer_module
+from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, PruningPlan, compact, ending, partition_zigs
 from hf_oto.resume import lacks, load_weights_, newest_complete
 
 STEPS = 16
@@ -32,8 +31,8 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs take a tenth of the time without figures and long measurements, which are tested elsewhere."""
-    monkeypatch.setattr(trainer_module, "measure", functools.partial(trainer_module.measure, seconds=0))
-    monkeypatch.setattr(trainer_module, "save_figures", lambda *_: None)
+    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0))
+    monkeypatch.setattr(ending, "save_figures", lambda *_: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -541,7 +540,7 @@ def test_a_run_that_is_killed_while_it_saves(tmp_path, whole, monkeypatch, caplo
     with caplog.at_level(logging.WARNING):
         again = trained(tmp_path, seed=1, resume=True, save_strategy="steps", save_steps=4)
     assert same_run(again, whole("vit"))
-    warned = [r.getMessage() for r in caplog.records if r.name == "hf_oto.trainer"]
+    warned = [r.getMessage() for r in caplog.records if r.name == "hf_oto.resume"]
     assert len(warned) == len(incomplete)
     assert all("checkpoint-8 lacks" in text and "resuming from" in text for text in warned)
 

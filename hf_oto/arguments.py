@@ -1,0 +1,148 @@
+"""Training arguments: what to prune, and any Trainer's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from transformers import (
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
+
+from .choice import the_target
+
+TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
+# beginnings of arguments that are about the machine, the files or the Hub, not about the training
+OF_THE_PLACE = tuple("output_ log report_ run_ save_ hub_ push_ disable_ debug accelerator_ use_cpu".split())
+
+
+@dataclass
+class OTOArguments:
+    """What to prune. It goes before any class of training arguments, as `OTOMixin` goes before any trainer:
+    `@dataclass class MyArguments(OTOArguments, SomeTrainingArguments): pass`.
+
+    Args:
+        target_group_sparsity (`float`, *optional*):
+            Fraction of the ZIGs, in [0, 1), that is removed by the end of training: 0.5, unless one of the other
+            targets is given.
+        target_params (`float`, *optional*):
+            Instead: fraction of the parameters, in (0, 1], that is left in the end.
+        target_macs (`float`, *optional*):
+            Instead: fraction of the multiply-accumulates, in (0, 1], that is left in the end.
+        target_per_axis (`dict[str, float]` or JSON, *optional*):
+            Instead: fraction of the ZIGs of each axis that is removed, by regular expression on its name in the
+            printed partition; axes that none matches stay whole.
+        pruning_mode (`str`, *optional*, defaults to `"scheduled"`):
+            `"scheduled"` reaches the target whatever the learning rate; `"paper"` is OTOv2's own update
+            (arXiv 2303.06862), which reaches it only if the learning rate and the number of steps allow.
+        pruning_window (`list[float]`, *optional*):
+            First and last moment of pruning as fractions of the optimizer steps (scheduled mode): (0.1, 0.6), or
+            (0.1, 0.25) where at most a fifth is left.
+        min_keep (`float`, *optional*, defaults to 0.1):
+            Fraction of every axis, in [0, 1) and at least one ZIG, that is never removed (scheduled mode).
+        group_divisible (`int`, *optional*):
+            What is left of every axis is a multiple of this, in channels or units (scheduled mode): 8 for widths from
+            64 on, 1 for others.
+        uniform (`bool`, *optional*, defaults to `False`):
+            Layers that one number of the stock config describes keep equal widths, and what no number describes stays
+            whole: the compact model is then a stock one, with other numbers and no record (scheduled mode).
+        protect (`list[str]`, *optional*):
+            Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
+            it is in.
+
+    Raises:
+        ValueError: an argument is out of range, no regular expression, or one of two targets.
+    """
+
+    target_group_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of ZIGs to remove, in [0, 1); 0.5 if no target is given."}
+    )
+    target_params: float | None = field(default=None, metadata={"help": "Fraction of the parameters to keep."})
+    target_macs: float | None = field(default=None, metadata={"help": "Fraction of the MACs to keep."})
+    target_per_axis: dict | str | None = field(
+        default=None, metadata={"help": "Fractions of ZIGs to remove, by regular expression on the axis, as JSON."}
+    )
+    pruning_mode: str = field(default="scheduled", metadata={"help": "scheduled or paper."})
+    pruning_window: list[float] | None = field(
+        default=None, metadata={"help": "Pruning starts and ends at these fractions of the steps."}
+    )
+    min_keep: float = field(default=0.1, metadata={"help": "Fraction of every axis that always stays, in [0, 1)."})
+    group_divisible: int | None = field(
+        default=None, metadata={"help": "What stays of an axis is a multiple of this."}
+    )
+    uniform: bool = field(default=False, metadata={"help": "Widths that a stock config can say, equal for layers."})
+    protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_per_axis, str):  # from a command line
+            self.target_per_axis = _parsed("target_per_axis", self.target_per_axis)
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError where an argument of ours can't be meant, by its name and value."""
+        the_target({name: vars(self)[name] for name in TARGETS})
+        if self.pruning_mode not in ("scheduled", "paper"):
+            raise ValueError(f"pruning_mode is {self.pruning_mode!r}: it must be 'scheduled' or 'paper'")
+        if self.pruning_mode == "paper" and self.uniform:
+            raise ValueError("uniform is True: pruning_mode='paper' knows no equal widths, use 'scheduled'")
+        window = self.pruning_window
+        if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
+            raise ValueError(f"pruning_window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
+        if not 0 <= self.min_keep < 1:
+            raise ValueError(f"min_keep is {self.min_keep}: it must be in [0, 1)")
+        if self.group_divisible is not None and self.group_divisible < 1:
+            raise ValueError(f"group_divisible is {self.group_divisible}: it must be at least 1")
+        if isinstance(self.protect, str):  # its letters would each be taken for an expression
+            raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
+        for name, patterns in (("protect", self.protect), ("target_per_axis", self.target_per_axis)):
+            for pattern in patterns or ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {text!r}, which is no JSON: {error}") from error
+
+
+DEFAULTS = {f.name: f.default if f.default_factory is MISSING else () for f in fields(OTOArguments)}
+
+
+@dataclass
+class OTOTrainingArguments(OTOArguments, TrainingArguments):
+    """`TrainingArguments` and what to prune; see `OTOArguments`. A plain `TrainingArguments` works too and then means
+    the defaults."""
+
+
+@dataclass
+class OTOSeq2SeqTrainingArguments(OTOArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and what to prune; see `OTOArguments`."""
+
+
+def as_code(args: TrainingArguments, max_steps: int) -> str:
+    """The arguments that make another run the same, as code: a few always, and what differs from its default."""
+    values = args.to_dict() | {"max_steps": max_steps}
+    shown = {name: setting(args, name) for name in TARGETS if setting(args, name) is not None}
+    if isinstance(args, OTOArguments):  # what says no target has no field for the default one
+        shown = dict([the_target(shown)])
+    for f in fields(args):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = values.get(f.name, default)  # some are left out, where they are no data
+        differs = value != default and (value or default) and not f.name.startswith(OF_THE_PLACE)
+        if differs or f.name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed"):
+            shown[f.name] = value
+    lines = "".join(f"    {name}={value!r},\n" for name, value in shown.items())
+    return f'{type(args).__name__}(\n    "out",\n{lines})'
+
+
+def setting(args: TrainingArguments, name: str) -> Any:
+    """An argument of ours; its default where the arguments are a Trainer's own."""
+    return vars(args).get(name, DEFAULTS[name])

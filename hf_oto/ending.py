@@ -1,0 +1,302 @@
+"""The end of a run: what was trained is saved, its zeros are certified and cut out; and the rehearsal of all that.
+
+A part of `OTOMixin`. From the last step on whatever fails leaves the trained model on disk, and the error says where;
+what can't be done at the end is found out before the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .calls import raise_if_out_of_memory
+from .certificate import certify, largest_difference, own_outputs, zeroed
+from .cut import Cut, TrialCut, compact_, resolve
+from .figures import save_figures
+from .modeling_oto import OTOError
+from .ranks import WholeModel, of_rank_zero
+from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
+from .report import Report, measure, scores, size
+from .uniform import plain
+from .zigs import PruningPlan, random_half
+
+logger = logging.getLogger(__name__)
+
+
+class Ending:
+    """The part of `OTOMixin` that rehearses the end, and makes it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.plan: PruningPlan | None = None
+        self.report: Report | None = None
+        self._cut: Cut | None = None  # what was cut
+        self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
+        self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
+        self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
+        super().__init__(*args, **kwargs)
+
+    # rehearsal -------------------------------------------------------------------------------------
+
+    def _rehearse_the_end(self, model: torch.nn.Module) -> None:
+        """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
+        what can't be done in the end is an error before the first step."""
+        cut = resolve(self.partition, random_half(self.partition), warn=False)
+        with self._room_for_rehearsal(model) as folder:
+            try:
+                rehearse_saving(model, cut, lambda: self._save(folder), folder)
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                raise OTOError(
+                    f"a compact {type(model).__name__} can't be saved and loaded again, which was tried before the "
+                    f"first step: {type(error).__name__}: {error}"
+                ) from error
+
+    def _refuse_adapters(self, model: torch.nn.Module) -> None:
+        """Saves a model with frozen parameters once: what saves a part of its weights only is an error, even before
+        anything is analysed."""
+        if not all(p.requires_grad for p in model.parameters()):
+            with self._room_for_rehearsal(model) as folder, no_progress_bars():
+                try:
+                    self._save(folder)
+                except Exception:  # the rehearsal will say why
+                    return
+                refuse_adapter(model, folder)
+
+    @contextlib.contextmanager
+    def _room_for_rehearsal(self, model: torch.nn.Module) -> Iterator[str]:
+        """An empty folder, for a moment, beside where the trained model will be."""
+        place = self.args.output_dir
+        os.makedirs(place, exist_ok=True)
+        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
+        if disk.total and disk.free < needed:  # some network disks say they have none at all
+            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
+            yield folder
+
+    # what was trained is never lost ---------------------------------------------------------------
+
+    def _is_trained(self) -> bool:
+        """Whether the last step has been made: the optimizer's, of which the Trainer may not know yet."""
+        made = max(self.state.global_step, self._steps_made)
+        return made > 0 and (self.control.should_training_stop or made >= self.state.max_steps)
+
+    def _where_trained_is_safe(self) -> str | None:
+        """Saves the trained full model, if it isn't yet, and says where; None if that isn't for this process to do."""
+        if self._saved_in is None:
+            if self.is_fsdp_enabled and not self._all_ranks_are_here():  # one alone can't gather a model
+                return None
+            if self.state.is_hyper_param_search:  # it ends trials by errors of its own
+                return None
+            if self.is_fsdp_enabled:
+                self._without_training_memory()
+            if not self.is_world_process_zero():
+                return f"the trained full model is saved by rank 0 in {self.args.output_dir}"
+            try:
+                self._saved_in = self._save_trained()
+            except Exception as error:
+                return f"saving the trained full model failed too ({error}): it is in memory still, as trainer.model"
+        return f"the trained full model is saved in {self._saved_in}"
+
+    def _all_ranks_are_here(self) -> bool:
+        """Whether all ranks have come to this line, within a minute: whatever failed has failed on each of them."""
+        try:
+            torch.distributed.monitored_barrier(self._meeting, timeout=timedelta(minutes=1))
+        except RuntimeError as error:
+            logger.error("not all ranks failed after the last step, so the model can't be gathered: %s", error)
+            return False
+        return True
+
+    def _save_trained(self) -> str:
+        """Saves the model as it is now, whole and uncut, and returns the folder.
+
+        That is `dense` in the output folder, with a number if another run has left one there; where it can't be
+        written the checkpoint of the last step, if there is one, or a folder in the system's temporary one.
+        """
+        dense = Path(self.args.output_dir, "dense")
+        free = itertools.chain([dense], (dense.with_name(f"dense-{n}") for n in itertools.count(2)))
+        try:
+            return self._save_whole(next(folder for folder in free if not folder.exists()))
+        except Exception as error:
+            step, folder = self._last_saved
+            if step == max(self.state.global_step, self._steps_made) and os.path.isdir(folder):
+                logger.warning("the trained full model is saved in %s only, not in %s: %s", folder, dense, error)
+                return folder
+            elsewhere = Path(tempfile.mkdtemp(prefix="dense-"))
+            elsewhere.rmdir()  # its name is free
+            try:
+                self._save_whole(elsewhere)
+            except Exception:
+                raise error from None
+            logger.warning("the trained full model is saved in %s, not in %s: %s", elsewhere, dense, error)
+            return str(elsewhere)
+
+    def _save_whole(self, folder: Path) -> str:
+        """Saves the model under another name first: a folder of this name is whole."""
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            self._save(str(partial))
+            os.rename(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return str(folder)
+
+    # the cut ---------------------------------------------------------------------------------------
+
+    def _compact(self) -> None:
+        """Saves the trained model, certifies the cut of its zeros, measures both, cuts, and lets go of the rest."""
+        optimizer = self._dhspg()
+        events = optimizer.schedule.events
+        if not optimizer.reaches_target(optimizer.made_zero):
+            logger.warning(
+                "training ended at group sparsity %.3f, before its target: only what is zero is cut out",
+                optimizer.group_sparsity,
+            )
+        made_zero = optimizer.zeros(self.partition)
+        del optimizer  # its state is twice the model
+        model = self._without_training_memory()
+        state = self.state
+        last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
+        metrics = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
+        self._saved_in = of_rank_zero(self._save_trained)  # before rank 0 waits for any other
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():  # batch norm statistics differ between ranks
+                buffer.copy_(broadcast(buffer))
+        if self._zero_again(model, made_zero):
+            metrics = {}  # other weights were evaluated
+        self.plan = PruningPlan.from_zeros(model, self.partition)
+        cut = resolve(self.partition, self.plan)
+        certificate = of_rank_zero(lambda: certify(model, cut, self._forwards))
+        if not certificate.holds:
+            raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
+        before, after = self._measured(model, cut)
+        if cut.removed.any():
+            compact_(model, cut)
+        self._cut = cut
+        if self._ties is not None:
+            stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank
+            if stock is None:
+                logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+            model = stock or model
+        for holder in (self, self.callback_handler):
+            holder.model = model
+        self.model_wrapped = model
+        self.accelerator.free_memory()
+        self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.report = Report(
+            before=before,
+            after=after,
+            group_sparsity=float(cut.removed.sum() / max(1, self.partition.num_zigs)),
+            max_output_difference=certificate.cut,
+            max_output_difference_in_own_dtype=certificate.rounding,
+            pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
+            metrics={"zeroed": metrics, "compact": {}},
+        )
+        if self.is_world_process_zero():
+            if not self.args.disable_tqdm:
+                print(self.report)
+            print(self._outcome())  # as the Trainer prints its log lines, whatever the log level
+        self._save_figures(self.args.output_dir)
+        if self.is_world_process_zero() and self._saved_in != self._last_saved[1]:
+            shutil.rmtree(self._saved_in, ignore_errors=True)  # at the very end: until here it is the way back
+
+    def _outcome(self) -> str:
+        """One line for whoever looks at the output of a run: what was cut, and where which model is now."""
+        cut = [f"{self._cut.removed.sum():,} of {self.partition.num_zigs:,} ZIGs"]
+        before, after = self.report["before"], self.report["after"]
+        for name, text in (("params", "parameters"), ("macs", "MACs")):
+            if name in before:
+                cut.append(f"{text} {before[name]:,} -> {after[name]:,}")
+        where = "the compact model is in memory, as trainer.model: trainer.save_model() saves it"
+        checkpoints = [self._last_saved[1], self.state.best_model_checkpoint or ""]
+        for folder in checkpoints:  # the last one may have been deleted for the best one
+            if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and os.path.isdir(folder):
+                where += f" ({folder} holds the full one)"
+                break
+        return f"hf_oto cut {', '.join(cut)}; {where}"
+
+    def _zero_again(self, model: torch.nn.Module, made_zero: PruningPlan) -> bool:
+        """Zeroes ZIGs that the optimizer made zero and that aren't in the weights: whether there were any."""
+        removed = made_zero.removed(self.partition)
+        moved = removed & ~PruningPlan.from_zeros(model, self.partition).removed(self.partition)
+        if not moved.any():
+            return False
+
+        def how_far() -> float:
+            before = own_outputs(model, self._forwards)
+            with zeroed(model, Cut(self.partition, removed, {}, {})):
+                return largest_difference(before, own_outputs(model, self._forwards))
+
+        difference = of_rank_zero(how_far)
+        self.partition.zero_(model, made_zero)
+        logger.warning(
+            "%d of %d ZIGs that training had made zero were not zero in the end: weights were put into the model from "
+            "outside (an average, a checkpoint, a callback of yours). They are zeroed again, by which the outputs on "
+            "a real batch move by %.1e, relative to their size",
+            moved.sum(), removed.sum(), difference,
+        )  # fmt: skip
+        return True
+
+    def _measured(self, model: torch.nn.Module, cut: Cut) -> list[dict[str, Any]]:
+        """What the full and the cut model take. Measuring runs them, and what goes wrong with that is a warning."""
+        try:
+            return of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
+        except Exception as error:
+            logger.warning("the models could not be measured: %s: %s", type(error).__name__, error)
+        with TrialCut(model, cut) as small:
+            after = size(small)
+        return [size(model), after]
+
+    def _without_training_memory(self) -> torch.nn.Module:
+        """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
+        if self.is_fsdp_enabled:
+            # whole and plain from here on: it is saved, evaluated and cut like any other
+            model, self.is_fsdp_enabled = self._whole.gathered(self.model), False
+            self._whole = None
+        else:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            take_off_autocast_(model)
+            model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for holder in (self, self.callback_handler):
+            holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
+        self.model_wrapped = model
+        model.zero_grad(set_to_none=True)
+        self.accelerator.free_memory()
+        self.model = self.model_wrapped = model.to(self.accelerator.device)
+        return model
+
+    def _save_figures(self, folder: str) -> None:
+        """Figures are for looking at: what goes wrong with them is a warning."""
+        if self.args.should_save:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                save_figures(folder, self._cut, self.state.log_history, self.report["pruning"])
+            except Exception as error:
+                logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
+
+
+def take_off_autocast_(model: torch.nn.Module) -> None:
+    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision, if it has.
+
+    accelerate (1.15) keeps it as `_original_forward`. Its own undo takes off whatever names what it wraps: the
+    decorators of the class's forward, and the forward that others have put in its place on this object.
+    """
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        vars(model).pop("forward", None)
+        vars(model).pop("_is_accelerate_prepared", None)  # it would not be wrapped again
+        if original != model.forward:  # not the class's own, which is there again
+            model.forward = original
