@@ -21,6 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.modeling_utils import load_state_dict
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -171,7 +172,7 @@ def _as_saved(folder: str) -> Found:
     safe = os.path.join(folder, SAFE_WEIGHTS_NAME)
     if os.path.isfile(safe):
         return Found(load_file(safe))
-    return Found(torch.load(os.path.join(folder, WEIGHTS_NAME), map_location="cpu", weights_only=True))
+    return Found(load_state_dict(os.path.join(folder, WEIGHTS_NAME)))
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
