@@ -278,6 +278,7 @@ class OTOTrainer(OTOMixin, Trainer):
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hf_oto import OTOTrainingArguments
         >>> size = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         >>> model = BertForSequenceClassification(BertConfig(**size))
         >>> args = OTOTrainingArguments("out", max_steps=20, save_strategy="no", report_to="none", disable_tqdm=True)
