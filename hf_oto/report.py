@@ -6,17 +6,15 @@ import contextlib
 import html
 import math
 import statistics
-import time
-import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import benchmark
 
-from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy, tensors_of
+from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy
 from .cut import TrialCut
 from .evaluating import evaluating
 from .rules import multiplications
@@ -31,58 +29,57 @@ def macs(model: nn.Module, inputs: Inputs) -> int:
     return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
 
 
-class _Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make and that are held at a time: `most` of them."""
-
-    def __init__(self, known: set[Any]) -> None:
-        super().__init__()
-        self.known, self.made, self.most = known, weakref.WeakSet(), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        storages = {t.untyped_storage() for t in tensors_of(out) if t.layout == torch.strided}
-        self.made.update(storages - self.known)
-        self.most = max(self.most, sum(storage.nbytes() for storage in self.made))
-        return out
-
-
 def measure(*models: nn.Module | TrialCut, inputs: Inputs, seconds: float = 1.0) -> list[dict[str, Any]]:
-    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; `memory` of the
-    forwards in bytes; their `latency` in seconds, the median, and the `quartiles`; and `measured_on` what.
+    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; the `latency` of
+    its forwards in seconds, the median, and the `quartiles`; and `measured_on` what.
 
-    Memory is that of weights, inputs, and the results of operations that are held at a time, at most; what a kernel
-    takes for itself is not seen, on any device. Models run in turn for their latencies, so that what else the machine
-    does slows them all alike.
+    The models run in turn, so that what else the machine does slows all of them alike.
 
     Args:
         models: models, or a cut that is put on its model while that is measured.
         inputs: one batch, the keyword arguments of forward, or several calls.
-        seconds: how long to measure the latencies, for each model; 3 to 50 runs of each after one that warms up.
+        seconds: for how long each model runs. Of every model 3 to 50 runs are timed, after two more that warm it up.
     """
     forwards = as_forwards(inputs)
     opened = [m if isinstance(m, TrialCut) else contextlib.nullcontext(m) for m in models]
     latencies: list[list[float]] = [[] for _ in models]
-    while (n := len(latencies[0])) < 4 or (n <= 50 and sum(map(sum, latencies)) < seconds * len(models)):
-        for context, each in zip(opened, latencies, strict=True):
+    start = benchmark.timer()
+    while (turns := len(latencies[0])) < 3 or (turns < 50 and benchmark.timer() - start < seconds * len(models)):
+        for context, of_model in zip(opened, latencies, strict=True):
             with context as model, evaluating(model):
-                each.append(_latency(model, forwards))
+                of_model.append(_latency(model, forwards))
     measured = []
-    for context, each in zip(opened, latencies, strict=True):
+    for context, of_model in zip(opened, latencies, strict=True):
         with context as model:
-            measured.append(_measured(model, forwards, each[1:]))
+            low, median, high = statistics.quantiles(of_model)
+            measured.append(
+                {
+                    "params": size(model)["params"],
+                    "macs": macs(model, forwards),
+                    "bytes": size(model)["bytes"],
+                    "latency": median,
+                    "quartiles": [low, high],
+                    "measured_on": _where(model, forwards),
+                }
+            )
     return measured
 
 
 def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
-    """Seconds of the forwards; copies of their arguments are made before."""
-    device = next(model.parameters()).device
-    own = [own_copy(forward) for forward in forwards]
-    start = time.perf_counter()
-    for forward in own:
-        model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+    """Seconds of the forwards. Each run has copies of their arguments, which it may write to, made before the clock
+    starts: `timeit(1)` warms up with two runs."""
+
+    def run(copies: Sequence[Forward]) -> None:
+        for forward in copies:
+            model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
+
+    timer = benchmark.Timer(
+        "run(copies.pop())",
+        setup="copies = [[own_copy(forward) for forward in forwards] for _ in range(2)]",
+        globals={"run": run, "own_copy": own_copy, "forwards": forwards},
+        num_threads=torch.get_num_threads(),  # else one
+    )
+    return timer.timeit(1).mean
 
 
 def size(model: nn.Module) -> dict[str, int]:
@@ -94,27 +91,12 @@ def size(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _measured(model: nn.Module, forwards: Sequence[Forward], latencies: list[float]) -> dict[str, Any]:
-    own = [own_copy(forward) for forward in forwards]
-    given = input_tensors(own)
-    with evaluating(model):
-        known = {t.untyped_storage() for t in [*model.parameters(), *model.buffers(), *given]}
-        with _Memory(known) as memory:
-            for forward in own:
-                model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
-    low, median, high = statistics.quantiles(latencies)
-    largest = max((tuple(t.shape) for t in given), key=math.prod, default=())
-    device, counts = next(model.parameters()).device, size(model)
-    where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
-    return {
-        "params": counts["params"],
-        "macs": macs(model, forwards),
-        "bytes": counts["bytes"],
-        "memory": memory.most + sum(storage.nbytes() for storage in known),
-        "latency": median,
-        "quartiles": [low, high],
-        "measured_on": f"a batch of {' x '.join(map(str, largest))}, {where}",
-    }
+def _where(model: nn.Module, forwards: Sequence[Forward]) -> str:
+    """What a latency was measured on: the largest input, and the device."""
+    largest = max((tuple(t.shape) for t in input_tensors(forwards)), key=math.prod, default=())
+    device = next(model.parameters()).device
+    place = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
+    return f"a batch of {' x '.join(map(str, largest))}, {place}"
 
 
 def scores(logs: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +145,6 @@ _SHOWN = {
     "params": ("parameters", _count),
     "macs": ("MACs", _count),
     "bytes": ("file size", lambda n: f"{_count(n)}B"),
-    "memory": ("tensor memory", lambda n: f"{_count(n)}B"),
     "latency": ("latency", lambda s: f"{s * 1e3:.1f} ms"),
     "quartiles": ("quartiles", lambda ends: "-".join(f"{s * 1e3:.1f}" for s in ends) + " ms"),
 }

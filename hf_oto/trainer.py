@@ -217,12 +217,10 @@ class OTOMixin(FirstCalls, Resuming, Ending, Hub):
         elif optimizer is not None:
             ours["oto/group_sparsity"] = optimizer.group_sparsity
             ours |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
-            text = f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    text = f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
                     callback.training_bar.set_postfix_str(text)
-                elif (table := getattr(callback, "training_tracker", None)) is not None:  # in a notebook
-                    table.prefix = text
         shown = logs | ours
         super().log(shown, *args, **kwargs)
         # trainers add to their logs in place (the epoch, metrics of their own), and their callers return that
