@@ -33,6 +33,7 @@ from hf_oto import (
     OTOTrainingArguments,
     ending,
 )
+from hf_oto.arguments import as_code
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing"),  # trl 1.16 sets, and switches, what is deprecated
