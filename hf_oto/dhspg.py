@@ -32,21 +32,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .choice import (
-    FRACTIONS_REMOVED,
-    Budget,
-    budget_of,
-    choose,
-    counts_exactly,
-    limits_of,
-    the_target,
-    weigh_survivors,
-)
+from .choice import choose, weigh_survivors
 from .composed import made
 from .cost import Work
 from .modeling_oto import OTOError
 from .salience import Moments, elements_of_zig, gradient_squared, inner, weight_squared
 from .schedule import Schedule
+from .targets import FRACTIONS_REMOVED, Budget, budget_of, counts_exactly, limits_of, the_target
 from .zig_optimizer import ZIGOptimizer
 from .zigs import PrunableAxis, ZIGPartition
 
