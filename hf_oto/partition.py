@@ -27,6 +27,7 @@ from .certificate import cut_difference, refuse_random
 from .cost import Width, Work
 from .cut import Cut, cut_, resolve
 from .evaluating import WeightsKept, evaluating
+from .fakes import Fakes
 from .modeling_oto import OTOError, named_tensors, sizes_of
 from .reasons import AVERAGE, IDLE, PROTECTED, REHEARSAL, SCRIPTED, SIZE
 from .restore import MANY, replace_tensors_, restored
@@ -35,7 +36,7 @@ from .scales import solve_scales
 from .sizes import Sizes, is_comparison, spans_of
 from .solve import solve
 from .table import fold
-from .trace import Fakes, Trace, experts_at_once_, trace
+from .trace import Trace, experts_at_once_, trace
 from .zigs import ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
