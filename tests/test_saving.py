@@ -956,10 +956,9 @@ def test_record_that_does_not_fit_the_weights(saved, tmp_path):
     with pytest.raises(OTOError, match=words):
         tf.BertForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     shutil.copy(saved / "bert" / "modeling_oto.py", tmp_path)
-    load = f"AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
-    found = subprocess.run(
-        [sys.executable, "-c", f"from transformers import *; {load}"], capture_output=True, text=True
-    )
+    auto = "AutoModelForSequenceClassification"
+    load = f"from transformers import {auto}; {auto}.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
+    found = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert re.search(f"OTOError: .*{words}", found.stderr), found.stderr
 
 
