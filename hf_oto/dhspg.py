@@ -50,6 +50,8 @@ EMA = 0.9  # weight of the salience so far when that of another batch is added
 class DHSPG(ZIGOptimizer):
     """Trains like `base` and brings a given fraction of the ZIGs to exact zero, whatever the learning rate.
 
+    OTOv2's own rule, from which this one deviates, is `hf_oto.paper.PaperDHSPG`.
+
     The base optimizer is kept as `optimizer.base`; `param_groups`, `state` and `defaults` are its own, so that
     schedulers, scalers, accelerate and checkpoints treat this optimizer as they treat that one.
 
