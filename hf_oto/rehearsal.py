@@ -59,8 +59,8 @@ def refuse_adapter(model: nn.Module, folder: str) -> None:
         raise OTOError(
             f"{type(model).__name__} saves {num_saved:,} of its {num_weights:,} weights, as adapters on a frozen base "
             "do: such a checkpoint can't say what was pruned. Ways out: merge the adapter and let the base train "
-            "(with peft: model = model.merge_and_unload(), model.requires_grad_(True)); or prune the base first, save it, "
-            "and train the adapter on the compact model"
+            "(with peft: model = model.merge_and_unload(), model.requires_grad_(True)); or prune the base first, "
+            "save it, and train the adapter on the compact model"
         )
 
 
