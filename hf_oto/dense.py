@@ -62,7 +62,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {name: state[name].detach() for name in first_name.values()}
     dense_shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
     _undo_(tensors, cuts, dense_shapes)
-    dense.load_state_dict({name: tensors[first_name[id(tensor)]] for name, tensor in state.items()})
+    dense_state = {name: tensors[first_name[id(tensor)]] for name, tensor in state.items()}
+    dense.load_state_dict(dense_state)
     _copy_buffers_(dense, model, left_out=state.keys())
     return dense
 
@@ -135,7 +136,8 @@ def _undo_step_(tensors: dict[str, torch.Tensor], cuts: Iterable[RecordedCut]) -
             earlier_factor, _ = factors.get(name, (1.0, 0))
             factors[name] = earlier_factor * (cut.size / cut.kept) ** (over / under), offset
     for name, (factor, offset) in factors.items():
-        require(name in tensors and 0 < factor < np.inf, f"{name} cannot be scaled by {factor}")
+        is_possible = name in tensors and 0 < factor < np.inf
+        require(is_possible, f"{name} cannot be scaled by {factor}")
         tensors[name] = _scaled_back(tensors[name], factor, offset)
     for (name, dim), positions_of_cuts in lost.items():
         tensor = tensors[name]

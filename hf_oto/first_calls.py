@@ -98,7 +98,8 @@ class FirstCalls:
             # Tensors that the trainer keeps may be changed in place (sums that grow, say): the loss gets copies.
             for container, _ in contents(torch.nn.Module(), self).containers:
                 if isinstance(container, dict):
-                    container |= {name: t.clone() for name, t in container.items() if isinstance(t, torch.Tensor)}
+                    tensors = {name: value for name, value in container.items() if isinstance(value, torch.Tensor)}
+                    container.update((name, tensor.clone()) for name, tensor in tensors.items())
             self._taken = []
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
             self.args.average_tokens_across_devices = False  # ranks that fail one by one must not wait for each other

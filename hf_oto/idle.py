@@ -29,7 +29,9 @@ def pin_around_what_never_ran(traced: Trace, unified: Axes) -> None:
     widths_in = _idle_widths(idle, traced)
     in_hand = {path: set(values) for path, values in traced.in_hand.items()}
     for call in unified.calls:
-        in_hand.setdefault(call.layer, set()).update(ref.value for ref in (*call.refs, *call.outs))
+        values = in_hand.setdefault(call.layer, set())
+        for ref in (*call.refs, *call.outs):
+            values.add(ref.value)
     weights = {ref.value for ref in traced.sources.values()}
     for path, widths in widths_in.items():
         known = in_hand.get(path, set()) & unified.dims.keys()
@@ -38,8 +40,13 @@ def pin_around_what_never_ran(traced: Trace, unified: Axes) -> None:
 
 
 def _idle_parameters(traced: Trace, unified: Axes) -> list[str]:
+    """The parameters that no call touched."""
     used = {ref.value for call in unified.calls for ref in call.refs}
-    return [name for name, ref in traced.sources.items() if name in traced.parameters and ref.value not in used]
+    idle = []
+    for name, ref in traced.sources.items():
+        if name in traced.parameters and ref.value not in used:
+            idle.append(name)
+    return idle
 
 
 def _idle_widths(idle: list[str], traced: Trace) -> dict[str, dict[int, str]]:
@@ -75,8 +82,9 @@ def _pin_readable(value: int, widths: dict[int, str], unified: Axes) -> None:
             size = math.prod(sizes[start:stop])
             if size == 1:  # every width is a multiple of 1
                 continue
-            reader = next((widths[k * size] for k in CONCATENATED if k * size in widths), None)
-            if reader is None:
+            readers = [widths[times * size] for times in CONCATENATED if times * size in widths]
+            if not readers:
                 continue
+            reason = IDLE.of(fold(readers[0]))
             for dim in dims[start:stop]:
-                unified.algebra.pin(dim, IDLE.of(fold(reader)))
+                unified.algebra.pin(dim, reason)

@@ -230,7 +230,10 @@ def _macs(traced: Trace, unified: Axes, axis_of: np.ndarray, axis_sizes: list[in
     terms = []
     for call in traced.calls[: traced.evaluated]:
         for dims in multiplications(call):
-            terms.append([width(leaf) for ref, dim in dims for leaf in unified.of(ref)[dim]])
+            widths = []
+            for ref, dim in dims:
+                widths += [width(leaf) for leaf in unified.of(ref)[dim]]
+            terms.append(widths)
     return Work.of(terms, len(axis_sizes))
 
 
@@ -247,7 +250,9 @@ def _consistent(model: nn.Module, traced: Trace, unified: Axes) -> tuple[ZIGPart
             unfit_ids = np.flatnonzero(np.isin(axis_of, [*unfit]))
             unified.algebra.pin_ids(unfit_ids, AVERAGE)
             continue
-        axes = [dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes)]
+        axes = []
+        for i, axis in enumerate(partition.axes):
+            axes.append(dataclasses.replace(axis, scales=scales.get(i, ())))
         partition = dataclasses.replace(partition, axes=tuple(axes))
         removed, conflicts = _first_contradiction(partition)
         if not conflicts:

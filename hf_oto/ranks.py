@@ -81,7 +81,8 @@ class WholeModel:
     def _emptied(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         """The parameter without values; the same one for all places where it is tied."""
         if id(parameter) not in self._empty:
-            self._empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            without_values = parameter.detach().to("meta")
+            self._empty[id(parameter)] = torch.nn.Parameter(without_values, parameter.requires_grad)
         return self._empty[id(parameter)]
 
     def gathered(self, sharded: torch.nn.Module) -> torch.nn.Module:
@@ -98,7 +99,7 @@ class WholeModel:
         put_back(self._kept)
         for module, cls in self._classes.items():
             module.__class__ = cls
-        new: dict[int, torch.Tensor] = {}
+        new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
         for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
             if isinstance(tensor, torch.nn.Parameter):
                 new[id(tensor)] = torch.nn.Parameter(whole[name], tensor.requires_grad)

@@ -156,6 +156,7 @@ def _comparison(name: str, op: str) -> Callable:
     return compare
 
 
+# The results of true division and of powers may be no ints.
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
 for _word, _op in _OPERATORS.items():
     for _method in (f"__{_word}__", f"__r{_word}__"):
@@ -394,9 +395,9 @@ class Sizes:
 
 # expressions ---------------------------------------------------------------------------------------
 
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
 COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
-OPERATIONS |= COMPARISONS
+OPERATIONS = ARITHMETIC | COMPARISONS
 
 
 def is_comparison(equation: Equation) -> bool:

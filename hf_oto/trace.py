@@ -308,7 +308,10 @@ class _Runs:
         tensors = named_tensors(model)
         self.parameters = {name for name, _ in model.named_parameters()}
         stored = self.parameters | persistent_buffers(model).keys()
-        self.sources = {name: self.recorder.new(t.shape) for name, t in tensors.items() if name in stored}
+        self.sources: dict[str, Ref] = {}
+        for name, tensor in tensors.items():
+            if name in stored:
+                self.sources[name] = self.recorder.new(tensor.shape)
         self.is_empty = any(t.is_meta for t in tensors.values())
         self.ways: list[bool] = []
         if fake or self.is_empty:
