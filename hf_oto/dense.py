@@ -101,7 +101,7 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def _undo_(tensors: dict[str, torch.Tensor], cuts: list[RecordedCut], dense: dict[str, torch.Size]) -> None:
-    """Replaces cut tensors by what they were before all cuts, up to zeros.
+    """Replaces cut tensors by what they were before all cuts, with zeros in the places that were cut.
 
     Args:
         tensors: name -> tensor of the compact model.

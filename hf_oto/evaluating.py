@@ -105,7 +105,7 @@ DROPOUT = {  # functions that drop values at random while training -> (position,
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """While open, train mode drops nothing, neither values nor (by a random number and a branch) whole layers."""
+    """While open, train mode drops no values, and skips no layers as a random number would have it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

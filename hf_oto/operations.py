@@ -22,7 +22,9 @@ CHOOSING = {"embedding", "index", "index_select", "gather", "take", "masked_sele
 
 MAKING = (torch.tensor, torch.full, torch.scalar_tensor)  # of numbers, in the default dtype
 
-CHECKING: dict[Any, tuple] = {  # functions that compare dtypes themselves -> what they leave alone: large weights
+# Functions that compare dtypes before any operation runs, so that their arguments have to be widened before -> the
+# arguments, by position or name, that are not: large weights.
+CHECKING: dict[Any, tuple] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (1, "weight")),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (1, "weight")),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), ()),

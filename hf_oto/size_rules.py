@@ -1,6 +1,6 @@
 """What torch's functions say of the sizes that they are given: a short function for each, and one table.
 
-Each rule gives pairs (a size as it was passed, the expression that it must equal); trace.py turns them into equations.
+Each rule gives pairs (a size as it was passed, the expression that it must equal); tagging.py makes equations of them.
 
 Worked example: in `x.view(2, heads, 64)`, the rule of `view` says that `heads` equals the span of dimension 1 of the
 result, that is, the number of positions that a cut leaves of that dimension.

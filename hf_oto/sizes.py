@@ -375,10 +375,10 @@ class Sizes:
         return zigs[removed[zigs]]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
-        """The removed ZIGs that have to answer for equations that can't hold.
+        """The removed ZIGs that are to blame for equations that can't hold.
 
-        These are the removed ZIGs that the equations speak of. If the equations speak of none, they are those of all
-        equations with the same attributes; if there are none of these either, all removed ZIGs.
+        These are the removed ZIGs that the equations speak of. If the equations speak of no removed ZIG, then those
+        that all equations with the same attributes speak of are to blame; if there is none either, all removed ZIGs.
         """
         zigs = self._removed_in(equations, removed)
         if len(zigs):

@@ -242,8 +242,8 @@ def trace(
         modes: eval mode (False) first, then train mode (True).
 
     Raises:
-        OTOError: the model can't take the calls in eval mode. (What it can't do in train mode, without labels say, is
-            left out.)
+        OTOError: the model can't take the calls in eval mode. (Calls that fail in train mode only, because labels are
+            missing, say, are left out.)
 
     Example:
         >>> traced = trace(nn.Linear(3, 8), [Forward(args=(torch.ones(2, 3),))], modes=[False])
