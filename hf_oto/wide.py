@@ -264,8 +264,7 @@ class WideArithmetic(TorchDispatchMode):
     def _changed(self, value: Any, change: Change, changed: dict[int, torch.Tensor]) -> Any:
         """An argument with its tensors changed, these gathered in `changed` under the ids of the given ones.
 
-        No function inside `computed`: one that calls itself is a reference cycle, and would hold every widened
-        weight until Python's garbage collector comes round.
+        (A function inside `computed` that calls itself would hold every widened weight until garbage is collected.)
         """
         if isinstance(value, torch.Tensor):
             if id(value) not in changed:
