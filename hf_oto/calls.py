@@ -1,4 +1,4 @@
-"""The calls of a model's forward that everything is found and proven on: given, recorded, or made from the config.
+"""The calls of a model's forward on which everything is found and proven: given, recorded, or made from the config.
 
 A call is data, the arguments as they came: the trace, the rehearsal, the certificate and the measurements, which all
 come later, can make it as often as they like.
@@ -273,7 +273,7 @@ ADVICE = (
 
 
 def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
-    """Raises an error again, with advice, if memory ran out: that says nothing about a model, and is no answer."""
+    """Raises an error again, with advice, if memory ran out: such an error says nothing about the model."""
     # On a CPU torch raises a plain RuntimeError, which accelerate knows by its text.
     ran_out_on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
     # The very type of the error may take other arguments, as numpy's does.

@@ -46,7 +46,7 @@ class Certificate(NamedTuple):
     Attributes:
         invariance: how far the outputs move when what reads the zero ZIGs is filled with noise.
         cut: how far the cut model is from the zeroed full one.
-        tolerance: the largest of both that is right.
+        tolerance: up to this value both count as zero.
         rounding: how far the two are from each other in the model's own arithmetic.
     """
 

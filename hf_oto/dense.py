@@ -1,14 +1,16 @@
-"""The way back: a compact model becomes the stock model of the same outputs, what was cut filled with zeros again.
+"""The way back: a compact model becomes the stock model of the same outputs, with zeros where something was cut.
 
-Stands after the cut, beside loading: its record says which positions went, step by step, and the last step is undone
-first.
+The record of the compact model says which positions went, step by step; the last step is undone first.
+
+Worked example: of a weight of 5 rows, one for each ZIG, the rows in the bits 0b10110 were kept. The 3 rows that are
+left become rows 1, 2 and 4 again, and rows 0 and 3 are zeros.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -21,9 +23,9 @@ from .modeling_oto import OTOError, RecordedCut, check_cuts, cuts_of, named_tens
 
 @torch.no_grad()
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock model of the same outputs: dense widths again, what was cut filled with zeros.
+    """The stock model of the same outputs: dense widths again, with zeros where something was cut.
 
-    Every tensor keeps its dtype and its `requires_grad`, every module its mode; all lie on `model.device`.
+    Every tensor keeps its dtype and its `requires_grad`, every module its mode; all tensors lie on `model.device`.
 
     Args:
         model: a compact model; it is not changed.
@@ -55,30 +57,41 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         vars(config).pop(ours, None)
     dense = stock_model(model, config)
     state = model.state_dict(keep_vars=True)
-    first = {
-        id(tensor): name for name, tensor in reversed(state.items())
-    }  # the name by which a record has what is tied
-    tensors = {name: state[name].detach() for name in first.values()}
-    _undo_(tensors, cuts, {name: tensor.shape for name, tensor in dense.state_dict().items()})
-    dense.load_state_dict({name: tensors[first[id(tensor)]] for name, tensor in state.items()})
-    mine = dict(model.named_buffers())
-    for name, buffer in dense.named_buffers():  # those that are not saved too: rotary frequencies, say
-        if name not in state and name in mine and mine[name].shape == buffer.shape:
-            buffer.copy_(mine[name])
+    # Tied tensors have several names; a record has the first of them, which is set last here.
+    first_name = {id(tensor): name for name, tensor in reversed(state.items())}
+    tensors = {name: state[name].detach() for name in first_name.values()}
+    dense_shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    _undo_(tensors, cuts, dense_shapes)
+    dense_state = {name: tensors[first_name[id(tensor)]] for name, tensor in state.items()}
+    dense.load_state_dict(dense_state)
+    _copy_buffers_(dense, model, left_out=state.keys())
     return dense
 
 
+def _copy_buffers_(dense: PreTrainedModel, model: PreTrainedModel, left_out: Collection[str]) -> None:
+    """Gives a dense model the other buffers, those that are in no checkpoint, such as rotary frequencies."""
+    buffers = dict(model.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name not in left_out and name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+
+
 def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A new model of the stock class of `model`, with this config, the dtypes, flags and modes of `model`, and weights
-    not yet its own."""
+    """A new model of the stock class of another one, with weights that are not yet the other's.
+
+    Args:
+        model: gives the class, the dtypes, `requires_grad`, and the modes of the modules.
+        config: of the new model.
+    """
     with torch.random.fork_rng():  # weights nobody keeps must not move what training draws next
-        stock = getattr(type(model), "_oto_stock", type(model))(config)
+        stock_class = getattr(type(model), "_oto_stock", type(model))
+        stock = stock_class(config)
     stock = stock.to(model.device)
-    mine = named_tensors(model)
+    originals = named_tensors(model)
     for name, tensor in named_tensors(stock).items():
-        if name in mine:
-            tensor.requires_grad_(mine[name].requires_grad)
-            tensor.data = tensor.data.to(mine[name].dtype)
+        if name in originals:
+            tensor.requires_grad_(originals[name].requires_grad)
+            tensor.data = tensor.data.to(originals[name].dtype)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
@@ -88,7 +101,7 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def _undo_(tensors: dict[str, torch.Tensor], cuts: list[RecordedCut], dense: dict[str, torch.Size]) -> None:
-    """Puts in the place of cut tensors what they were before all cuts.
+    """Replaces cut tensors by what they were before all cuts, with zeros in the places that were cut.
 
     Args:
         tensors: name -> tensor of the compact model.
@@ -100,43 +113,54 @@ def _undo_(tensors: dict[str, torch.Tensor], cuts: list[RecordedCut], dense: dic
     """
     left = check_cuts(cuts, dense)
     for name in tensors.keys() & dense.keys():
-        undone = tuple(n if (name, dim) not in left else left[name, dim] for dim, n in enumerate(dense[name]))
-        now = tuple(tensors[name].shape)
-        require(now == undone, f"{name} has shape {now}; the stock model's, after all cuts, is {undone}")
+        expected = tuple(left.get((name, dim), size) for dim, size in enumerate(dense[name]))
+        actual = tuple(tensors[name].shape)
+        require(actual == expected, f"{name} has shape {actual}; the stock model's, after all cuts, is {expected}")
     steps = [list(step) for _, step in groupby(cuts, key=lambda cut: cut.step)]
     for step in reversed(steps):
         _undo_step_(tensors, step)
 
 
 def _undo_step_(tensors: dict[str, torch.Tensor], cuts: Iterable[RecordedCut]) -> None:
-    """Undoes cuts that were made together: weights scaled back, zeros where something was cut, ones where zeros would
-    not do (a variance)."""
-    factors: dict[str, tuple[float, int]] = {}
-    lost: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-    fill: dict[tuple[str, int], int] = {}
+    """Undoes cuts that were made together: scales weights back, then fills the places that were cut."""
+    factors: dict[str, tuple[float, int]] = {}  # weight -> (factor, offset)
+    lost: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)  # (weight, dim) -> positions that were cut
+    fill: dict[tuple[str, int], int] = {}  # (weight, dim) -> 0, or 1 where zeros would not do (a variance)
     for cut in cuts:
-        kept = np.frombuffer(cut.bits.to_bytes(-(-cut.size // 8), "little"), np.uint8)
-        gone = np.unpackbits(kept, bitorder="little", count=cut.size) == 0  # (size,)
-        for name, dim, one, *layout in cut.members:
-            lost[name, dim].append(_positions(cut.size, layout)[gone].reshape(-1))
-            fill[name, dim] = one
+        is_lost = _lost_zigs(cut)
+        for name, dim, fill_value, *layout in cut.members:
+            positions = _positions(cut.size, layout)
+            lost[name, dim].append(positions[is_lost].reshape(-1))
+            fill[name, dim] = fill_value
         for name, over, under, offset in cut.scales:
-            factor = factors.get(name, (1.0, 0))[0] * (cut.size / cut.kept) ** (over / under)
-            factors[name] = factor, offset
+            earlier_factor, _ = factors.get(name, (1.0, 0))
+            factors[name] = earlier_factor * (cut.size / cut.kept) ** (over / under), offset
     for name, (factor, offset) in factors.items():
-        require(name in tensors and 0 < factor < np.inf, f"{name} cannot be scaled by {factor}")
-        narrow = tensors[name]
-        wide = narrow.to(torch.promote_types(narrow.dtype, torch.float32))
-        tensors[name] = ((wide + offset) / factor - offset).to(narrow.dtype)
-    for (name, dim), positions in lost.items():
-        narrow = tensors[name]
-        back = np.concatenate(positions)
-        shape = list(narrow.shape)
-        shape[dim] += len(back)
-        stay = np.setdiff1d(np.arange(shape[dim]), back)
-        require(len(stay) == narrow.shape[dim], f"its cuts of {name}[{dim}] overlap")
-        wide = narrow.new_full(shape, fill[name, dim])
-        tensors[name] = wide.index_copy_(dim, torch.from_numpy(stay).to(narrow.device), narrow)
+        is_possible = name in tensors and 0 < factor < np.inf
+        require(is_possible, f"{name} cannot be scaled by {factor}")
+        tensors[name] = _scaled_back(tensors[name], factor, offset)
+    for (name, dim), positions_of_cuts in lost.items():
+        tensor = tensors[name]
+        positions = np.concatenate(positions_of_cuts)
+        shape = list(tensor.shape)
+        shape[dim] += len(positions)
+        stay = np.setdiff1d(np.arange(shape[dim]), positions)
+        require(len(stay) == tensor.shape[dim], f"its cuts of {name}[{dim}] overlap")
+        where = torch.from_numpy(stay).to(tensor.device)
+        tensors[name] = tensor.new_full(shape, fill[name, dim]).index_copy_(dim, where, tensor)
+
+
+def _lost_zigs(cut: RecordedCut) -> np.ndarray:
+    """Whether each ZIG was cut, (size,)."""
+    num_bytes = -(-cut.size // 8)
+    kept = np.frombuffer(cut.bits.to_bytes(num_bytes, "little"), np.uint8)
+    return np.unpackbits(kept, bitorder="little", count=cut.size) == 0
+
+
+def _scaled_back(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
+    """What a weight was before it was scaled; computed in float32 at least."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return ((wide + offset) / factor - offset).to(tensor.dtype)
 
 
 def _positions(size: int, layout: list[Any]) -> np.ndarray:

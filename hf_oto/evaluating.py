@@ -1,7 +1,6 @@
-"""How a model runs while it is looked at: in a mode, eager, without dropout and gradients, and nothing of it remains.
+"""How a model runs while it is analysed: in one mode, eager, without dropout and gradients; in the end all is undone.
 
-Stands on restore.py, which undoes what modules keep; here are the mode, the weights that a forward writes to, and the
-random states.
+restore.py undoes what modules keep; here are the mode, the weights that a forward writes to, and the random states.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def evaluating(
     Whatever a forward changes (what modules keep, buffers, random states) is undone in the end.
 
     Args:
-        weights: other tensors to run with, as in `replace_tensors_`. None: its own. Of what is no parameter, and not
-            among them, the forward gets copies, since it might write to it.
+        weights: other tensors to run with, as in `replace_tensors_`. None: its own. Tensors that are no parameters,
+            and not among `weights`, are copied, since the forward might write to them.
     """
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(restored(model))
@@ -41,23 +40,23 @@ def evaluating(
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what a forward has to warn of, training will say
-        # what is no weight is a copy among fakes, too: there a write of a number into a tensor is carried out
-        replace_tensors_(kept, _writable(kept) | dict(weights or {}))
+        warnings.simplefilter("ignore")  # training will repeat what a forward has to warn of
+        # Copies are needed on FakeTensors too: there a number that is written into a real tensor really is written.
+        replace_tensors_(kept, _writable_copies(kept) | dict(weights or {}))
         if training:
             stack.enter_context(_WithoutDropout())
         enter_mode_(model, training)
         yield
 
 
-def _writable(kept: Contents) -> dict[int, torch.Tensor]:
-    """A copy of every tensor that the modules keep and that is no parameter: statistics, caches, observers."""
-    found: dict[int, torch.Tensor] = {}
+def _writable_copies(kept: Contents) -> dict[int, torch.Tensor]:
+    """A copy of every tensor that the modules keep and that is no parameter, by its id: statistics, caches."""
+    copies: dict[int, torch.Tensor] = {}
     for container, _ in kept.containers:
         for value in container.values() if isinstance(container, dict) else container:
-            if is_tensor(type(value)) and not isinstance(value, nn.Parameter) and id(value) not in found:
-                found[id(value)] = value.detach().clone()
-    return found
+            if is_tensor(type(value)) and not isinstance(value, nn.Parameter) and id(value) not in copies:
+                copies[id(value)] = value.detach().clone()
+    return copies
 
 
 def enter_mode_(model: nn.Module, training: bool) -> None:
@@ -70,10 +69,11 @@ def renew_caches_(model: nn.Module) -> None:
     """Lets every module renew what it computed from its weights, as it does when its mode changes."""
     modes = {module: module.training for module in model.modules()}
     enter_mode_(model, model.training)
-    for module, training in modes.items():  # modules in one model may be in different modes: outer ones come first
+    # Modules in one model may be in different modes. The outer ones come first, as `train` changes inner ones too.
+    for module, training in modes.items():
         if module.training != training:
             module.train(training)
-    for module, training in modes.items():  # a `train` of its own may have refused
+    for module, training in modes.items():  # a module's own `train` may have refused
         if module.training != training:
             module.training = training
 
@@ -83,9 +83,9 @@ def _eager() -> Iterator[None]:
     """No compiled code and no fused path of inference: a trace would not see inside."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    # Importing dynamo takes seconds; where nobody has it, and no flex attention that will, nothing is compiled.
-    compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()
-    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    # Importing dynamo takes seconds. Nothing is compiled where nobody has imported it, or flex attention, which will.
+    may_compile = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()
+    stance = torch.compiler.set_stance("force_eager") if may_compile else contextlib.nullcontext()
     try:
         with stance:
             yield
@@ -93,63 +93,67 @@ def _eager() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-DROPOUT = {  # functions that drop values at random while training -> where their probability stands
-    **dict.fromkeys(
-        ["dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
-         "feature_alpha_dropout", "feature_alpha_dropout_", "dropout1d", "dropout2d", "dropout3d"],
-        (1, "p"),
-    ),
+_P_SECOND = (
+    "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
+    "feature_alpha_dropout", "feature_alpha_dropout_", "dropout1d", "dropout2d", "dropout3d",
+)  # fmt: skip
+DROPOUT = {  # functions that drop values at random while training -> (position, name) of their probability
+    **dict.fromkeys(_P_SECOND, (1, "p")),
     "scaled_dot_product_attention": (4, "dropout_p"),
     "multi_head_attention_forward": (10, "dropout_p"),
-}  # fmt: skip
+}
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """While open, train mode drops nothing, neither values nor (by a random number and a branch) whole layers."""
+    """While open, train mode drops no values, and skips no layers as a random number would have it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
+        kwargs = kwargs or {}
+        name = func.__name__
         if name in DROPOUT:
             position, keyword = DROPOUT[name]
-            given = len(args) > position
-            args = (*args[:position], 0.0, *args[position + 1 :]) if given else args
-            kwargs = kwargs if given else kwargs | {keyword: 0.0}
+            if len(args) > position:
+                args = (*args[:position], 0.0, *args[position + 1 :])
+            else:
+                kwargs = kwargs | {keyword: 0.0}
         out = func(*args, **kwargs)
         if name == "rand" and out.dim() == 0:
-            # a constant, which FakeTensors can branch on
+            # One random number decides whether a layer is skipped. FakeTensors can branch on a constant.
             return torch.tensor(1.0, dtype=out.dtype, device=out.device)
         return out
 
 
 class WeightsKept(TorchDispatchMode):
-    """While open, a forward may write into the model's weights (an embedding that shortens its rows does): in the end
-    they are as they were. What is written is copied at that moment, and nothing else.
+    """While open, a forward may write into the model's weights: in the end the weights are as they were.
 
-    Beside `evaluating`, which swaps what modules keep and can't see this; it costs microseconds per operation.
+    An embedding that shortens its rows does so. A weight is copied at the moment when it is first written to, and no
+    other weight is. `evaluating`, which swaps what modules keep, can't see such writes. Watching for them costs
+    microseconds per operation.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._weights = {p.untyped_storage()._cdata: p for p in model.parameters() if _has_storage(p)}
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._unwritten = {p.untyped_storage()._cdata: p for p in model.parameters() if _has_storage(p)}
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # (weight, how it was)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            for argument in func._schema.arguments:
+            for position, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(given.get(argument.name))
+                    written = args[position] if position < len(args) else kwargs.get(argument.name)
+                    self._keep(written)
         return func(*args, **kwargs)
 
-    def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, (list, tuple)):
-            for one in tensor:
-                self._keep(one)
-        elif isinstance(tensor, torch.Tensor) and _has_storage(tensor):
-            weight = self._weights.pop(tensor.untyped_storage()._cdata, None)
+    def _keep(self, written: Any) -> None:
+        """Copies the weight that a tensor is a view of, if it is one that was not written to before."""
+        if isinstance(written, (list, tuple)):
+            for tensor in written:
+                self._keep(tensor)
+        elif isinstance(written, torch.Tensor) and _has_storage(written):
+            weight = self._unwritten.pop(written.untyped_storage()._cdata, None)
             if weight is not None:
                 self._kept.append((weight.data, weight.detach().clone()))
 
@@ -166,23 +170,30 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def random_states_kept(model: nn.Module) -> Iterator[None]:
-    """While open, numbers may be drawn: Python, numpy, torch and the model's own devices go on where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """While open, random numbers may be drawn: in the end all generators go on where they were.
+
+    These are the generators of Python, numpy, torch and the model's own devices.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     devices = {t.device for t in [*model.parameters(), *model.buffers()]}
     states = [(device, _device_state(device)) for device in devices if device.type not in ("cpu", "meta")]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for device, state in states:
             module = torch.get_device_module(device)
-            module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+            if device.type == "mps":  # there is one device only, and no argument for it
+                module.set_rng_state(state)
+            else:
+                module.set_rng_state(state, device)
 
 
 def seed_everything() -> None:
-    """The same random numbers from here on, whoever draws them: torch, numpy and Python."""
+    """Seeds torch, numpy and Python, so that the same random numbers follow."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)

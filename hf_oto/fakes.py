@@ -21,14 +21,13 @@ class Fakes:
 
     def __init__(self, model: nn.Module) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        devices = {name: tensor.device for name, tensor in named_tensors(model).items()}
-        # Meta tensors say no device; they are taken to lie where the model's other tensors do.
-        self._device = torch.device("cpu")
-        for device in devices.values():
-            if device.type != "meta":
-                self._device = device
-                break
-        self._devices = {name: self._device if d.type == "meta" else d for name, d in devices.items()}
+        tensors = named_tensors(model)
+        # Meta tensors say no device; they are taken to lie where the first of the model's other tensors does.
+        real_devices = [tensor.device for tensor in tensors.values() if not tensor.is_meta]
+        self._device = real_devices[0] if real_devices else torch.device("cpu")
+        self._devices: dict[str, torch.device] = {}
+        for name, tensor in tensors.items():
+            self._devices[name] = self._device_of(tensor)
 
     def weights(self, model: nn.Module) -> dict[int, torch.Tensor]:
         """A stand-in for every parameter and buffer that the model has now, by the id of the original."""
@@ -40,8 +39,10 @@ class Fakes:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """A stand-in for an input."""
-        device = self._device if tensor.is_meta else tensor.device
-        return self._fake(tensor, device)
+        return self._fake(tensor, self._device_of(tensor))
+
+    def _device_of(self, tensor: torch.Tensor) -> torch.device:
+        return self._device if tensor.is_meta else tensor.device
 
     def _fake(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         fake = FakeTensor(self.mode, torch.empty_like(tensor, device="meta"), device)

@@ -1,12 +1,11 @@
-"""Parameters that no traced call touched: whatever they might read, or add to, when they run one day has to stay.
+"""Idle parameters, which no traced call touched: what they might read or add to, when they run one day, has to stay.
 
-Such are an auxiliary head, another task's head, a tower whose data the batch does not have. Their module is called, if
-ever, where the forward of the module around it runs, and on tensors that this forward has in hand. So every run of
-dimensions of these tensors stays that is as wide as a dimension of the parameter, or of which the parameter's
-dimension is up to CONCATENATED in a row.
+Idle are the weights of an auxiliary head, of another task's head, of a tower whose data the batch does not have. Their
+module would be called by the module around it, on tensors that the forward of that one has in hand. So a run of
+dimensions of such a tensor stays if it is as wide as a dimension of the parameter, or a half, third or quarter of it.
 
-Worked example: 64 channels around an unused Linear(64, 10) stay, and so do 64 channels around an unused
-Linear(128, 10), which may read their mean and their maximum side by side; 48 channels around it need not stay.
+Worked example: 64 channels around an idle Linear(64, 10) stay, and so do 64 channels around an idle Linear(128, 10),
+which may read their mean and their maximum side by side; 48 channels around it need not stay.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .rules import Axes
 from .table import fold
 from .trace import Trace
 
-CONCATENATED = (1, 2, 3, 4)  # so many equal widths side by side may be what a head reads: u, v, |u - v|, u * v
+CONCATENATED = (1, 2, 3, 4)  # a head may read so many equal widths side by side: u, v, |u - v|, u * v
 
 
 def pin_around_what_never_ran(traced: Trace, unified: Axes) -> None:
@@ -29,7 +28,9 @@ def pin_around_what_never_ran(traced: Trace, unified: Axes) -> None:
     widths_in = _idle_widths(idle, traced)
     in_hand = {path: set(values) for path, values in traced.in_hand.items()}
     for call in unified.calls:
-        in_hand.setdefault(call.layer, set()).update(ref.value for ref in (*call.refs, *call.outs))
+        values = in_hand.setdefault(call.layer, set())
+        for ref in (*call.refs, *call.outs):
+            values.add(ref.value)
     weights = {ref.value for ref in traced.sources.values()}
     for path, widths in widths_in.items():
         known = in_hand.get(path, set()) & unified.dims.keys()
@@ -38,8 +39,13 @@ def pin_around_what_never_ran(traced: Trace, unified: Axes) -> None:
 
 
 def _idle_parameters(traced: Trace, unified: Axes) -> list[str]:
+    """The parameters that no call touched."""
     used = {ref.value for call in unified.calls for ref in call.refs}
-    return [name for name, ref in traced.sources.items() if name in traced.parameters and ref.value not in used]
+    idle = []
+    for name, ref in traced.sources.items():
+        if name in traced.parameters and ref.value not in used:
+            idle.append(name)
+    return idle
 
 
 def _idle_widths(idle: list[str], traced: Trace) -> dict[str, dict[int, str]]:
@@ -75,8 +81,9 @@ def _pin_readable(value: int, widths: dict[int, str], unified: Axes) -> None:
             size = math.prod(sizes[start:stop])
             if size == 1:  # every width is a multiple of 1
                 continue
-            reader = next((widths[k * size] for k in CONCATENATED if k * size in widths), None)
-            if reader is None:
+            readers = [widths[times * size] for times in CONCATENATED if times * size in widths]
+            if not readers:
                 continue
+            reason = IDLE.of(fold(readers[0]))
             for dim in dims[start:stop]:
-                unified.algebra.pin(dim, IDLE.of(fold(reader)))
+                unified.algebra.pin(dim, reason)

@@ -1,7 +1,7 @@
 """Operations that don't compute in double, or may not: each runs in another dtype, and that dtype is noted.
 
-Wide arithmetic (wide.py) sends three kinds of operations here: torch's own that know no double, operations of others,
-which may compute something else in double, and operations on tensors that dispatch by themselves.
+Wide arithmetic (wide.py) sends three kinds of operations here: those of torch that know no double, those of other
+libraries, which may compute something else in double, and those on tensors that dispatch by themselves.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OtherDtypes:
         return self._first_known(call, [(dtype, partial(self._lowered, dtype=dtype))])
 
     def of_others(self, call: OperationCall) -> Any:
-        """An operation of somebody else's, in double only where it gives about the same in the dtypes it is made for.
+        """An operation of another library, in double only if the result is near that in the dtypes it is made for.
 
         There are kernels that read doubles as something else, or that round them inside.
         """
@@ -128,12 +128,12 @@ class OtherDtypes:
         return tensor.to(dtype) if tensor.dtype in SMALLER or tensor.dtype == self._wide.dtype else tensor
 
     def _lowered(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the mode has widened in `dtype`; what is stored stays."""
+        """Tensors that the mode has widened are lowered to `dtype`; stored tensors stay as they are."""
         tensor = self._wide.scaled(tensor)
         return tensor.to(dtype) if tensor.dtype == self._wide.dtype else tensor
 
     def _rounded(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the mode has widened rounded to `dtype`, and all of it wide."""
+        """Every float wide, and those that the mode has widened rounded to `dtype` first."""
         if tensor.dtype == self._wide.dtype:
             return tensor.to(dtype).to(self._wide.dtype)
         return self._wide.widened(tensor)

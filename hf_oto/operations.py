@@ -22,7 +22,9 @@ CHOOSING = {"embedding", "index", "index_select", "gather", "take", "masked_sele
 
 MAKING = (torch.tensor, torch.full, torch.scalar_tensor)  # of numbers, in the default dtype
 
-CHECKING: dict[Any, tuple] = {  # functions that compare dtypes themselves -> what they leave alone: large weights
+# Functions that compare dtypes before any operation runs, so that their arguments have to be widened before -> the
+# arguments, by position or name, that are not: large weights.
+CHECKING: dict[Any, tuple] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (1, "weight")),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (1, "weight")),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), ()),
@@ -53,17 +55,35 @@ def _split_of_convolution(args: Sequence) -> Split | None:
     return Split({1: 1 if is_transposed else 0, 2: 0}, along=1)
 
 
-_MM, _MV, _BMM = torch.ops.aten.mm.default, torch.ops.aten.mv.default, torch.ops.aten.bmm.default
-_ADDMM, _BADDBMM = torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default
-_BY_BATCH = Split({0: -3, 1: 0, 2: 0}, along=0)
-
+aten = torch.ops.aten
 SPLITS: dict[Any, dict[int, Split | Callable[[Sequence], Split | None]]] = {  # operation -> the large argument -> how
-    _MM: {0: Split({0: 0}, along=0), 1: Split({1: 1}, along=1)},
-    _MV: {0: Split({0: 0}, along=0)},
-    _BMM: {0: Split({0: 0, 1: 0}, along=0), 1: Split({0: 0, 1: 0}, along=0)},
-    _ADDMM: {1: Split({0: -2, 1: 0}, along=0), 2: Split({0: -1, 2: 1}, along=1)},
-    _BADDBMM: {1: _BY_BATCH, 2: _BY_BATCH},
-    torch.ops.aten.convolution.default: {1: _split_of_convolution},
+    # (n, k), (k, m) -> (n, m)
+    aten.mm.default: {
+        0: Split({0: 0}, along=0),
+        1: Split({1: 1}, along=1),
+    },
+    # (n, k), (k) -> (n)
+    aten.mv.default: {
+        0: Split({0: 0}, along=0),
+    },
+    # (b, n, k), (b, k, m) -> (b, n, m)
+    aten.bmm.default: {
+        0: Split({0: 0, 1: 0}, along=0),
+        1: Split({0: 0, 1: 0}, along=0),
+    },
+    # bias (n, m) or less, (n, k), (k, m) -> (n, m)
+    aten.addmm.default: {
+        1: Split({0: -2, 1: 0}, along=0),
+        2: Split({0: -1, 2: 1}, along=1),
+    },
+    # bias (b, n, m) or less, (b, n, k), (b, k, m) -> (b, n, m)
+    aten.baddbmm.default: {
+        1: Split({0: -3, 1: 0, 2: 0}, along=0),
+        2: Split({0: -3, 1: 0, 2: 0}, along=0),
+    },
+    aten.convolution.default: {
+        1: _split_of_convolution,
+    },
 }
 
 

@@ -1,8 +1,8 @@
 """The front door: from a model to its ZIG partition, rehearsed before anybody trains on it.
 
-The model is traced, rules unite the dimensions of its tensors, and these are solved for axes of ZIGs and for sizes.
-Then the cut is put on the model, without weights and with them, where there are some, and taken off again: what can't
-be rebuilt exactly is pinned with that reason.
+The model is traced, rules unite the dimensions of its tensors, and from these the axes of ZIGs and the sizes that
+modules keep are solved. Then a cut is put on the model and taken off again, without weights and, where there are some,
+with them: what can't be rebuilt exactly is pinned with that reason.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _first_traced(model: nn.Module, candidates: Iterable[list[Forward]]) -> tupl
 
 
 def _living_equations(traced: Trace, unified: Axes) -> list[Equation]:
-    """The equations that speak of no result that nobody uses."""
+    """The equations, without those that speak of results which nobody uses."""
     computed = {ref.value for call in traced.calls for ref in call.outs}
     dead = computed - unified.dims.keys()
     living = []
@@ -165,7 +165,7 @@ def _living_equations(traced: Trace, unified: Axes) -> list[Equation]:
 
 
 def _solved(model: nn.Module, traced: Trace, unified: Axes) -> tuple[ZIGPartition, np.ndarray, np.ndarray]:
-    """The partition as the algebra has it now, and the ZIG and the axis of every id, -1 for none."""
+    """The partition that the algebra gives as it is now, and the ZIG and the axis of every id, -1 for none."""
     sources = {name: unified.of(ref) for name, ref in traced.sources.items()}
     buffers = sources.keys() - traced.parameters
     partition, zig_of = solve(unified.algebra.copy(), sources, buffers)
@@ -230,7 +230,10 @@ def _macs(traced: Trace, unified: Axes, axis_of: np.ndarray, axis_sizes: list[in
     terms = []
     for call in traced.calls[: traced.evaluated]:
         for dims in multiplications(call):
-            terms.append([width(leaf) for ref, dim in dims for leaf in unified.of(ref)[dim]])
+            widths = []
+            for ref, dim in dims:
+                widths += [width(leaf) for leaf in unified.of(ref)[dim]]
+            terms.append(widths)
     return Work.of(terms, len(axis_sizes))
 
 
@@ -247,7 +250,9 @@ def _consistent(model: nn.Module, traced: Trace, unified: Axes) -> tuple[ZIGPart
             unfit_ids = np.flatnonzero(np.isin(axis_of, [*unfit]))
             unified.algebra.pin_ids(unfit_ids, AVERAGE)
             continue
-        axes = [dataclasses.replace(axis, scales=scales.get(i, ())) for i, axis in enumerate(partition.axes)]
+        axes = []
+        for i, axis in enumerate(partition.axes):
+            axes.append(dataclasses.replace(axis, scales=scales.get(i, ())))
         partition = dataclasses.replace(partition, axes=tuple(axes))
         removed, conflicts = _first_contradiction(partition)
         if not conflicts:
@@ -259,7 +264,7 @@ def _consistent(model: nn.Module, traced: Trace, unified: Axes) -> tuple[ZIGPart
 
 
 def _first_contradiction(partition: ZIGPartition) -> tuple[np.ndarray, list[Equation]]:
-    """The first cut of those tried whose size equations can't hold, and these equations; none where all cuts work."""
+    """The first cut whose size equations contradict each other, and these equations; no equations if no cut does."""
     for removed, comparisons_count in _draws(partition):
         _, conflicts = partition.sizes.solve(removed)
         if not comparisons_count:
@@ -272,8 +277,9 @@ def _first_contradiction(partition: ZIGPartition) -> tuple[np.ndarray, list[Equa
 def _draws(partition: ZIGPartition) -> Iterator[tuple[np.ndarray, bool]]:
     """Cuts to try, bool (num_zigs,), and whether comparisons of sizes have to come out in them as they did.
 
-    Comparisons have to where a single ZIG of every axis goes. That a size must not fall below some number, which only
-    a larger cut does, is left to the plan that does it.
+    The first cut removes a single ZIG of every axis, and comparisons have to come out as they did. The others are
+    larger and may turn a comparison round, because a size falls below some number, say: whether that is right is
+    left to the plan that makes such a cut.
     """
     last_of_each = [np.zeros(0, bool)]
     for axis in partition.axes:
@@ -293,7 +299,7 @@ Attempt = functools.partial[str | None]  # a function of a cut, which says what 
 
 
 class _Rehearsal:
-    """The cut, tried in every way that can be; families of axes that fail, alone or with the rest, are pinned."""
+    """The cut, tried in every way that is possible; families of axes that fail, alone or together, are pinned."""
 
     def __init__(self, model: nn.Module, forwards: list[Forward], traced: Trace, unified: Axes) -> None:
         self.model = model
@@ -308,7 +314,8 @@ class _Rehearsal:
             while self.partition.axes and self._problem(attempt):
                 if attempt.func is _differs:
                     refuse_random(self.model, self.forwards)  # no cut is to blame for what differs by itself
-                    if not self._problem(attempt):  # in the arithmetic that refuse_random found the model to know
+                    # It may have found that the model computes in its own dtype only: the cut gets another chance.
+                    if not self._problem(attempt):
                         break
                 else:
                     problem = self._problem(attempt, families=())

@@ -1,4 +1,7 @@
-"""Several processes: what rank 0 computes for all, a sharded model put together again, set-ups that are refused."""
+"""Several processes: what rank 0 computes for all, a sharded model put together again, set-ups that are refused.
+
+The trainer asks here wherever ranks have to agree, and with one process everything goes straight through.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from .modeling_oto import OTOError
 from .restore import contents, put_back, replace_tensors_
@@ -26,67 +27,83 @@ FSDP1 = (
 
 
 def refuse_sharding(args: TrainingArguments | None) -> None:
-    """DeepSpeed and FSDP1 flatten the parameters that ZIGs are made of."""
+    """Raises OTOError for DeepSpeed and FSDP1, which flatten the parameters that ZIGs are made of."""
     if args is None:
         return
     if args.deepspeed:
         raise OTOError(DEEPSPEED)
-    if args.fsdp and (int(args.fsdp_config.get("version", 2)) != 2 or args.fsdp_config.get("xla")):
+    if not args.fsdp:
+        return
+    version = int(args.fsdp_config.get("version", 2))
+    if version != 2 or args.fsdp_config.get("xla"):
         raise OTOError(FSDP1)
 
 
 def of_rank_zero(compute: Callable[[], Any]) -> Any:
-    """What rank 0 computes, or the exception it raises, on every rank: they never part, and never wait for ever."""
-    found: list[Any] = [None, None]
+    """What rank 0 computes, or the exception that it raises, on every rank.
+
+    All ranks go on with the same value, or all raise: none is left waiting for another one that has failed.
+    """
+    value_and_error: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            found[0] = compute()
+            value_and_error[0] = compute()
         except Exception as error:
             if PartialState().num_processes == 1:
                 raise
-            found[1] = error
-    value, error = broadcast_object_list(found)
+            value_and_error[1] = error
+    value, error = broadcast_object_list(value_and_error)
     if error is not None:
         raise error
     return value
 
 
 class WholeModel:
-    """A model as it is before FSDP2 shards it, without its weights: with them it is put together again in the end.
+    """A model as it is before FSDP2 shards it, without its weights; in the end it is put together again with them.
 
-    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and these are put
-    back.
+    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and all of these are
+    put back.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._classes = {module: type(module) for module in model.modules()}
         kept = contents(model)
-        self._empty: dict[int, torch.nn.Parameter] = {}
+        self._empty: dict[int, torch.nn.Parameter] = {}  # id of a parameter -> the same without values
+        # The copies of the containers would keep the weights alive beside the shards: they hold empty ones instead.
         for _, before in kept.containers:
-            for key, value in list(before.items()) if isinstance(before, dict) else []:
-                if isinstance(value, torch.nn.Parameter):
-                    if id(value) not in self._empty:
-                        self._empty[id(value)] = torch.nn.Parameter(value.detach().to("meta"), value.requires_grad)
-                    before[key] = self._empty[id(value)]
+            if isinstance(before, dict):
+                for key, value in list(before.items()):
+                    if isinstance(value, torch.nn.Parameter):
+                        before[key] = self._emptied(value)
         self._kept = kept._replace(states=[])
+
+    def _emptied(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """The parameter without values; the same one for all places where it is tied."""
+        if id(parameter) not in self._empty:
+            without_values = parameter.detach().to("meta")
+            self._empty[id(parameter)] = torch.nn.Parameter(without_values, parameter.requires_grad)
+        return self._empty[id(parameter)]
 
     def gathered(self, sharded: torch.nn.Module) -> torch.nn.Module:
         """The same model, whole, on the CPU of every rank.
 
         Weights are gathered one by one: no device ever holds more than one of them whole.
         """
-        model, weights, training = self._model, get_model_state_dict(sharded), sharded.training
-        whole = {}
-        for name, weight in weights.items():
+        model = self._model
+        training = sharded.training
+        whole: dict[str, torch.Tensor] = {}
+        for name, weight in get_model_state_dict(sharded).items():
             value = weight.full_tensor() if isinstance(weight, DTensor) else weight
             whole[name] = value.detach().to("cpu", copy=True)
         put_back(self._kept)
         for module, cls in self._classes.items():
             module.__class__ = cls
-        new = {}
-        for name, t in [*model.named_parameters(), *persistent_buffers(model).items()]:
-            is_parameter = isinstance(t, torch.nn.Parameter)
-            new[id(t)] = torch.nn.Parameter(whole[name], t.requires_grad) if is_parameter else whole[name]
+        new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
+        for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
+            if isinstance(tensor, torch.nn.Parameter):
+                new[id(tensor)] = torch.nn.Parameter(whole[name], tensor.requires_grad)
+            else:
+                new[id(tensor)] = whole[name]
         replace_tensors_(contents(model), new)
         return model.train(training)

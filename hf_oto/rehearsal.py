@@ -1,7 +1,7 @@
 """The end of a run, tried before its first step: the cut model is saved and built again from what was saved.
 
-Stands beside the trainer. What can't be done in the end (a config that isn't JSON, weights that share memory, a class
-whose constructor wants more than its config) is found out while nothing is lost yet.
+So what can't be done in the end is found out while nothing is lost yet: a config that isn't JSON, say, weights that
+share memory, or a class whose constructor wants more than its config.
 """
 
 from __future__ import annotations
@@ -26,73 +26,77 @@ def rehearse_saving(model: nn.Module, cut: Cut, save: Callable[[], None], folder
     """Makes the model compact for a moment, saves it, and loads every Transformers model in it again, without weights.
 
     Args:
-        save: saves the model in `folder`, as it will be in the end.
-        folder: an empty one.
+        save: saves the model in `folder`, as will be done in the end.
+        folder: an empty folder.
 
     Raises:
-        OTOError: what is loaded is another model than what was saved.
+        OTOError: the loaded model differs from the saved one.
         Exception: whatever saving or loading raises.
     """
     with trial_compact(model, cut), no_progress_bars():
         save()
         refuse_adapter(model, folder)
         for number, (path, part) in enumerate(outermost_pretrained(model).items()):
-            where = folder
-            if path:  # what is around it saves it in a way of its own
-                where = os.path.join(folder, f"part-{number}")
-                part.save_pretrained(where)
-            _load_again(part, where)
+            part_folder = folder
+            if path:  # the module around the part saves it in a way of its own
+                part_folder = os.path.join(folder, f"part-{number}")
+                part.save_pretrained(part_folder)
+            _load_again(part, part_folder)
 
 
 def refuse_adapter(model: nn.Module, folder: str) -> None:
-    """Raises OTOError where what the model has saved in `folder` is a part of its weights only.
+    """Raises OTOError where the model has saved only a part of its weights in a folder.
 
     Such a checkpoint can't say what was cut of the other weights, and the widths of its own part (the rank of an
     adapter) stand in a config that knows of no cut.
     """
     if isinstance(model, PreTrainedModel) and not model._hf_peft_config_loaded:
-        return  # it is loaded again as a whole, which says more
+        return  # it will be loaded again as a whole, which shows more
     files = sorted(Path(folder).rglob("*.safetensors"))
-    saved = sum(math.prod(shape) for file in files for shape in _shapes(file))
-    held = sum(p.numel() for p in model.parameters())
-    if files and saved < held:
+    num_saved = sum(math.prod(shape) for file in files for shape in _shapes(file))
+    num_weights = sum(p.numel() for p in model.parameters())
+    if files and num_saved < num_weights:
         raise OTOError(
-            f"{type(model).__name__} saves {saved:,} of its {held:,} weights, as adapters on a frozen base do: such a "
-            "checkpoint can't say what was pruned. Ways out: merge the adapter and let the base train (with peft: "
-            "model = model.merge_and_unload(), model.requires_grad_(True)); or prune the base first, save it, and "
-            "train the adapter on the compact model"
+            f"{type(model).__name__} saves {num_saved:,} of its {num_weights:,} weights, as adapters on a frozen base "
+            "do: such a checkpoint can't say what was pruned. Ways out: merge the adapter and let the base train "
+            "(with peft: model = model.merge_and_unload(), model.requires_grad_(True)); or prune the base first, "
+            "save it, and train the adapter on the compact model"
         )
 
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Bars would look as if something were saved for good."""
-    shown = logging.is_progress_bar_enabled()
+    """While open, no bars are shown: they would look as if something were saved for good."""
+    were_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if were_shown:
             logging.enable_progress_bar()
 
 
 def _shapes(file: Path) -> Iterator[list[int]]:
+    """The shapes of the tensors in a file."""
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():
             yield weights.get_slice(name).get_shape()
 
 
 def _load_again(part: PreTrainedModel, folder: str) -> None:
+    """Loads a model that was just saved, and compares names and shapes."""
     stock = getattr(type(part), "_oto_stock", type(part))
     try:
         loaded, info = stock.from_pretrained(folder, device_map="meta", output_loading_info=True)
-    except Exception:  # some read values while they load, and meta tensors have none
+    except Exception:  # some models read values while they are loaded, and meta tensors have none
         loaded, info = stock.from_pretrained(folder, output_loading_info=True)
     lost = sorted(info["missing_keys"])
     if lost:
         raise OTOError(f"{len(lost)} weights are not in what {stock.__name__} saved, {lost[0]} for one")
-    saved = {name: tuple(t.shape) for name, t in part.state_dict().items()}
-    now = {name: tuple(t.shape) for name, t in loaded.state_dict().items()}
-    for name in saved.keys() | now.keys():
-        if saved.get(name) != now.get(name):
-            raise OTOError(f"{name} has shape {saved.get(name)}, and {now.get(name)} once it is loaded again")
+    shapes = {name: tuple(t.shape) for name, t in part.state_dict().items()}
+    loaded_shapes = {name: tuple(t.shape) for name, t in loaded.state_dict().items()}
+    for name in shapes.keys() | loaded_shapes.keys():
+        before = shapes.get(name)
+        after = loaded_shapes.get(name)
+        if before != after:
+            raise OTOError(f"{name} has shape {before}, and {after} once it is loaded again")

@@ -1,8 +1,10 @@
-"""Going on from a checkpoint: does its folder hold all that a run needs, and its weights, all of them or none.
+"""Going on from a checkpoint: whether its folder holds all that a run needs, and how its weights are loaded.
 
-`Resuming` is a part of `OTOMixin`, which asks before anything is trained. A checkpoint is complete if it has all that
-the run which saved it would go on with. Its weights are read as `from_pretrained` reads them: in the files of some
-models they have other names than in the modules.
+`Resuming` is a part of `OTOMixin`, which asks before anything is trained. Either all weights are loaded or none. They
+are read as `from_pretrained` reads them: in the files of some models they have other names than in the modules.
+
+Worked example: of checkpoint-100 and checkpoint-150, the second was being written when the process was killed, and has
+weights but no trainer_state.json. `resume_from_checkpoint=True` goes on from checkpoint-100, with a warning.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ from .modeling_oto import OTOError
 logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # what is removed before a checkpoint is written again
-OTHERS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # beginnings of names: files of no weights
+STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # removed before a checkpoint is written again
+NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # how the names of other files begin
 
 
 # folders -------------------------------------------------------------------------------------------
 
 
 def newest_complete(output_dir: str, with_scaler: bool) -> tuple[str | None, dict[str, list[str]]]:
-    """The checkpoint of the most steps that lacks nothing, or None, and what each of the later ones lacks.
+    """The latest checkpoint that lacks nothing, None if there is none, and what each of the later ones lacks.
 
     Args:
         output_dir: where a run saves its checkpoints.
@@ -59,7 +61,7 @@ def newest_complete(output_dir: str, with_scaler: bool) -> tuple[str | None, dic
 
 def checkpoints(output_dir: str) -> list[str]:
     """The folders of checkpoints in an output folder, by their steps."""
-    steps = {}
+    steps: dict[str, int] = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
         if match is not None and folder.is_dir():
@@ -68,15 +70,17 @@ def checkpoints(output_dir: str) -> list[str]:
 
 
 def lacks(folder: str, with_scaler: bool) -> list[str]:
-    """What a folder lacks of all that a run goes on with: what was still to be written when its process was killed, or
-    what `save_only_model=True` leaves out.
+    """What a folder lacks of all that a run goes on with.
 
-    The Trainer writes trainer_state.json last. Where files are deleted, their order is another: all are looked for.
+    That is what was still to be written when the process was killed, or what `save_only_model=True` leaves out. The
+    Trainer writes trainer_state.json last; but files may be deleted in any order, so all are looked for.
     """
     names = os.listdir(folder)
-    wanted = [SCHEDULER_NAME, *([SCALER_NAME] if with_scaler else [])]
+    wanted = [SCHEDULER_NAME]
+    if with_scaler:
+        wanted.append(SCALER_NAME)
     lacking = [name for name in wanted if name not in names]
-    if not any(name.startswith("optimizer") for name in names):  # FSDP's is called otherwise, and may be a folder
+    if not any(name.startswith("optimizer") for name in names):  # FSDP's has another name, and may be a folder
         lacking.append(OPTIMIZER_NAME)
     if not any(name.startswith("rng_state") for name in names):
         lacking.append("rng_state.pth")
@@ -84,30 +88,36 @@ def lacks(folder: str, with_scaler: bool) -> list[str]:
         lacking.append("its weights")
     try:
         TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError):  # half of it may have been written
+    except (OSError, ValueError, TypeError):  # only half of the file may have been written
         lacking.append(TRAINER_STATE_NAME)
     return sorted(lacking)
 
 
 def has_weights(folder: str) -> bool:
-    """Whether there are files of weights, and all that an index names; trainers may save them in folders of theirs."""
+    """Whether there are files of weights, and all files that an index names.
+
+    Files in inner folders count, too: trainers may save weights in folders of their own.
+    """
     place = Path(folder)
     for index in place.glob("*.index.json"):
         try:
             shards = json.loads(index.read_text())["weight_map"].values()
-        except ValueError:  # half of it may have been written
+        except ValueError:  # only half of the file may have been written
             return False
         if not all((place / shard).is_file() for shard in shards):
             return False
-    files = [path for kind in ("safetensors", "bin", "distcp", "pt", "pth") for path in place.rglob(f"*.{kind}")]
-    return any(not path.name.startswith(OTHERS) and not path.parent.name.startswith(OTHERS) for path in files)
+    for suffix in ("safetensors", "bin", "distcp", "pt", "pth"):
+        for file in place.rglob(f"*.{suffix}"):
+            if not file.name.startswith(NO_WEIGHTS) and not file.parent.name.startswith(NO_WEIGHTS):
+                return True
+    return False
 
 
 # weights -------------------------------------------------------------------------------------------
 
 
 def holds_whole_model(folder: str) -> bool:
-    """Whether a folder holds a model's own weights, not those of adapters or of FSDP's shards alone."""
+    """Whether a folder holds the weights of a whole model, and not only those of adapters, or shards of FSDP."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in WHOLE_MODEL)
 
 
@@ -117,24 +127,28 @@ def load_weights_(model: nn.Module, folder: str) -> None:
     same device.
 
     A Transformers model is loaded a second time, on the CPU, by its own `from_pretrained`: for a moment there is one
-    model more. Of any other module the names in the file have to be its own.
+    model more. For any other module the names in the file have to be those in the module.
 
     Raises:
         OTOError: a tensor of the model is not in the checkpoint, or the other way round, or has another shape. Nothing
             has been changed then. Tied weights, and keys that the model itself declares ignorable, may be missing.
     """
     try:
-        with random_states_kept(model):  # what is built draws weights that nobody keeps
-            found = _as_from_pretrained(model, folder) if isinstance(model, PreTrainedModel) else _as_saved(folder)
+        with random_states_kept(model):  # a second model draws weights that nobody keeps
+            if isinstance(model, PreTrainedModel):
+                loaded = _as_from_pretrained(model, folder)
+            else:
+                loaded = _as_saved(folder)
     except Exception as error:
         raise_if_out_of_memory(error)
         raise OTOError(f"the weights in {folder} can't be loaded: {type(error).__name__}: {error}") from error
-    wanted, there = _shapes(model.state_dict()), _shapes(found.tensors)
+    shapes = _shapes(model.state_dict())
+    loaded_shapes = _shapes(loaded.tensors)
+    common = shapes.keys() & loaded_shapes.keys()
     problems = {
-        "it lacks": found.missing | (wanted.keys() - there.keys()),
-        "the model has no": found.unexpected | (there.keys() - wanted.keys()),
-        "of another shape there:": found.mismatched
-        | {n for n in wanted.keys() & there.keys() if wanted[n] != there[n]},
+        "it lacks": loaded.missing | (shapes.keys() - loaded_shapes.keys()),
+        "the model has no": loaded.unexpected | (loaded_shapes.keys() - shapes.keys()),
+        "of another shape there:": loaded.mismatched | {n for n in common if shapes[n] != loaded_shapes[n]},
     }
     facts = [f"{fact} {_first_of(names)}" for fact, names in problems.items() if names]
     if facts:
@@ -142,10 +156,10 @@ def load_weights_(model: nn.Module, folder: str) -> None:
             f"the checkpoint {folder} is not of this {type(model).__name__}, and nothing of it was loaded: "
             f"{'; '.join(facts)}. Go on with the model that was saved there, or begin a new run"
         )
-    model.load_state_dict(found.tensors)
+    model.load_state_dict(loaded.tensors)
 
 
-class Found(NamedTuple):
+class Loaded(NamedTuple):
     """The tensors of a checkpoint, by the names that the modules have, and what did not fit."""
 
     tensors: dict[str, torch.Tensor]
@@ -154,36 +168,43 @@ class Found(NamedTuple):
     mismatched: frozenset[str] = frozenset()
 
 
-def _as_from_pretrained(model: PreTrainedModel, folder: str) -> Found:
-    floating = [t.dtype for t in model.state_dict().values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    # the one that holds all of them: in the config's own, parts of a wider one would lose bits
-    dtype = functools.reduce(torch.promote_types, floating) if floating else "auto"
-    loaded, info = type(model).from_pretrained(
+def _as_from_pretrained(model: PreTrainedModel, folder: str) -> Loaded:
+    tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    # The dtype that holds all of them: in the config's own dtype, parts of a wider one would lose bits.
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else "auto"
+    twin, info = type(model).from_pretrained(
         folder,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # its own error has no names
+        ignore_mismatched_sizes=True,  # the error that it would raise names no weights
     )
-    mismatched = frozenset(name for name, *_ in info["mismatched_keys"])
-    return Found(loaded.state_dict(), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+    return Loaded(
+        tensors=twin.state_dict(),
+        missing=frozenset(info["missing_keys"]),
+        unexpected=frozenset(info["unexpected_keys"]),
+        mismatched=frozenset(name for name, *_ in info["mismatched_keys"]),
+    )
 
 
-def _as_saved(folder: str) -> Found:
+def _as_saved(folder: str) -> Loaded:
     safe = os.path.join(folder, SAFE_WEIGHTS_NAME)
     if os.path.isfile(safe):
-        return Found(load_file(safe))
-    return Found(load_state_dict(os.path.join(folder, WEIGHTS_NAME)))
+        return Loaded(load_file(safe))
+    return Loaded(load_state_dict(os.path.join(folder, WEIGHTS_NAME)))
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    """Of all but the extra states of modules, which are no tensors."""
+    """The shapes of a state; the extra states of modules, which are no tensors, are left out."""
     return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _first_of(names: Collection[str]) -> str:
-    """A few names, and how many more there are."""
-    few = ", ".join(sorted(names)[:3])
-    return few if len(names) <= 3 else f"{few} and {len(names) - 3} more"
+    """The first three names, and how many more there are."""
+    first_three = ", ".join(sorted(names)[:3])
+    if len(names) <= 3:
+        return first_three
+    return f"{first_three} and {len(names) - 3} more"
 
 
 # the trainer ---------------------------------------------------------------------------------------
@@ -199,12 +220,13 @@ class Resuming:
     def _inner_training_loop(
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
-        """`Trainer`'s; where an earlier one was interrupted, or ran out of memory, this one begins anew."""
-        if isinstance(self.optimizer, AcceleratedOptimizer):  # prepared for that one, it would go on with its schedule
-            self.optimizer = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = (
-                None  # and its memory
-            )
-            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # FSDP's are loaded further in
+        """`Trainer`'s; after a training that was interrupted, or ran out of memory, this one begins anew."""
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            # It was prepared for the earlier training, and would go on with that one's schedule and hold its memory.
+            self.optimizer = None
+            self.callback_handler.optimizer = None
+            self.callback_handler.lr_scheduler = None
+            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # `Trainer` itself loads FSDP's later
                 self._load_from_checkpoint(resume_from_checkpoint)
         elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             self._given_optimizer = self.optimizer
@@ -214,36 +236,47 @@ class Resuming:
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer`'s, which makes one step too many if it was resumed at the last one, in the middle of an epoch."""
+        """`Trainer`'s, which makes a step too many after resuming at the last step in the middle of an epoch."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _complete_checkpoint(self, asked: str | bool) -> str | bool:
-        """The folder to resume from, which lacks nothing; what isn't there at all is left for `Trainer` to refuse."""
-        place, with_scaler = self.args.output_dir, self.accelerator.scaler is not None
-        newest, incomplete = newest_complete(place, with_scaler)
-        if asked is not True:
+        """The folder to resume from, which lacks nothing; one that does not exist is left for `Trainer` to refuse.
+
+        Args:
+            asked: a folder. True: the latest checkpoint of the output folder.
+        """
+        with_scaler = self.accelerator.scaler is not None
+        newest, incomplete = newest_complete(self.args.output_dir, with_scaler)
+        wants_newest = asked is True
+        if not wants_newest:
             incomplete = {str(asked): lacks(asked, with_scaler)} if os.path.isdir(asked) else {}
         facts = "; ".join(f"{folder} lacks {', '.join(lacking)}" for folder, lacking in incomplete.items() if lacking)
         if not facts:
-            return newest or True if asked is True else asked
-        if asked is True and newest is not None:
+            return (newest or True) if wants_newest else asked
+        if wants_newest and newest is not None:
             if self.is_world_process_zero():
                 logger.warning("%s: resuming from %s", facts, newest)
             return newest
         instead = f"resume from {newest}, or " if newest is not None else ""
+        first = next(iter(incomplete))
         raise OTOError(
             f"can't resume: {facts} (a run that is killed leaves such a folder, and so does save_only_model=True): "
-            f"{instead}begin a new run from its weights, with a model from from_pretrained({next(iter(incomplete))!r})"
+            f"{instead}begin a new run from its weights, with a model from from_pretrained({first!r})"
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """`Trainer`'s, but all the weights or an error."""
-        if self._loads_otherwise(super()._load_from_checkpoint, Trainer._load_from_checkpoint, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+        inherited = super()._load_from_checkpoint
+        if self._loads_otherwise(inherited, Trainer._load_from_checkpoint, resume_from_checkpoint):
+            if model is None:
+                inherited(resume_from_checkpoint)
+            else:
+                inherited(resume_from_checkpoint, model)
             return
-        whole = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        load_weights_(whole, str(resume_from_checkpoint))
+        wrapped = self.model if model is None else model
+        unwrapped = self.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+        load_weights_(unwrapped, str(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """`Trainer`'s, but all the weights or an error."""
@@ -253,15 +286,23 @@ class Resuming:
                 f"the best checkpoint, {best}, is not there or has no weights, so they can't be loaded (machines that "
                 "share no disk need save_on_each_node=True)"
             )
-        if self._loads_otherwise(super()._load_best_model, Trainer._load_best_model, best):
-            super()._load_best_model()
+        inherited = super()._load_best_model
+        if self._loads_otherwise(inherited, Trainer._load_best_model, best):
+            inherited()
             return
         logger.info("Loading best model from %s (score: %s).", best, self.state.best_metric)
-        load_weights_(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights_(unwrapped, best)
 
     def _loads_otherwise(self, inherited: Any, stock: Any, folder: str) -> bool:
-        """Whether another trainer, accelerate (for FSDP) or PEFT has a way of its own to load what is in a folder."""
-        return self.is_fsdp_enabled or inherited.__func__ is not stock or not holds_whole_model(folder)
+        """Whether another trainer, accelerate (for FSDP) or PEFT has a way of its own to load what is in a folder.
+
+        Args:
+            inherited: the method that would run without us.
+            stock: that of `Trainer`.
+        """
+        is_of_other_trainer = inherited.__func__ is not stock
+        return self.is_fsdp_enabled or is_of_other_trainer or not holds_whole_model(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """`Trainer`'s; what doesn't fit this run is an error that names the folder."""
@@ -275,14 +316,14 @@ class Resuming:
             ) from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """`Trainer`'s, into a folder that is incomplete until the last file: an older one may have had its name."""
+        """`Trainer`'s, into a folder that is incomplete until the last file is written."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
+        if self.args.should_save:  # an older run may have left a complete folder of that name
             for name in STATES:
                 (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """`Trainer`'s; the state of the run, which is saved next, says that every rank has written its own."""
+        """`Trainer`'s, on every rank before the state of the run, which says that the checkpoint is complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()

@@ -1,10 +1,10 @@
 """Makes stock classes honour the record: after `import hf_oto`, a config with `oto` in it builds a compact model.
 
-Stands beside modeling_oto.py and holds what must not travel with a checkpoint. The hook sits where a model object
-comes into being, `PreTrainedModel.__new__`: `from_pretrained`, `from_config` and `Cls(config)`, of Auto and concrete
-classes, all pass there with the resolved config in hand, so none of them is wrapped or repeated. A second one says at
-the end of `from_pretrained` which weights the record doesn't fit. What another library has put in either place is
-called by ours.
+This is what must not travel with a checkpoint, unlike modeling_oto.py: it changes `PreTrainedModel` for everybody. One
+hook is put where every model object comes into being, `PreTrainedModel.__new__`. There `from_pretrained`,
+`from_config` and `Cls(config)`, of Auto and concrete classes, all pass with the resolved config, so none of them has
+to be wrapped or repeated. A second hook, at the end of `from_pretrained`, says which weights the record doesn't fit.
+Both hooks call what another library has put in the same place.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from .modeling_oto import asks_for_compact, compact_class, finish_loading
 
 def install_hook() -> None:
     """Installs the hooks; installing them again changes nothing. Configs without a record are built as ever."""
-    _install("__new__", _create, before=vars(PreTrainedModel).get("__new__", _create_as_python_does))
-    if "_finalize_model_loading" in vars(PreTrainedModel):  # private: without it errors are only less clear
-        _install("_finalize_model_loading", finish_loading, before=vars(PreTrainedModel)["_finalize_model_loading"])
+    stock_new = vars(PreTrainedModel).get("__new__", _create_as_python_does)
+    _install("__new__", _create, before=stock_new)
+    stock_finish = vars(PreTrainedModel).get("_finalize_model_loading")
+    if stock_finish is not None:  # private: without it errors are only less clear
+        _install("_finalize_model_loading", finish_loading, before=stock_finish)
 
 
 def _install(name: str, hook: Callable[..., Any], before: Any) -> None:
-    """Puts `hook` under a name of `PreTrainedModel`; `before` is what stood there, and the hook's first argument.
+    """Puts a hook under a name of `PreTrainedModel`.
 
-    Where others have put a function of theirs over our hook, the hook goes over theirs once more. It is then called
-    twice if theirs calls it too, and what it does twice is as if done once.
+    Where others have put a function of theirs over our hook, the hook goes over theirs once more. If theirs calls our
+    first hook too, the hook is called twice, which does the same as calling it once.
+
+    Args:
+        before: what stood under that name, and the hook's first argument.
     """
     before = before.__func__ if isinstance(before, staticmethod) else before
     if getattr(before, "_oto_hook", False):
@@ -52,6 +57,8 @@ def _create(before: Callable[..., Any], cls: type[PreTrainedModel], *args: Any, 
 
 
 def _create_as_python_does(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
-    """What is called where nobody has defined `PreTrainedModel.__new__`."""
+    """What Python calls where nobody has defined `PreTrainedModel.__new__`."""
     inherited = super(PreTrainedModel, cls).__new__
-    return inherited(cls) if inherited is object.__new__ else inherited(cls, *args, **kwargs)
+    if inherited is object.__new__:  # which refuses the arguments of `__init__`
+        return inherited(cls)
+    return inherited(cls, *args, **kwargs)

@@ -1,6 +1,6 @@
 """What torch's functions say of the sizes that they are given: a short function for each, and one table.
 
-Each rule gives pairs (a size as it was passed, the expression that it must equal); trace.py turns them into equations.
+Each rule gives pairs (a size as it was passed, the expression that it must equal); tagging.py makes equations of them.
 
 Worked example: in `x.view(2, heads, 64)`, the rule of `view` says that `heads` equals the span of dimension 1 of the
 result, that is, the number of positions that a cut leaves of that dimension.
@@ -68,17 +68,21 @@ def _affine_grid(ref, out, theta, size, *_, **__) -> Pairs:
 
 def _repeat(ref, out, input, *sizes, repeats=(), dims=()) -> Pairs:
     counts = _ints(sizes) or repeats or dims
-    for dim, count in enumerate(reversed(counts), 1):  # counted from the end: the result may have more dimensions
+    # Dimensions are counted from the end, as the result may have more of them than the input.
+    for dim, count in enumerate(reversed(counts), 1):
         repeated = span(ref(out), -dim)
         if dim <= input.dim():
-            yield count, ("//", repeated, span(ref(input), -dim))
+            once = span(ref(input), -dim)
+            yield count, ("//", repeated, once)
         else:
             yield count, repeated
 
 
 def _repeat_interleave(ref, out, input, repeats, dim=None, **_) -> Pairs:
     if isinstance(repeats, int) and dim is not None:
-        yield repeats, ("//", span(ref(out), dim), span(ref(input), dim))
+        repeated = span(ref(out), dim)
+        once = span(ref(input), dim)
+        yield repeats, ("//", repeated, once)
 
 
 def _split(ref, out, input, split_size_or_sections, dim=0) -> Pairs:
@@ -94,7 +98,8 @@ def _split(ref, out, input, split_size_or_sections, dim=0) -> Pairs:
 def _chunk(ref, out, input, chunks, dim=0) -> Pairs:
     """The chunks stay equal, for the number of chunks is a constant."""
     count = ("const", len(out))
-    yield ("*", count, span(ref(out[0]), dim)), span(ref(input), dim)
+    one_chunk = span(ref(out[0]), dim)
+    yield ("*", count, one_chunk), span(ref(input), dim)
 
 
 def _slices(ref, out, input, index) -> Pairs:
@@ -128,10 +133,11 @@ def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs
     for bound in (start, stop):
         if not isinstance(bound, int):
             continue
-        if 0 < bound < width:
-            yield bound, span(source, dim, 0, plain(bound))
-        elif -width < bound < 0:
-            yield 0 - bound, span(source, dim, width + plain(bound), width)
+        position = plain(bound)
+        if 0 < position < width:
+            yield bound, span(source, dim, 0, position)
+        elif -width < position < 0:
+            yield 0 - bound, span(source, dim, width + position, width)
 
 
 def _narrow(ref, out, input, dim, start, length) -> Pairs:
@@ -155,8 +161,9 @@ def _transposed_groups(ref, out, input, *more, **named) -> Pairs:
 
 def _group_norm(ref, out, input, num_groups, *_, **__) -> Pairs:
     """Groups keep their width: a cut removes whole groups."""
+    channels = span(ref(out), 1)
     channels_of_group = input.shape[1] // plain(num_groups)
-    yield num_groups, ("//", span(ref(out), 1), ("const", channels_of_group))
+    yield num_groups, ("//", channels, ("const", channels_of_group))
 
 
 def _default_scale(ref, out, query, *_, scale=None, **__) -> Pairs:

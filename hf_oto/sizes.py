@@ -156,6 +156,7 @@ def _comparison(name: str, op: str) -> Callable:
     return compare
 
 
+# The results of true division and of powers may be no ints.
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
 for _word, _op in _OPERATORS.items():
     for _method in (f"__{_word}__", f"__r{_word}__"):
@@ -374,10 +375,10 @@ class Sizes:
         return zigs[removed[zigs]]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
-        """The removed ZIGs that have to answer for equations that can't hold.
+        """The removed ZIGs that are to blame for equations that can't hold.
 
-        These are the removed ZIGs that the equations speak of. If the equations speak of none, they are those of all
-        equations with the same attributes; if there are none of these either, all removed ZIGs.
+        These are the removed ZIGs that the equations speak of. If the equations speak of no removed ZIG, then those
+        that all equations with the same attributes speak of are to blame; if there is none either, all removed ZIGs.
         """
         zigs = self._removed_in(equations, removed)
         if len(zigs):
@@ -394,9 +395,9 @@ class Sizes:
 
 # expressions ---------------------------------------------------------------------------------------
 
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
 COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
-OPERATIONS |= COMPARISONS
+OPERATIONS = ARITHMETIC | COMPARISONS
 
 
 def is_comparison(equation: Equation) -> bool:

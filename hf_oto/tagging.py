@@ -31,7 +31,9 @@ def tag_(model: nn.Module, equations: list[Equation]) -> None:
             if isinstance(value, int):
                 tagged[name] = Size(value, ("attribute", path, name, None), equations)
             elif len(value) <= MANY:  # longer ones are data
-                sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
+                sizes = []
+                for i, entry in enumerate(value):
+                    sizes.append(Size(entry, ("attribute", path, name, i), equations))
                 tagged[name] = type(value)(sizes)
         set_sizes_(module, tagged)
 
@@ -64,8 +66,10 @@ class Tagger(TorchFunctionMode):
         layer = self.recorder.layers[-1]
         if name in SIZE_RULES:
             self._apply_rule(name, out, args, kwargs)
-        else:  # the function uses the sizes as numbers, so they have to stay what they are
-            self.equations += [Equation(size.expr, ("const", plain(size)), layer) for size in sizes]
+            return out
+        for size in sizes:  # the function uses the sizes as numbers, so they have to stay what they are
+            number = ("const", plain(size))
+            self.equations.append(Equation(size.expr, number, layer))
         return out
 
     def _apply_rule(self, name: str, out: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -83,7 +87,10 @@ class Tagger(TorchFunctionMode):
 
     def _tagged_shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         ref = self.recorder.ref(tensor)
-        return torch.Size([Size(n, span(ref, dim), self.equations) for dim, n in enumerate(shape)])
+        sizes = []
+        for dim, size in enumerate(shape):
+            sizes.append(Size(size, span(ref, dim), self.equations))
+        return torch.Size(sizes)
 
 
 def _untagged(sizes: list[Size], value: Any) -> Any:

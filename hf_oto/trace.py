@@ -242,8 +242,8 @@ def trace(
         modes: eval mode (False) first, then train mode (True).
 
     Raises:
-        OTOError: the model can't take the calls in eval mode. (What it can't do in train mode, without labels say, is
-            left out.)
+        OTOError: the model can't take the calls in eval mode. (Calls that fail in train mode only, because labels are
+            missing, say, are left out.)
 
     Example:
         >>> traced = trace(nn.Linear(3, 8), [Forward(args=(torch.ones(2, 3),))], modes=[False])
@@ -308,7 +308,10 @@ class _Runs:
         tensors = named_tensors(model)
         self.parameters = {name for name, _ in model.named_parameters()}
         stored = self.parameters | persistent_buffers(model).keys()
-        self.sources = {name: self.recorder.new(t.shape) for name, t in tensors.items() if name in stored}
+        self.sources: dict[str, Ref] = {}
+        for name, tensor in tensors.items():
+            if name in stored:
+                self.sources[name] = self.recorder.new(tensor.shape)
         self.is_empty = any(t.is_meta for t in tensors.values())
         self.ways: list[bool] = []
         if fake or self.is_empty:

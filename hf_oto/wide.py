@@ -11,6 +11,7 @@ computed 256 rows of the weight at a time (2**20 elements, 8 MiB in double), and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class WideArithmetic(TorchDispatchMode):
     - Matrix products widen a large weight by pieces of at most 2**20 elements; a lookup widens only the rows it finds.
     - `.float()`, `.to(torch.bfloat16)`, `dtype=` and autocast inside a forward mean `dtype` too.
     - Integers, bools and floats of one byte stay, as do tensors of subclasses that dispatch by themselves (DTensor).
-    - The caller sees to gradients (none), compiled code (eager) and fused transformer layers (off).
+    - The caller has to switch off gradients, compiled code and fused transformer layers.
 
     Args:
         dtype: torch.float64, or torch.float32 for devices without it.
@@ -172,7 +173,7 @@ class WideArithmetic(TorchDispatchMode):
         return value
 
     def asked_wide(self, value: Any) -> Any:
-        """`widened` for where the mode is on: it sees the conversion itself, and scales what that reads."""
+        """`widened` for code that runs while the mode is open, which sees this conversion and scales what it reads."""
         if isinstance(value, torch.Tensor) and self.is_narrow(value.dtype) and not is_foreign(value):
             return value.to(self._wider[value.dtype])
         if type(value) in (list, tuple):
@@ -223,7 +224,8 @@ class WideArithmetic(TorchDispatchMode):
         if scale and name == "_to_copy":  # to another dtype, which has to have the scaled values
             args = (self.widened(source), *args[1:])
             scale = None
-        chosen = func(*args, **{key: self._widened_dtype(value) for key, value in kwargs.items()})
+        kwargs = {key: self._widened_dtype(value) for key, value in kwargs.items()}
+        chosen = func(*args, **kwargs)
         return self._wide(chosen, scale)
 
     def _widest(self, call: OperationCall) -> Any:
@@ -251,13 +253,18 @@ class WideArithmetic(TorchDispatchMode):
                 if result.shape != tensor.shape:  # an empty `out=`
                     tensor.resize_(result.shape)
                 tensor.copy_(result)
-        return tree_map_only(torch.Tensor, lambda t: originals[id(t)] if id(t) in originals else self.widened(t), out)
+        # An operation that returns what it writes returns the given tensor.
+        return tree_map_only(torch.Tensor, partial(self._original_or_widened, originals), out)
+
+    def _original_or_widened(self, originals: Mapping[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in originals:
+            return originals[id(tensor)]
+        return self.widened(tensor)
 
     def _changed(self, value: Any, change: Change, changed: dict[int, torch.Tensor]) -> Any:
         """An argument with its tensors changed, these gathered in `changed` under the ids of the given ones.
 
-        No function inside `computed`: one that calls itself is a reference cycle, and would hold every widened
-        weight until Python's garbage collector comes round.
+        (A function inside `computed` that calls itself would hold every widened weight until garbage is collected.)
         """
         if isinstance(value, torch.Tensor):
             if id(value) not in changed:
@@ -309,16 +316,19 @@ class WideArithmetic(TorchDispatchMode):
         start = 0
         for expert, end in zip(experts, ends.tolist(), strict=True):
             if end > start:
-                # By this mode itself, which splits the weights of a large expert.
-                out[start:end] = self.__torch_dispatch__(torch.ops.aten.mm.default, (), (x[start:end], expert))
+                tokens = x[start:end]
+                # The mode computes the product, and splits the weights of a large expert.
+                out[start:end] = self.__torch_dispatch__(torch.ops.aten.mm.default, (), (tokens, expert))
             start = max(start, end)
         return out
 
 
 def _is_of_experts(args: Sequence) -> bool:
-    """Whether the arguments of a grouped product are (tokens, k), (experts, k, n) and the ends of the experts' tokens,
-    and no more."""
-    return len(args) > 2 and args[0].dim() == 2 and args[1].dim() == 3 and not args[3:]
+    """Whether a grouped product takes (tokens, k), (experts, k, n) and the ends of the experts' tokens alone."""
+    if len(args) != 3:
+        return False
+    x, experts, _ = args
+    return x.dim() == 2 and experts.dim() == 3
 
 
 def _written(op: Operation, args: Sequence, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -328,7 +338,10 @@ def _written(op: Operation, args: Sequence, kwargs: Mapping[str, Any]) -> list[t
         return [args[i] for i in positions if args[training] and args[i] is not None]
     if not op.writes:
         return []
-    return list(tensors_in(args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes))
+    written = []
+    for position, name in op.writes:
+        written.append(args[position] if position < len(args) else kwargs.get(name))
+    return list(tensors_in(written))
 
 
 class _Front(TorchFunctionMode):
