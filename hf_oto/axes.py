@@ -1,7 +1,15 @@
 """The axis algebra: what it means that two tensor dimensions are the same.
 
-A dimension is an ordered list of leaves (row-major product), a leaf an array of index ids; equal ids are cut together.
-The rules (rules.py) unify, pin and factor dimensions; zigs.py solves the result into prunable axes.
+Every position of every tensor dimension has an index id, and positions with equal ids are cut together. The rules
+(rules/) unify, pin and factor dimensions; solve.py solves the result into prunable axes.
+
+Worked example: w of shape (2, 12) gets the ids 1, 2 along its rows and 3 to 14 along its columns. x of shape (5, 12)
+is an input: its ids are all 0, the id of what can never be removed. In x @ w.T the columns of x meet those of w, so
+ids 3 to 14 are pinned. The last dimension of the result has the ids 1, 2. Added to y of shape (5, 2), whose last ids
+are 15, 16, it makes 1 and 15 one class, and 2 and 16 another.
+
+A dimension may be a product. Columns with the ids 3 to 14 that are viewed as (3, 4) become the factors 17 to 19 and 20
+to 23, and a `Product` says that id 3 + 4 i + j is removed if and only if 17 + i or 20 + j is.
 """
 
 from __future__ import annotations
@@ -21,27 +29,27 @@ ID = np.int32  # of index ids: a model has a few million
 class Mark:
     """What is known of an index id, as bits."""
 
-    PRODUCER = 1  # of a parameter dimension that makes it
-    CONSUMER = 2  # of a parameter dimension that reads it
-    NOT_ZERO = 4  # where it is read, zero producers have not made it zero
-    HEADS = 8  # activations are multiplied position by position: attention
-    EXPANDED = 16  # a dimension along which all is equal
-    GROUPS = 32  # of a convolution or normalisation
-    SHARED = 64  # other factors of its product were expanded: one for several
-    CHANNELS = 128  # of a convolution
-    EXPERTS = 256  # of weights that lie in a stack
+    PRODUCER = 1  # a parameter dimension with this id makes the position
+    CONSUMER = 2  # a parameter dimension with this id reads the position
+    NOT_ZERO = 4  # the position is read where zero producers have not made it zero
+    HEADS = 8  # activations are multiplied by activations at each position: attention
+    EXPANDED = 16  # one of several positions that hold the same
+    GROUPS = 32  # a group of a convolution or normalisation
+    SHARED = 64  # other factors of its product are EXPANDED: a key-value head, which serves several queries
+    CHANNELS = 128  # a channel of a convolution
+    EXPERTS = 256  # of a weight that is one of several in a stack
     NORMED = 512  # a norm is taken over it
-    FOLLOWER = 1024  # of a parameter dimension that is cut along, but must not be zero
+    FOLLOWER = 1024  # of a parameter dimension that is cut with the position, but must not be zeroed
 
 
 class Leaf(NamedTuple):
-    """Index ids of one factor of a dimension, shape (n,); `zero`: removed positions of the tensor are exactly zero."""
+    """One factor of a dimension of a tensor."""
 
-    ids: np.ndarray
-    zero: bool
+    ids: np.ndarray  # (n,), the index id of every position
+    zero: bool  # whether the tensor is exactly zero at removed positions
 
 
-Dim = tuple[Leaf, ...]  # () is a dimension of size 1
+Dim = tuple[Leaf, ...]  # the row-major product of its leaves; () is a dimension of size 1
 
 
 class Product(NamedTuple):
@@ -62,16 +70,24 @@ def with_zero(dim: Dim, zero: bool) -> Dim:
 
 
 class Algebra:
-    """Union-find over index ids with pins and product records. Id 0 is the position that can never be removed."""
+    """Union-find over index ids, with pins, marks and products.
+
+    Attributes:
+        count: the number of ids. Id 0 is the position that can never be removed.
+        reasons: the reasons of pins, by their numbers; number 0 stands for no reason.
+        products: all products so far, in the order in which they were made.
+    """
 
     def __init__(self) -> None:
+        # arrays with an element for each id, and room for more
         self._parent = np.zeros(1 << 12, ID)
-        self._pin = np.zeros(1 << 12, np.int32)  # index into reasons, 0: not pinned
+        self._pin = np.zeros(1 << 12, np.int32)  # number of a reason
         self._mark = np.zeros(1 << 12, np.uint16)
         self.count = 1
         self.reasons = [Reason("")]
         self._reason_of: dict[Reason, int] = {}
         self.products: list[Product] = []
+        # what was split or merged before is split or merged in the same way again, into the same ids
         self._factored: dict[tuple[bytes, tuple[int, ...]], tuple[np.ndarray, ...]] = {}
         self._merged: dict[tuple[bytes, ...], np.ndarray] = {}
 
@@ -85,10 +101,12 @@ class Algebra:
 
     def new(self, n: int, zero: bool = False, marks: int = 0) -> Leaf:
         """A leaf of n fresh ids."""
-        start, self.count = self.count, self.count + n
-        while self.count > len(self._parent):
-            for array in ("_parent", "_pin", "_mark"):
-                setattr(self, array, np.append(vars(self)[array], np.zeros_like(vars(self)[array])))
+        start = self.count
+        self.count += n
+        while self.count > len(self._parent):  # doubling makes room in constant time for each id
+            self._parent = np.append(self._parent, np.zeros_like(self._parent))
+            self._pin = np.append(self._pin, np.zeros_like(self._pin))
+            self._mark = np.append(self._mark, np.zeros_like(self._mark))
         ids = np.arange(start, self.count, dtype=ID)
         self._parent[start : self.count] = ids
         self._mark[start : self.count] = marks
@@ -99,7 +117,7 @@ class Algebra:
         return () if n == 1 else (Leaf(np.zeros(n, ID), False),)
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """The representative of each id's class: its smallest member."""
+        """The root of each id's class, which is the smallest id of the class."""
         root = self._parent[ids]
         while not np.array_equal(above := self._parent[root], root):
             root = above
@@ -107,33 +125,37 @@ class Algebra:
         return root
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Makes positions of equal place in a and b one class. Both must be free of id 0."""
+        """Joins the classes of a[i] and b[i], for every i. Id 0 must be in neither."""
         while True:
-            ra, rb = self.find(a), self.find(b)
-            different = ra != rb
+            root_a = self.find(a)
+            root_b = self.find(b)
+            different = root_a != root_b
             if not different.any():
                 return
-            # of several writes to one root the last counts: reversed, that is mostly the smallest, and few rounds do
-            ra, rb = ra[different][::-1], rb[different][::-1]
-            self._parent[np.maximum(ra, rb)] = np.minimum(ra, rb)
+            # A root may get several new parents here, of which numpy keeps the last one written. In reversed order
+            # that is mostly the smallest, so that few rounds are needed.
+            root_a = root_a[different][::-1]
+            root_b = root_b[different][::-1]
+            self._parent[np.maximum(root_a, root_b)] = np.minimum(root_a, root_b)
 
     def pin(self, dim: Dim, why: Reason) -> None:
-        """No position of dim may be removed."""
+        """Pins a dimension: no position of it may be removed."""
         for leaf in dim:
             self.pin_ids(leaf.ids, why)
 
     def reason(self, why: Reason) -> int:
-        """The number of a reason; of several for one position the lowest is shown."""
+        """The number of a reason; of several reasons for one position, the one with the lowest number is shown."""
         if why not in self._reason_of:
             self._reason_of[why] = len(self.reasons)
             self.reasons.append(why)
         return self._reason_of[why]
 
     def pin_ids(self, ids: np.ndarray, why: Reason) -> None:
-        """`pin` for plain ids."""
+        """Pins ids."""
         reason = self.reason(why)
-        ids = ids[(ids != 0) & ((self._pin[ids] == 0) | (self._pin[ids] > reason))]
-        self._pin[ids] = reason
+        pins = self._pin[ids]
+        is_better = (pins == 0) | (pins > reason)
+        self._pin[ids[(ids != 0) & is_better]] = reason
 
     def mark(self, dim: Dim, marks: int) -> None:
         """Adds marks to every id of dim."""
@@ -144,28 +166,36 @@ class Algebra:
 
     def factor(self, leaf: Leaf, sizes: Sequence[int]) -> Dim:
         """Splits a leaf of n = prod(sizes) positions into row-major factors and records the product."""
-        sizes = tuple(s for s in sizes if s != 1)
-        if len(sizes) <= 1:
-            return (leaf,) if sizes else ()
-        if not leaf.ids.any():
-            return tuple(Leaf(np.zeros(s, ID), leaf.zero) for s in sizes)
+        sizes = tuple(n for n in sizes if n != 1)
+        if len(sizes) == 0:
+            return ()
+        if len(sizes) == 1:
+            return (leaf,)
+        if not leaf.ids.any():  # factors of what can't be removed can't be removed either
+            return tuple(Leaf(np.zeros(n, ID), leaf.zero) for n in sizes)
         key = (leaf.ids.tobytes(), sizes)
         factors = self._factored.get(key)
         if factors is None:
-            factors = self._factored[key] = tuple(self.new(s).ids for s in sizes)
+            factors = tuple(self.new(n).ids for n in sizes)
+            self._factored[key] = factors
             self.products.append(Product(leaf.ids.reshape(sizes), factors))
-        return tuple(Leaf(f, leaf.zero) for f in factors)
+        return tuple(Leaf(ids, leaf.zero) for ids in factors)
 
     def merge(self, dim: Dim) -> Leaf:
         """One leaf for a whole dimension of more than one position: the inverse of `factor`."""
         if len(dim) == 1:
             return dim[0]
-        zero, factors = all(leaf.zero for leaf in dim), tuple(leaf.ids for leaf in dim)
-        if sum(map(np.any, factors)) <= 1:  # the others never go: a position goes with its one free factor
+        zero = all(leaf.zero for leaf in dim)
+        factors = tuple(leaf.ids for leaf in dim)
+        num_free = sum(map(np.any, factors))
+        if num_free <= 1:
+            # only one factor has ids that are not 0: each position has the id of its place in that factor
             return Leaf(sum(np.ix_(*factors)).reshape(-1), zero)
-        key, sizes = tuple(ids.tobytes() for ids in factors), tuple(map(len, factors))
+        key = tuple(ids.tobytes() for ids in factors)
+        sizes = tuple(map(len, factors))
         if key not in self._merged:
-            parent = self._merged[key] = self.new(math.prod(sizes)).ids
+            parent = self.new(math.prod(sizes)).ids
+            self._merged[key] = parent
             self.products.append(Product(parent.reshape(sizes), factors))
             self._factored[parent.tobytes(), sizes] = factors
         return Leaf(self._merged[key], zero)
@@ -173,26 +203,39 @@ class Algebra:
     def align(self, a: Dim, b: Dim, why: str) -> tuple[Dim, Dim] | None:
         """Unifies two dimensions of equal size and returns both, refined to the same leaf boundaries.
 
-        None if their factors don't fit each other: both are pinned. `why`: for positions that meet one that stays.
+        Args:
+            why: the reason for positions that meet a position that stays.
+
+        Returns:
+            The two dimensions; None if the factors of one don't fit those of the other, and then both are pinned.
         """
-        left, right, pairs = list(a), list(b), []
-        while left and right:
-            na, nb = len(left[0].ids), len(right[0].ids)
-            if na % nb and nb % na:
+        rest_a = list(a)
+        rest_b = list(b)
+        aligned: list[tuple[Leaf, Leaf]] = []
+        while rest_a and rest_b:
+            size_a = len(rest_a[0].ids)
+            size_b = len(rest_b[0].ids)
+            if size_a % size_b and size_b % size_a:
                 self.pin((*a, *b), FACTORS)
                 return None
-            if na > nb:
-                left[:1] = self.factor(left[0], (nb, na // nb))
-            elif nb > na:
-                right[:1] = self.factor(right[0], (na, nb // na))
-            pairs.append((left.pop(0), right.pop(0)))
-            x, y = (leaf.ids for leaf in pairs[-1])
-            if not np.array_equal(x, y):
-                stays = (x == 0) | (y == 0)
-                if stays.any():
-                    self.pin_ids(np.maximum(x, y)[stays], why)
-                self.union(x[~stays], y[~stays])
-        return tuple(x for x, _ in pairs), tuple(y for _, y in pairs)
+            if size_a > size_b:
+                rest_a[:1] = self.factor(rest_a[0], (size_b, size_a // size_b))
+            elif size_b > size_a:
+                rest_b[:1] = self.factor(rest_b[0], (size_a, size_b // size_a))
+            leaf_a = rest_a.pop(0)
+            leaf_b = rest_b.pop(0)
+            self._unify(leaf_a.ids, leaf_b.ids, why)
+            aligned.append((leaf_a, leaf_b))
+        return tuple(leaf for leaf, _ in aligned), tuple(leaf for _, leaf in aligned)
+
+    def _unify(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
+        """Joins a[i] and b[i], or pins the other one where one of them is id 0."""
+        if np.array_equal(a, b):
+            return
+        stays = (a == 0) | (b == 0)
+        if stays.any():
+            self.pin_ids(np.maximum(a, b)[stays], why)
+        self.union(a[~stays], b[~stays])
 
     def reshape(self, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
         """The dimensions of a tensor of the same elements in row-major order under another shape."""
@@ -200,16 +243,16 @@ class Algebra:
             return [self.fixed(n) for n in shape]
         leaves = [leaf for dim in dims for leaf in dim]
         result: list[Dim] = []
-        for need in shape:
+        for size_needed in shape:
             dim: list[Leaf] = []
-            while need > 1:
+            while size_needed > 1:
                 n = len(leaves[0].ids)
-                if need % n == 0:
+                if size_needed % n == 0:
                     dim.append(leaves.pop(0))
-                    need //= n
-                elif n % need == 0:
-                    leaves[:1] = self.factor(leaves[0], (need, n // need))
-                else:
+                    size_needed //= n
+                elif n % size_needed == 0:
+                    leaves[:1] = self.factor(leaves[0], (size_needed, n // size_needed))
+                else:  # neither divides the other: (4, 6) to (3, 8) goes by way of 24
                     leaves[:2] = [self.merge(tuple(leaves[:2]))]
             result.append(tuple(dim))
         return result
@@ -217,15 +260,17 @@ class Algebra:
     def take(self, dim: Dim, index: np.ndarray) -> Dim:
         """The dimension that indexing `dim` with known positions gives, shape (m,)."""
         if len(index) == 1:
-            # One position of a dimension: it has to exist at that place ever after.
+            # a single position is read by its number: it must be there, at that place, after every cut
             self.pin(dim, FIXED)
             return ()
         if not dim:
             return self.fixed(len(index))
-        inner = size(dim[1:])
-        blocks = index[::inner] // inner
-        if len(dim) > 1 and np.array_equal(index, (blocks[:, None] * inner + np.arange(inner)).reshape(-1)):
-            return (*self.take(dim[:1], blocks), *dim[1:])
+        inner_size = size(dim[1:])
+        blocks = index[::inner_size] // inner_size  # positions of the outermost leaf
+        if len(dim) > 1:
+            index_of_whole_blocks = (blocks[:, None] * inner_size + np.arange(inner_size)).reshape(-1)
+            if np.array_equal(index, index_of_whole_blocks):
+                return (*self.take(dim[:1], blocks), *dim[1:])
         leaf = self.merge(dim)
         return (Leaf(leaf.ids[index], leaf.zero),)
 
@@ -234,12 +279,13 @@ class Algebra:
         if len(dims) == 1:
             return dims[0]
         leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, ID), False) for dim in dims]
-        return (Leaf(np.concatenate([leaf.ids for leaf in leaves]), all(leaf.zero for leaf in leaves)),)
+        ids = np.concatenate([leaf.ids for leaf in leaves])
+        return (Leaf(ids, all(leaf.zero for leaf in leaves)),)
 
     # what the solver reads -------------------------------------------------------------------------
 
     def roots(self) -> np.ndarray:
-        """The class of every id, shape (count,)."""
+        """The root of every id's class, shape (count,)."""
         return self.find(np.arange(self.count, dtype=ID))
 
     @property

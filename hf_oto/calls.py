@@ -1,7 +1,10 @@
 """The calls of a model's forward that everything is found and proven on: given, recorded, or made from the config.
 
-Stands at the beginning of the flow. A call is data, arguments as they came, that can be made again as often as it
-takes: by the trace, the rehearsal, the certificate and the measurements.
+A call is data, the arguments as they came: the trace, the rehearsal, the certificate and the measurements, which all
+come later, can make it as often as they like.
+
+Worked example: the batch {"input_ids": ids} is Forward(kwargs={"input_ids": ids}), one call of the model itself, and
+`Forward((pixels,), path="vision_tower")` is a call of a part of it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
+import functools
 import inspect
 import types
 from collections import deque
@@ -38,10 +42,11 @@ class Forward(NamedTuple):
         """Makes the call, with arguments of its own: forwards take keys out of them and write into them.
 
         Args:
-            tensor: what is passed in the place of a tensor.
+            tensor: makes what is passed in the place of a tensor.
         """
         args, kwargs = own_copy((self.args, dict(self.kwargs)), tensor)
-        return model.get_submodule(self.path)(*args, **kwargs)
+        module = model.get_submodule(self.path)
+        return module(*args, **kwargs)
 
 
 Call = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | Forward  # named arguments, those by position, or one
@@ -49,13 +54,17 @@ Inputs = Call | Sequence[Call]  # one batch, or several calls in a list
 
 
 def as_forwards(inputs: Inputs) -> list[Forward]:
-    """The calls that `inputs` says: one batch is the arguments of one call, by name, or by position in a tuple.
+    """The calls that inputs stand for: one batch is the arguments of one call, by name, or by position in a tuple.
 
     Raises:
-        ValueError: it says none, or something that can't be the arguments of a call.
+        ValueError: there is no call, or something that can't be the arguments of a call.
+
+    Example:
+        >>> as_forwards({"input_ids": [1, 2]})
+        [Forward(args=(), kwargs={'input_ids': [1, 2]}, path='')]
     """
-    several = inputs if isinstance(inputs, list) else [inputs]
-    forwards = [_as_forward(call) for call in several]
+    calls = inputs if isinstance(inputs, list) else [inputs]
+    forwards = [_as_forward(call) for call in calls]
     if not forwards:
         raise ValueError("inputs is empty: pass one batch, the keyword arguments of forward, or a list of such")
     for forward in forwards:
@@ -81,65 +90,88 @@ def _as_forward(call: Call) -> Forward:
 
 
 def own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
-    """A copy that shares nothing which a forward might change: tensors, containers, and objects that hold such (a
-    cache, an encoded batch); modules, and what can't be copied, are shared.
+    """A copy that shares nothing which a forward might change.
+
+    Tensors, containers, and objects that hold such (a cache, an encoded batch) are copied; modules, and what can't be
+    copied, are shared.
 
     Args:
         tensor: makes the copy of a tensor.
     """
-    return _own_copy(value, tensor, {})
+    return _Copies(tensor).of(value)
 
 
-def _own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], copies: dict[int, Any]) -> Any:
-    if id(value) in copies:
-        return copies[id(value)]
-    if isinstance(value, torch.Tensor):
-        twin: Any = tensor(value.detach())
-    elif isinstance(value, torch.Generator):
-        twin = value.clone_state()
-    elif isinstance(value, tuple):
-        items = [_own_copy(item, tensor, copies) for item in value]
-        named = hasattr(value, "_fields")
-        twin = tuple(items) if type(value) is tuple else type(value)._make(items) if named else type(value)(items)
-    elif type(value) in (list, deque, set):
-        twin = type(value)(_own_copy(item, tensor, copies) for item in value)
-    elif isinstance(value, types.MappingProxyType):
-        twin = types.MappingProxyType({key: _own_copy(item, tensor, copies) for key, item in value.items()})
-    elif isinstance(value, np.ndarray):
-        twin = value.copy()
-    elif isinstance(value, (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)):
-        twin = value
-    elif isinstance(value, (dict, list)) or hasattr(value, "__dict__") or slots_of(value):
-        twin = _copy_of_object(value, tensor, copies)
-    else:
-        twin = value
-    copies[id(value)] = twin
-    return twin
+NEVER_COPIED = (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType)
 
 
-def _copy_of_object(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], copies: dict[int, Any]) -> Any:
-    try:
-        twin = copy.copy(value)
-    except Exception:  # a lock or a stream in it, say: then it is shared
+class _Copies:
+    """The copies that belong to one call of `own_copy`: an object that is met twice is copied once.
+
+    A class, as a closure that calls itself lives until the garbage collector comes, and tensors with it.
+    """
+
+    def __init__(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._copy_tensor = copy_tensor
+        self._copies: dict[int, Any] = {}  # id of the original -> its copy
+
+    def of(self, value: Any) -> Any:
+        """The copy of a value."""
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._copied(value)
+        return self._copies[id(value)]
+
+    def _copied(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copy_tensor(value.detach())
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if isinstance(value, tuple):
+            return self._tuple(value)
+        if type(value) in (list, deque, set):
+            return type(value)(self.of(item) for item in value)
+        if isinstance(value, types.MappingProxyType):
+            return types.MappingProxyType({key: self.of(item) for key, item in value.items()})
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if isinstance(value, NEVER_COPIED):
+            return value
+        if isinstance(value, (dict, list)) or hasattr(value, "__dict__") or slots_of(value):
+            return self._object(value)
         return value
-    if isinstance(value, list):
-        twin[:] = [_own_copy(item, tensor, copies) for item in value]
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            twin[key] = _own_copy(item, tensor, copies)
-    for name, item in list(vars(twin).items()) if hasattr(twin, "__dict__") else ():
-        object.__setattr__(twin, name, _own_copy(item, tensor, copies))
-    for slot, item in slots_of(value):
-        slot.__set__(twin, _own_copy(item, tensor, copies))
-    return twin
+
+    def _tuple(self, value: tuple) -> tuple:
+        items = [self.of(item) for item in value]
+        if type(value) is tuple:
+            return tuple(items)
+        if hasattr(value, "_fields"):  # a named tuple, whose constructor takes the items one by one
+            return type(value)._make(items)
+        return type(value)(items)
+
+    def _object(self, value: Any) -> Any:
+        """A copy of an object and of all that it holds: items, if it is a container too, attributes and slots."""
+        try:
+            twin = copy.copy(value)
+        except Exception:  # an object that holds a lock or a stream, say, is shared
+            return value
+        if isinstance(value, list):
+            twin[:] = [self.of(item) for item in value]
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                twin[key] = self.of(item)
+        if hasattr(twin, "__dict__"):
+            for name, item in list(vars(twin).items()):
+                object.__setattr__(twin, name, self.of(item))  # frozen dataclasses refuse setattr
+        for slot, item in slots_of(value):
+            slot.__set__(twin, self.of(item))
+        return twin
 
 
 @contextlib.contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Forward]]:
     """While open, notes the calls of the model's forward, as they come, in the list that it gives.
 
-    The outermost call counts, whichever module it is of: code that goes past the model's own forward is noted call by
-    call of the parts that it uses.
+    Only the outermost call counts, whichever module it is of: where code goes past the model's own forward, the calls
+    of the parts that it uses are noted one by one.
     """
     forwards: list[Forward] = []
     running: list[nn.Module] = []
@@ -154,59 +186,68 @@ def recorded(model: nn.Module) -> Iterator[list[Forward]]:
 
     with contextlib.ExitStack() as stack:
         for path, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # these take no such hooks
-
-                def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-                    enter(path, module, args, kwargs)
-
-                stack.enter_context(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(leave, always_call=True))
+            if isinstance(module, torch.jit.ScriptModule):  # these take no such hooks
+                continue
+            note = functools.partial(enter, path)
+            stack.enter_context(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(leave, always_call=True))
         yield forwards
 
 
 CACHES = "transformers"  # the package whose objects that are no mapping are caches
+HOLDS_NO_TENSOR = (int, float, str, bytes, nn.Module, type, enum.Enum, types.ModuleType)
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order, those that objects in it hold, too; Transformers' caches are no
-    outputs."""
-    found: list[torch.Tensor] = []
-    _collect(output, found, {})
-    return found
+    """The tensors of a model's output, in order, those that objects in it hold, too.
+
+    Transformers' caches count as no outputs.
+    """
+    tensors: list[torch.Tensor] = []
+    _collect(output, tensors, {})
+    return tensors
 
 
-def _collect(value: Any, found: list[torch.Tensor], seen: dict[int, Any]) -> None:
+def _collect(value: Any, tensors: list[torch.Tensor], seen: dict[int, Any]) -> None:
+    """Adds the tensors in a value to `tensors`; `seen` keeps the objects that were entered alive, by their ids."""
     if isinstance(value, torch.Tensor):
-        found.append(value)
+        tensors.append(value)
     elif isinstance(value, (list, tuple, deque)):
         for item in value:
-            _collect(item, found, seen)
+            _collect(item, tensors, seen)
     elif isinstance(value, Mapping):
         for item in value.values():
-            _collect(item, found, seen)
-    elif value is None or isinstance(value, (int, float, str, bytes, nn.Module, type, enum.Enum, types.ModuleType)):
+            _collect(item, tensors, seen)
+    elif value is None or isinstance(value, HOLDS_NO_TENSOR):
         return
     elif isinstance(value, CALLABLES):
-        _collect(held(value), found, seen)
+        _collect(held(value), tensors, seen)
     elif id(value) not in seen and type(value).__module__.partition(".")[0] != CACHES:
         seen[id(value)] = value
-        _collect(list(getattr(value, "__dict__", {}).values()), found, seen)
-        _collect([item for _, item in slots_of(value)], found, seen)
+        attributes = list(getattr(value, "__dict__", {}).values())
+        _collect(attributes, tensors, seen)
+        _collect([item for _, item in slots_of(value)], tensors, seen)
 
 
 def described(forwards: Sequence[Forward]) -> str:
     """The calls in words: the shapes of their tensors."""
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return tuple(value.shape)
-        return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
-
     calls = []
     for forward in forwards:
-        named = {name: shown(value) for name, value in forward.kwargs.items()}
-        calls.append(f"{forward.path} {[shown(a) for a in forward.args]} {named}" if forward.args else str(named))
+        named = {name: _shown(value) for name, value in forward.kwargs.items()}
+        if forward.args:
+            calls.append(f"{forward.path} {[_shown(value) for value in forward.args]} {named}")
+        else:
+            calls.append(str(named))
     return "; ".join(calls)
+
+
+def _shown(value: Any) -> Any:
+    """An argument in an error message: a shape, a short value, or the name of a type."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    return type(value).__name__
 
 
 def input_tensors(forwards: Sequence[Forward]) -> list[torch.Tensor]:
@@ -217,12 +258,12 @@ def input_tensors(forwards: Sequence[Forward]) -> list[torch.Tensor]:
 
 def outermost_pretrained(model: nn.Module) -> dict[str, PreTrainedModel]:
     """The Transformers models in a model that are part of no other one, by path: itself, if it is one."""
-    found: dict[str, PreTrainedModel] = {}
+    outermost: dict[str, PreTrainedModel] = {}
     for path, module in model.named_modules():
-        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, PreTrainedModel) and not inside:
-            found[path] = module
-    return found
+        is_inside = any(not outer or path.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, PreTrainedModel) and not is_inside:
+            outermost[path] = module
+    return outermost
 
 
 ADVICE = (
@@ -232,90 +273,135 @@ ADVICE = (
 
 
 def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
-    """Memory that runs out says nothing about a model: it is raised again, with advice, never taken for an answer."""
-    kinds = torch.OutOfMemoryError, MemoryError
-    on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
-    if isinstance(error, kinds) or on_cpu:
-        # not the very type: numpy's, for one, takes other arguments
-        kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-        raise kind(f"{error}\n{advice}") from error
+    """Raises an error again, with advice, if memory ran out: that says nothing about a model, and is no answer."""
+    # On a CPU torch raises a plain RuntimeError, which accelerate knows by its text.
+    ran_out_on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
+    # The very type of the error may take other arguments, as numpy's does.
+    for kind in (torch.OutOfMemoryError, MemoryError):
+        if isinstance(error, kind):
+            raise kind(f"{error}\n{advice}") from error
+    if ran_out_on_cpu:
+        raise RuntimeError(f"{error}\n{advice}") from error
 
 
 # made from the config ------------------------------------------------------------------------------
 
 
 def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Small batches made from a Transformers config, of text, images or sound: first of all its forward takes, so that
-    every tower runs (images have their places in the text, where the model wants that), then of its main input alone.
+    """Small batches made from a Transformers config, of text, images or sound, one after the other to try.
+
+    The first ones have all that the forward takes, so that every tower runs; images have their places in the text
+    where the model wants that. The last one has the model's main input alone.
 
     Raises:
         OTOError: what the model reads is none of these.
     """
-    made, main = {}, ""
+    made: dict[str, torch.Tensor] = {}
+    main_input = ""
     if isinstance(model, PreTrainedModel):
-        accepted, main = inspect.signature(model.forward).parameters, model.main_input_name
+        main_input = model.main_input_name
+        accepted = inspect.signature(model.forward).parameters
         device = torch.device("cpu") if model.device.type == "meta" else model.device
         for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
             value = _made(name, model.config) if name in accepted else None
             if value is not None:
-                made[name] = value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+                dtype = model.dtype if value.is_floating_point() else value.dtype
+                made[name] = value.to(device, dtype)
     if {"input_ids", "pixel_values"} <= made.keys():
         yield from _with_images(model, made)
     if made:
         yield made
-    if main not in made:
+    if main_input not in made:
         raise OTOError(
             f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
         )
-    yield {name: value for name, value in made.items() if name in (main, "decoder_input_ids")}
-    yield {main: made[main]}
+    yield {name: value for name, value in made.items() if name in (main_input, "decoder_input_ids")}
+    yield {main_input: made[main_input]}
 
 
 def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches whose texts begin with a token for every feature of their image: to count these the images are encoded,
-    in each of the forms that models take them in."""
-    token, encode = _find(model.config, "image_token_id"), getattr(model, "get_image_features", None)
-    if token is None or encode is None or model.device.type == "meta":
+    """Batches whose texts begin with a token for every feature of their image.
+
+    The images are encoded to count their features, in each of the forms that models take images in.
+    """
+    image_token = _in_config(model.config, "image_token_id")
+    encode = getattr(model, "get_image_features", None)
+    if image_token is None or encode is None or model.device.type == "meta":
         return
-    pixels, text = made["pixel_values"], made["input_ids"]
-    forms = [{"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)}]
-    forms += [{"pixel_values": pixels}, {"pixel_values": pixels[:, None]}]
-    patch, merge = _find(model.config, "patch_size"), 2 * (_find(model.config, "spatial_merge_size") or 1)
-    if isinstance(patch, int):
-        size = pixels.shape[1] * (_find(model.config, "temporal_patch_size") or 1) * patch**2
-        grid = torch.tensor([[1, merge, merge]] * 2, device=pixels.device)
-        forms.insert(0, {"pixel_values": pixels.new_ones(2 * merge**2, size), "image_grid_thw": grid})
-    for images in (form for form in forms if form.keys() <= inspect.signature(encode).parameters.keys()):
+    encoder_takes = inspect.signature(encode).parameters.keys()
+    model_takes = inspect.signature(model.forward).parameters
+    for images in _forms_of_images(model.config, made["pixel_values"]):
+        if not images.keys() <= encoder_takes:
+            continue
         try:
             with evaluating(model):
-                features = encode(**images)
-        except Exception as error:  # not its form
+                encoded = encode(**images)
+        except Exception as error:  # the model takes images in another form
             raise_if_out_of_memory(error)
             continue
-        features = tensors_of(getattr(features, "pooler_output", features))
-        count = sum(t.numel() for t in features) // model.get_input_embeddings().weight.shape[1]
-        text = torch.where(text == token, text - 1, text)
-        batch = made | images | {"input_ids": torch.cat([text.new_full((2, count // 2), token), text], 1)}
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+        features = tensors_of(getattr(encoded, "pooler_output", encoded))
+        width = model.get_input_embeddings().weight.shape[1]
+        num_features = sum(t.numel() for t in features) // width  # of both images
+        text = made["input_ids"]
+        text = torch.where(text == image_token, text - 1, text)  # no random token may stand for an image
+        places = text.new_full((2, num_features // 2), image_token)
+        ids = torch.cat([places, text], 1)
+        batch = made | images | {"input_ids": ids}
+        if "mm_token_type_ids" in model_takes:
+            batch["mm_token_type_ids"] = (ids == image_token).long()
         yield batch
 
 
-def _find(config: PreTrainedConfig, key: str) -> Any:
+def _forms_of_images(config: PreTrainedConfig, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """The same two images, (2, channels, height, width), as the arguments that models of different kinds take."""
+    sizes = torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)
+    forms = [
+        {"pixel_values": pixels, "image_sizes": sizes},
+        {"pixel_values": pixels},
+        {"pixel_values": pixels[:, None]},  # several images, or tiles of one, in each example
+    ]
+    patch_size = _in_config(config, "patch_size")
+    if isinstance(patch_size, int):
+        # Patches in rows, and a grid of (time, height, width) for each image, whose sides are multiples of the merge.
+        side = 2 * (_in_config(config, "spatial_merge_size") or 1)
+        frames = _in_config(config, "temporal_patch_size") or 1
+        values_of_patch = pixels.shape[1] * frames * patch_size**2
+        grid = torch.tensor([[1, side, side]] * 2, device=pixels.device)
+        patches = pixels.new_ones(2 * side**2, values_of_patch)
+        forms.insert(0, {"pixel_values": patches, "image_grid_thw": grid})
+    return forms
+
+
+def _in_config(config: PreTrainedConfig, key: str) -> Any:
     """What a config or one of its parts says, None if none does."""
-    parts = [config, *(vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None)]
-    return next((found for part in parts if (found := getattr(part, key, None)) is not None), None)
+    parts = [config]
+    for name in config.sub_configs:
+        part = vars(config).get(name)
+        if part is not None:
+            parts.append(part)
+    for part in parts:
+        value = getattr(part, key, None)
+        if value is not None:
+            return value
+    return None
 
 
 def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
-    """One input, None if the config doesn't say how large it is."""
-    generator, shape = torch.Generator().manual_seed(0), (4000,)
+    """One input of two examples, None if the config doesn't say how large it is."""
+    generator = torch.Generator().manual_seed(0)
     if name.endswith("input_ids"):
-        size = _find(config, "vocab_size")
-        return torch.randint(3, size, (2, 16), generator=generator) if size else None
+        vocab_size = _in_config(config, "vocab_size")
+        if not vocab_size:
+            return None
+        return torch.randint(3, vocab_size, (2, 16), generator=generator)  # below 3 are special tokens, mostly
+    shape: tuple[int | None, ...] = (4000,)  # a quarter of a second of sound
     if name == "pixel_values":
-        size = _find(config, "image_size") or 64
-        shape = (_find(config, "num_channels") or 3, *(size if isinstance(size, (list, tuple)) else (size, size)))
+        size = _in_config(config, "image_size") or 64
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (_in_config(config, "num_channels") or 3, *sides)
     if name == "input_features":
-        shape = (_find(config, "num_mel_bins"), 2 * (_find(config, "max_source_positions") or 50))
-    return torch.randn(2, *shape, generator=generator) if all(shape) else None
+        positions = _in_config(config, "max_source_positions") or 50
+        shape = (_in_config(config, "num_mel_bins"), 2 * positions)  # the encoder halves the number of frames
+    if not all(shape):
+        return None
+    return torch.randn(2, *shape, generator=generator)

@@ -1,8 +1,12 @@
 """The certificate: zero ZIGs are invisible, and the cut model computes what the zeroed full one does.
 
-Stands beside the cut, independent of the rules that found the ZIGs: the calls are made, and outputs compared. Every
-operation is computed in double, whatever the model's dtype: there right cuts differ by 1e-15 and the smallest wrong
-ones by 1e-3, while in bfloat16 rounding alone is larger than many a wrong cut.
+Nothing here knows the rules that found the ZIGs: the calls are made, and their outputs are compared. Every operation
+is computed in double, whatever the model's dtype: there right cuts differ by 1e-15 and the smallest wrong ones by
+1e-3, while in bfloat16 rounding alone is larger than many a wrong cut.
+
+Worked example: in Linear(3, 8) - ReLU - Linear(8, 2) the cut removes units 4 to 7. With rows 4 to 7 of the first
+weight and bias zero, the outputs are the same whether columns 4 to 7 of the second weight are zero or noise
+(`invariance`), and the same as those of Linear(3, 4) - ReLU - Linear(4, 2) with the other rows and columns (`cut`).
 """
 
 from __future__ import annotations
@@ -29,11 +33,10 @@ from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition, random_half
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-9  # relative, of what is computed in double; in float32 exact models stay below 1.4e-6
-TOLERANCE_OF_FLOAT32 = 1e-5  # of coarser dtypes as much more as they round more
+TOLERANCE = 1e-9  # relative, of what is computed in double
+TOLERANCE_OF_FLOAT32 = 1e-5  # exact models stay below 1.4e-6; for coarser dtypes it grows as they round more
 
-
-# models with a forward that fails in double (it asks for dtypes, say): they are compared in their own arithmetic
+# Models whose forward fails in double (it asks for dtypes, say): these are compared in their own arithmetic.
 ONLY_AS_THEY_ARE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -55,8 +58,9 @@ class Certificate(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.cut) or math.isnan(self.invariance):
             return "no output on a real batch is a finite number (NaN or infinity)"
+        difference = max(self.invariance, self.cut)
         return (
-            f"with zero ZIGs cut out, outputs on a real batch differ by {max(self.invariance, self.cut):.1e} "
+            f"with zero ZIGs cut out, outputs on a real batch differ by {difference:.1e} "
             f"(allowed: {self.tolerance:.0e})"
         )
 
@@ -67,24 +71,25 @@ class Certificate(NamedTuple):
 
 
 def certify(model: nn.Module, cut: Cut, inputs: Inputs) -> Certificate:
-    """Compares the zeroed full model with itself, what reads the zeros filled with noise, and with the cut model.
+    """Compares the zeroed full model with itself, when noise fills what reads the zeros, and with the cut model.
 
-    The model is changed for the moment and put back bit by bit. Never are two models held at once: memory is that of
-    the model, what the cut keeps, and the outputs.
+    The model is changed for the moment and put back bit by bit. No second model is ever held: the memory needed is
+    that of the model, of what the cut keeps, and of the outputs.
     """
     forwards = as_forwards(inputs)
     with zeroed(model, cut):
-        quiet, tolerance = exact_outputs(model, forwards)
+        exact, _ = exact_outputs(model, forwards)
         rounded = own_outputs(model, forwards)
-    # where a norm is taken over a whole weight, what zero consumers silence still moves that norm
+    # Noise in producers that zero consumers silence would still move a norm that is taken over a whole weight.
     with zeroed(model, cut, noise=True, producers_too=False):
-        loud, _ = exact_outputs(model, forwards)
-    invariance = largest_difference(quiet, loud)
-    del loud
-    small, tolerance = _cut_outputs(model, cut, forwards)
-    difference = largest_difference(quiet, small)
+        exact_with_noise, _ = exact_outputs(model, forwards)
+    invariance = largest_difference(exact, exact_with_noise)
+    del exact_with_noise  # before the outputs of the cut model need their memory
+    exact_of_cut, tolerance = _cut_outputs(model, cut, forwards)
+    difference = largest_difference(exact, exact_of_cut)
     with TrialCut(model, cut):
-        rounding = largest_difference(rounded, own_outputs(model, forwards))
+        rounded_of_cut = own_outputs(model, forwards)
+    rounding = largest_difference(rounded, rounded_of_cut)
     return Certificate(invariance, difference, tolerance, rounding)
 
 
@@ -93,10 +98,10 @@ def check_zero_invariance(
 ) -> float:
     """Zeroes ZIGs, then fills what reads them once with zeros and once with noise; nothing may change.
 
-    Two runs prove every group of the plan at once, independent of the rules that found them. The model is not
-    touched. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.) Where the consumers are part
-    of a ZIG, these are zero and its producers noise; a norm over a whole weight (spectral norm) hears that noise, so
-    that outputs may move there though the cut is exact.
+    Two runs prove every group of the plan at once, independent of the rules that found them. The model is put back
+    bit by bit. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.) Where the consumers are
+    part of a ZIG, the consumers are zero and the producers are noise. A norm over a whole weight (spectral norm) then
+    sees that noise, so the outputs may move there although the cut is exact.
 
     Args:
         inputs: as in `partition_zigs`.
@@ -116,23 +121,23 @@ def check_zero_invariance(
     removed = (plan or random_half(partition)).removed(partition)
     cut = Cut(partition, removed, {}, {})
     with zeroed(model, cut):
-        quiet, _ = exact_outputs(model, forwards)
+        exact, _ = exact_outputs(model, forwards)
     with zeroed(model, cut, noise=True):
-        loud, _ = exact_outputs(model, forwards)
-    return largest_difference(quiet, loud)
+        exact_with_noise, _ = exact_outputs(model, forwards)
+    return largest_difference(exact, exact_with_noise)
 
 
 def cut_difference(model: nn.Module, cut: Cut, inputs: Inputs) -> tuple[float, float]:
-    """How far the cut model is from the zeroed full one, computed in double, and the most that is right."""
+    """How far the cut model is from the zeroed full one, computed in double, and the tolerance for that."""
     forwards = as_forwards(inputs)
     with zeroed(model, cut):
-        full, _ = exact_outputs(model, forwards)
-    small, tolerance = _cut_outputs(model, cut, forwards)
-    return largest_difference(full, small), tolerance
+        exact, _ = exact_outputs(model, forwards)
+    exact_of_cut, tolerance = _cut_outputs(model, cut, forwards)
+    return largest_difference(exact, exact_of_cut), tolerance
 
 
 def outputs_differ(a: nn.Module, b: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """How far the outputs of two models are from each other, computed in double, and the most that is right."""
+    """How far the outputs of two models are from each other, computed in double, and the tolerance for that."""
     forwards = as_forwards(inputs)
     first, tolerance = exact_outputs(a, forwards)
     second, _ = exact_outputs(b, forwards)
@@ -140,61 +145,82 @@ def outputs_differ(a: nn.Module, b: nn.Module, inputs: Inputs) -> tuple[float, f
 
 
 def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
-    # the certificate judges the cut, not how its scaled weights are rounded
-    trial = TrialCut(model, cut, widening=None if model in ONLY_AS_THEY_ARE else _arithmetic(model))
+    # Weights are scaled while they are widened: the certificate judges the cut, not how scaled weights are rounded.
+    widening = None if model in ONLY_AS_THEY_ARE else _arithmetic(model)
+    trial = TrialCut(model, cut, widening)
     with trial:
         return exact_outputs(model, forwards, trial.scales)
 
 
-@contextlib.contextmanager
-def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool = True) -> Iterator[None]:
-    """While open, what the cut removes is zero in the weights and, if `noise`, its other side filled at random.
+class _Overwritten:
+    """Slices of weights that are written over, and how they were."""
 
-    What is written over is kept and put back; what is zero already, as after training, is not written at all.
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None]] = []  # None: zeros
 
-    Args:
-        producers_too: whether the other side of zero consumers is filled, where these have to be zero.
-    """
-    slices = [s for s in cut.partition.slices(cut.removed) if s[1].role != "statistic"]
-    tensors = cut.partition.tensors(model)
-    kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None]] = []  # None: zeros, as after training
-    generator = torch.Generator().manual_seed(0)
-
-    def is_free(axis: PrunableAxis, member: Member) -> bool:
-        """Whether a slice may hold anything, since the other side is zero."""
-        if axis.zero_path or not producers_too:
-            return member not in axis.group
-        return member.role == "producer" and any(m.role == "consumer" for m in axis.members)
-
-    def write(name: str, dim: int, index: np.ndarray, at_random: bool) -> None:
-        weight = tensors[name].data  # through .data a graph that holds the weight for its backward stays whole
+    def write_(self, parameter: torch.Tensor, dim: int, index: np.ndarray, noise: bool) -> None:
+        """Makes slices zero, or fills them with noise; zeros, as after training, are not written again."""
+        weight = parameter.data  # through .data a graph that holds the weight for its backward stays whole
         where = torch.from_numpy(index).to(weight.device)
         before = weight.index_select(dim, where)
-        is_zero = not before.any()
-        if is_zero and not at_random:
+        was_zero = not before.any()
+        if was_zero and not noise:
             return
-        kept.append((weight, dim, where, None if is_zero else before))
-        if at_random:
-            weight.index_copy_(dim, where, torch.randn(before.shape, generator=generator).to(weight))
+        self._kept.append((weight, dim, where, None if was_zero else before))
+        if noise:
+            values = torch.randn(before.shape, generator=self._generator)
+            weight.index_copy_(dim, where, values.to(weight))
         else:
             weight.index_fill_(dim, where, 0)
 
+    def put_back_(self) -> None:
+        """Makes the slices what they were; the last write is undone first, as slices may overlap."""
+        with uninterrupted():
+            for weight, dim, where, before in reversed(self._kept):
+                if before is None:
+                    weight.index_fill_(dim, where, 0)
+                else:
+                    weight.index_copy_(dim, where, before)
+
+
+@contextlib.contextmanager
+def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool = True) -> Iterator[None]:
+    """While open, what the cut removes is zero in the weights and, if `noise`, the other side is filled at random.
+
+    Args:
+        producers_too: whether noise goes into producers too, on axes whose consumers have to be zero.
+    """
+    slices = []
+    for axis, member, index in cut.partition.slices(cut.removed):
+        if member.role != "statistic":
+            slices.append((axis, member, index))
+    tensors = cut.partition.tensors(model)
+    overwritten = _Overwritten()
     try:
-        for axis, member, index in slices if noise else ():
-            if is_free(axis, member):
-                write(member.param, member.dim, index, at_random=True)
-        for axis, member, index in slices:  # zeros win where a tensor is on both sides
-            if member in axis.group and not (noise and is_free(axis, member)):
-                write(member.param, member.dim, index, at_random=False)
+        if noise:
+            for axis, member, index in slices:
+                if _is_free(axis, member, producers_too):
+                    overwritten.write_(tensors[member.param], member.dim, index, noise=True)
+        # Zeros are written last, so that they win where a tensor is on both sides.
+        for axis, member, index in slices:
+            has_noise = noise and _is_free(axis, member, producers_too)
+            if member in axis.group and not has_noise:
+                overwritten.write_(tensors[member.param], member.dim, index, noise=False)
         yield
     finally:
-        with uninterrupted():
-            for weight, dim, where, before in reversed(kept):
-                weight.index_fill_(dim, where, 0) if before is None else weight.index_copy_(dim, where, before)
+        overwritten.put_back_()
+
+
+def _is_free(axis: PrunableAxis, member: Member, producers_too: bool) -> bool:
+    """Whether a slice may hold anything, since the other side is zero."""
+    if axis.zero_path or not producers_too:
+        return member not in axis.group
+    return member.role == "producer" and any(m.role == "consumer" for m in axis.members)
 
 
 def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
-    """The floating-point outputs of all calls in eval mode, the same random numbers for all who draw any."""
+    """The floating-point outputs of all calls in eval mode; forwards always draw the same random numbers."""
     with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         return _outputs(model, forwards)
@@ -203,14 +229,15 @@ def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Ten
 def exact_outputs(
     model: nn.Module, forwards: Sequence[Forward], scales: Mapping[int, tuple[float, float]] | None = None
 ) -> tuple[list[torch.Tensor], float]:
-    """`own_outputs` with every operation computed in double, float32 on devices without, and the tolerance of that.
+    """`own_outputs` with every operation computed in double (on devices without it in float32), and their tolerance.
 
     Args:
         scales: of weights that are still to be scaled, see `WideArithmetic`.
     """
     if model in ONLY_AS_THEY_ARE:
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | {torch.float32}
-        return own_outputs(model, forwards), max(map(_tolerance, dtypes))
+        tolerance = max(_tolerance(dtype) for dtype in dtypes)
+        return own_outputs(model, forwards), tolerance
     wide = WideArithmetic(_arithmetic(model), scales)
     with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
@@ -218,13 +245,16 @@ def exact_outputs(
             outputs = _outputs(model, forwards)
     if wide.narrow:
         logger.info("computed in what these operations know: %s", wide.narrow)
-    return outputs, max(_tolerance(dtype) for dtype in [wide.dtype, *wide.narrow.values()])
+    tolerance = max(_tolerance(dtype) for dtype in [wide.dtype, *wide.narrow.values()])
+    return outputs, tolerance
 
 
 def _arithmetic(model: nn.Module) -> torch.dtype:
     """The widest dtype that every device of the model computes in."""
     devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
-    return torch.float64 if all(wide_dtype(device) == torch.float64 for device in devices) else torch.float32
+    if all(wide_dtype(device) == torch.float64 for device in devices):
+        return torch.float64
+    return torch.float32
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -235,43 +265,76 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
     seed_everything()
-    found = []
+    outputs = []
     for forward in forwards:
-        found += [t for t in tensors_of(forward.run(model)) if t.is_floating_point() or t.is_complex()]
-    return found
+        for tensor in tensors_of(forward.run(model)):
+            if tensor.is_floating_point() or tensor.is_complex():
+                outputs.append(tensor)
+    return outputs
 
 
-def largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Largest difference relative to the `_spread` of each output, or for a scalar (a loss, a small difference of what
-    stands beside it) to the largest of all. Entries that are not finite in both are not compared.
-
-    Returns:
-        inf where shapes or infinities differ; nan where nothing at all is finite.
-    """
-    a, b = ([x if x.layout == torch.strided else x.to_dense() for x in some] for some in (a, b))
-    if [x.shape for x in a] != [y.shape for y in b]:
-        return math.inf
-    moved: list[float] = []
-    for x, y in zip(a, b, strict=True):
-        moved.append(0.0)
-        for part, other in zip(_pieces(x), _pieces(y), strict=True):
-            finite = torch.isfinite(part)
-            if not torch.equal(finite, torch.isfinite(other)):
-                return math.inf
-            moved[-1] = max(moved[-1], _largest((part - other)[finite]))
-    spreads = [_spread(x) for x in a]
-    if all(spread is None for spread in spreads):
-        return math.nan
-    largest = max(spread for spread in spreads if spread is not None)
-    scales = [spread if x.dim() else largest for x, spread in zip(a, spreads, strict=True)]
-    return max(move / max(scale or 0.0, 1e-3) for move, scale in zip(moved, scales, strict=True))
-
+# comparing -----------------------------------------------------------------------------------------
 
 PIECE = 2**22  # entries of an output that are compared at a time: logits of a large vocabulary are as large as layers
 
 
+def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """The largest difference between two lists of outputs, relative to the `_spread` of each output.
+
+    A scalar has no spread. It may be a loss, a small difference of large numbers beside it, so its difference is
+    relative to the largest spread of all outputs. Entries that are not finite in both are not compared.
+
+    Returns:
+        inf where shapes or infinities differ; nan where nothing at all is finite.
+
+    Example:
+        >>> largest_difference([torch.tensor([10.0, 14.0])], [torch.tensor([10.0, 14.5])])  # spread 2 around 12
+        0.25
+    """
+    first = [_as_dense(x) for x in first]
+    second = [_as_dense(x) for x in second]
+    if [x.shape for x in first] != [x.shape for x in second]:
+        return math.inf
+    differences = []
+    for x, y in zip(first, second, strict=True):
+        difference = _difference(x, y)
+        if difference == math.inf:
+            return math.inf
+        differences.append(difference)
+    spreads = [_spread(x) for x in first]
+    known = [spread for spread in spreads if spread is not None]
+    if not known:
+        return math.nan
+    largest_spread = max(known)
+    relative = []
+    for x, spread, difference in zip(first, spreads, differences, strict=True):
+        scale = spread if x.dim() else largest_spread
+        relative.append(difference / max(scale or 0.0, 1e-3))
+    return max(relative)
+
+
+def _as_dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference of finite entries; inf where others are finite in x than in y."""
+    largest = 0.0
+    for part, other in zip(_pieces(x), _pieces(y), strict=True):
+        finite = torch.isfinite(part)
+        if not torch.equal(finite, torch.isfinite(other)):
+            return math.inf
+        largest = max(largest, _largest((part - other)[finite]))
+    return largest
+
+
 def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from x.reshape(-1).split(PIECE)
+
+
+def _finite_pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    for part in _pieces(x):
+        yield part[torch.isfinite(part)]
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -279,22 +342,31 @@ def _largest(x: torch.Tensor) -> float:
 
 
 def _spread(x: torch.Tensor) -> float | None:
-    """How far finite entries are from their mean, so that an offset common to all hides nothing; at least 1e-4 of the
-    largest, so that rounding of a large offset is no difference. None where no entry is finite."""
-    finite = [(part[torch.isfinite(part)].sum(), int(torch.isfinite(part).sum())) for part in _pieces(x)]
-    count = sum(n for _, n in finite)
+    """How far finite entries are from their mean, None where no entry is finite.
+
+    An offset common to all entries is no spread, so that it hides no difference. The spread is at least 1e-4 of the
+    largest entry, so that rounding of a large offset is no difference.
+    """
+    count = 0
+    sums = []
+    for part in _finite_pieces(x):
+        count += part.numel()
+        sums.append(part.sum())
     if count == 0:
         return None
-    mean = sum(total for total, _ in finite) / count if count > 1 else 0
-    largest = max(_largest(part[torch.isfinite(part)]) for part in _pieces(x))
-    return max(max(_largest((part - mean)[torch.isfinite(part)]) for part in _pieces(x)), 1e-4 * largest)
+    mean = sum(sums) / count if count > 1 else 0
+    largest = max(_largest(part) for part in _finite_pieces(x))
+    farthest = max(_largest(part - mean) for part in _finite_pieces(x))
+    return max(farthest, 1e-4 * largest)
 
 
 def refuse_random(model: nn.Module, inputs: Inputs) -> None:
-    """Nothing can be certified of a model whose outputs differ from run to run, or are not numbers.
+    """Refuses a model of which nothing can be certified: its outputs differ from run to run, or are not numbers.
+
+    A model whose forward fails in double is noted in `ONLY_AS_THEY_ARE`.
 
     Raises:
-        OTOError: saying which.
+        OTOError: the outputs differ, are not numbers, or there are none.
     """
     forwards = as_forwards(inputs)
     name = type(model).__name__
@@ -316,11 +388,11 @@ def refuse_random(model: nn.Module, inputs: Inputs) -> None:
         return
     if not first:
         raise OTOError(f"{name} returns no floating-point tensor (logits, say): nothing can be certified of it")
-    moved = largest_difference(first, again)
-    if math.isnan(moved):
+    difference = largest_difference(first, again)
+    if math.isnan(difference):
         raise OTOError(f"no output of {name} is a finite number (NaN or infinity): nothing can be certified of it")
-    if moved > tolerance:
+    if difference > tolerance:
         raise OTOError(
-            f"{name} gives other outputs on the same batch, by {moved:.1e}, though torch, numpy and Python draw the "
-            "same random numbers: let it draw from these in eval mode, or nothing that is cut out can be certified"
+            f"{name} gives other outputs on the same batch, by {difference:.1e}, though torch, numpy and Python draw "
+            "the same random numbers: let it draw from these in eval mode, or nothing that is cut out can be certified"
         )

@@ -1,4 +1,4 @@
-"""Which ZIGs go: targets, floors, multiples and ties; pure functions of arrays, without a model or an optimizer.
+"""Which ZIGs go, by their salience and cost; pure functions of arrays, without a model or an optimizer.
 
 A choice takes blocks of ZIGs, the least salient for their cost first, until the budget is met. A block is what an
 axis (or several tied ones) may lose at a time.
@@ -15,244 +15,19 @@ second block is left out, and 4, 2 and 1 ZIGs are chosen.
 from __future__ import annotations
 
 import bisect
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from .cost import Work
-from .zigs import PrunableAxis, ZIGPartition
+from .targets import Budget, Limits, Target, counts_exactly, limits_of, the_target
 
-OVERSHOOT = 0.005  # of the dense model: a choice goes no further beyond its budget, where it can help it
-UNDER_A_NORM = 0.01  # how little of the salience of its ZIGs an axis as a whole has if a norm takes its scale away
-FRACTIONS_REMOVED = ("target_group_sparsity", "target_per_axis")  # the other targets say what is left
+__all__ = [
+    "Budget", "Limits", "Target", "choose", "counts_exactly", "limits_of", "the_target", "weigh_survivors",
+]  # fmt: skip
 
-
-class Target(NamedTuple):
-    """What a run is to reach."""
-
-    kind: str  # the name of the argument
-    value: Any  # a fraction, or fractions by regular expression
-
-
-def the_target(targets: Mapping[str, Any]) -> Target:
-    """The one target that is given, by the name of its argument; a group sparsity of 0.5 if none is.
-
-    Raises:
-        ValueError: several are given, or one is out of its range.
-    """
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are both given: one target at a time")
-    kind, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
-    for fraction in value.values() if kind == "target_per_axis" else [value]:
-        if kind in FRACTIONS_REMOVED and not 0 <= fraction < 1:
-            raise ValueError(f"{kind} is {value}: it must be in [0, 1)")
-        if kind not in FRACTIONS_REMOVED and not 0 < fraction <= 1:
-            raise ValueError(f"{kind} is {value}: it must be in (0, 1]")
-    return Target(kind, value)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What of every axis may go. Arrays are (axes,).
-
-    Attributes:
-        sizes: ZIGs of every axis.
-        kept_multiple: what stays of an axis is a multiple of this, unless all of it stays.
-        removable: how many ZIGs may go at most.
-        tie: the number of an axis, which stands for all that keep the same fraction as it does; without others, of
-            the axis itself.
-    """
-
-    sizes: np.ndarray
-    kept_multiple: np.ndarray
-    removable: np.ndarray
-    tie: np.ndarray
-
-    @property
-    def first_block(self) -> np.ndarray:
-        """How many ZIGs have to go before a multiple stays, (axes,)."""
-        return (self.sizes - 1) % self.kept_multiple + 1
-
-    def in_blocks(self, zigs: np.ndarray) -> np.ndarray:
-        """How many blocks so many ZIGs of every axis are, (axes,), where they are whole blocks."""
-        return -(-zigs // self.kept_multiple)
-
-    def in_zigs(self, blocks: np.ndarray) -> np.ndarray:
-        """How many ZIGs the first so many blocks of every axis are, (axes,)."""
-        return np.where(blocks > 0, self.first_block + (blocks - 1) * self.kept_multiple, 0)
-
-    @property
-    def axis_of(self) -> np.ndarray:
-        """The axis of every ZIG, (num_zigs,)."""
-        return np.repeat(np.arange(len(self.sizes)), self.sizes)
-
-    def count(self, zigs: np.ndarray) -> np.ndarray:
-        """The sum of a vector over the ZIGs of every axis, (axes,)."""
-        return np.bincount(self.axis_of, weights=zigs, minlength=len(self.sizes))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much has to go.
-
-    Attributes:
-        work: what is counted: ZIGs, parameters or MACs.
-        goal: how much of that is left in the end.
-        cost_of_zig: how much of it one ZIG of every axis takes, (axes,).
-        exact: whether the goal is a number of ZIGs to meet exactly, the last few of which need be no multiple.
-    """
-
-    work: Work
-    goal: float
-    cost_of_zig: np.ndarray
-    exact: bool
-
-    @property
-    def dense(self) -> float:
-        """What is counted of the whole model."""
-        return self.work.left(np.zeros(self.work.lost.shape[1]))
-
-
-# what may go, and how much has to ------------------------------------------------------------------
-
-
-def limits_of(
-    axes: Sequence[PrunableAxis],
-    target: Target,
-    min_keep: float = 0.0,
-    group_divisible: int | None = 1,
-    tied: Sequence[Sequence[str]] | None = None,
-) -> Limits:
-    """The limits that floors, multiples and ties set; see `DHSPG` for the arguments.
-
-    Raises:
-        ValueError: an axis can't lose what `target_per_axis` asks for, or one of its patterns matches no axis.
-    """
-    sizes = np.array([axis.size for axis in axes], int)
-    most = [axis.size - max(1, math.ceil(min_keep * axis.size - 1e-9)) for axis in axes]
-    if target.kind == "target_per_axis":
-        most = _asked_per_axis(axes, target.value, most, min_keep)
-    if counts_exactly(target, group_divisible, tied) and group_divisible:
-        multiple = np.ones(len(axes), int)  # of some axes a multiple is left by the cut, a few as zeros
-    else:
-        multiple = np.array([_kept_multiple(axis, group_divisible) for axis in axes], int)
-    if tied is not None:
-        return _tied(axes, sizes, multiple, most, tied)
-    first = (sizes - 1) % multiple + 1
-    removable = [
-        first[a] + (most[a] - first[a]) // multiple[a] * multiple[a] if most[a] >= first[a] else 0
-        for a in range(len(axes))
-    ]
-    return Limits(sizes, multiple, np.array(removable, int), np.arange(len(axes)))
-
-
-def counts_exactly(target: Target, group_divisible: int | None, tied: Sequence[Sequence[str]] | None) -> bool:
-    """Whether the target is a number of ZIGs that is met exactly."""
-    return target.kind == "target_group_sparsity" and group_divisible in (None, 1) and tied is None
-
-
-def _asked_per_axis(
-    axes: Sequence[PrunableAxis], wanted: Mapping[str, float], most: Sequence[int], min_keep: float
-) -> list[int]:
-    names = [axis.name for axis in axes]
-    for pattern in wanted:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"target_per_axis: {pattern!r} matches no axis, for example {names[0]!r}"
-                if names
-                else f"target_per_axis: {pattern!r} matches no axis, and there is none"
-            )
-    asked = []
-    for axis, limit in zip(axes, most, strict=True):
-        fraction = next((value for pattern, value in wanted.items() if re.search(pattern, axis.name)), 0)
-        count = round(fraction * axis.size)
-        if count > limit:
-            raise ValueError(
-                f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
-                f"at most {math.floor(1000 * limit / axis.size) / 1000} of it can go"
-            )
-        asked.append(count)
-    return asked
-
-
-def _kept_multiple(axis: PrunableAxis, group_divisible: int | None) -> int:
-    """Of how many ZIGs a multiple has to stay for the width to be divisible; one ZIG may be several channels wide."""
-    producer = next(m for m in axis.members if m.role == "producer")
-    channels_of_zig = producer.positions(axis.size).shape[1]
-    divisible = group_divisible or (8 if channels_of_zig * axis.size >= 64 else 1)
-    return math.lcm(axis.multiple, divisible // math.gcd(divisible, channels_of_zig))
-
-
-def _tied(
-    axes: Sequence[PrunableAxis],
-    sizes: np.ndarray,
-    multiple: np.ndarray,
-    most: Sequence[int],
-    tied: Sequence[Sequence[str]],
-) -> Limits:
-    """Tied axes lose equal fractions of themselves; an axis without a tie stays whole."""
-    tie, multiple, removable = np.arange(len(axes)), multiple.copy(), np.zeros(len(axes), int)
-    number = {axis.name: a for a, axis in enumerate(axes)}
-    for names in tied:
-        some = [number[name] for name in names if name in number]
-        if len(some) < len(names):  # one of them doesn't train
-            continue
-        fractions = math.gcd(*(axes[a].size for a in some))  # the axes can keep any k / fractions of themselves
-        step = math.lcm(*(int(multiple[a]) // math.gcd(multiple[a], axes[a].size // fractions) for a in some))
-        if fractions % step:
-            continue
-        tie[some] = some[0]
-        multiple[some] = [step * axes[a].size // fractions for a in some]
-        removable[some] = multiple[some] * min(most[a] // multiple[a] for a in some)
-    return Limits(sizes, multiple, removable, tie)
-
-
-def budget_of(
-    target: Target,
-    limits: Limits,
-    axes: Sequence[PrunableAxis],
-    partition: ZIGPartition,
-    parameters: Work,
-    exact: bool,
-    min_keep: float = 0.0,
-) -> Budget:
-    """What a target means for these axes, which may be some of the partition's; `parameters`: of the whole model.
-
-    Raises:
-        ValueError: the target is not feasible; the message says which one would be.
-    """
-    if target.kind in FRACTIONS_REMOVED:
-        work = Work.of([[(int(n), ((a, 1),))] for a, n in enumerate(limits.sizes)], len(axes))  # ZIGs
-    else:
-        whole = parameters if target.kind == "target_params" else partition.work
-        if whole is None:
-            raise ValueError("this partition doesn't know its MACs: target_macs needs one of partition_zigs")
-        columns = [partition.axes.index(axis) for axis in axes]
-        work = whole._replace(lost=whole.lost[:, columns])
-    dense, least = work.left(0 * limits.sizes), work.left(limits.removable)
-    if target.kind == "target_per_axis":
-        goal = least
-    elif target.kind == "target_group_sparsity":
-        goal = dense - round(target.value * dense)
-    else:
-        goal = target.value * dense
-    if goal < least:
-        removes = target.kind in FRACTIONS_REMOVED
-        bound = math.floor(1000 * (1 - least / dense)) if removes else math.ceil(1000 * least / dense)
-        raise ValueError(
-            f"{target.kind}={target.value} is not feasible: with min_keep={min_keep} it can be "
-            f"at {'most' if removes else 'least'} {bound / 1000}"
-        )
-    cost_of_zig = np.maximum(work.alone, 1e-9 * dense)  # what costs next to nothing goes last
-    return Budget(work, goal, cost_of_zig, exact)
-
-
-# the choice ----------------------------------------------------------------------------------------
+OVERSHOOT = 0.005  # fraction of the dense model by which a choice may exceed its budget before it tries other blocks
+UNDER_A_NORM = 0.01  # an axis whose salience as a whole is less than this fraction of its ZIGs' is under a norm
 
 
 def weigh_survivors(
@@ -262,22 +37,30 @@ def weigh_survivors(
 
     Before a norm, multiplying a whole axis by c changes nothing, so that the salience of its single ZIGs underrates
     the last survivors. The k-th living ZIG to go is weighted by (living / (living - k)) ** 2, k counted from 0. An
-    axis is under a norm where its salience as a whole, `salience_of_axes` (axes,), is next to nothing beside that of
-    its ZIGs.
+    axis is under a norm where its salience as a whole is next to nothing beside that of its ZIGs.
+
+    Worked example: of an axis of 5 ZIGs under a norm one is zero. From the least salient on, the 4 living ones are
+    weighted by 1, (4 / 3) ** 2, (4 / 2) ** 2 and (4 / 1) ** 2.
+
+    Args:
+        salience: (num_zigs,).
+        salience_of_axes: of every axis as a whole, (axes,).
+        zero: (num_zigs,), bool: these are gone.
     """
-    axis = limits.axis_of
-    under_a_norm = salience_of_axes < UNDER_A_NORM * limits.count(salience)
-    living = limits.sizes - limits.count(zero)
+    under_a_norm = salience_of_axes < UNDER_A_NORM * limits.count(salience)  # (axes,)
+    num_zero = limits.count(zero)  # (axes,)
+    num_living = limits.sizes - num_zero
     order, rank = _order_in_axes(salience, zero, limits)
-    gone_before = rank - (limits.sizes - living)[axis[order]]  # zero ZIGs come first in the order
-    weight = np.where(under_a_norm[axis[order]], living[axis[order]] / (living[axis[order]] - gone_before), 1) ** 2
+    axis = limits.axis_of[order]  # (num_zigs,), as all that follows
+    gone_before = rank - num_zero[axis]  # zero ZIGs come first in the order
+    weight = np.where(under_a_norm[axis], num_living[axis] / (num_living[axis] - gone_before), 1) ** 2
     weighted = salience.copy()
     weighted[order] *= np.where(zero[order], 1, weight)
     return weighted
 
 
 def _order_in_axes(salience: np.ndarray, zero: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """All ZIGs axis after axis, in each the zero ones, then from the least salient on; and their ranks there."""
+    """All ZIGs, axis after axis, and the rank of each in its axis: the zero ones, then from the least salient on."""
     order = np.lexsort((np.where(zero, -np.inf, salience), limits.axis_of))
     start_of_axis = np.cumsum(limits.sizes) - limits.sizes
     return order, np.arange(len(order)) - start_of_axis[limits.axis_of]
@@ -306,8 +89,9 @@ class Blocks(NamedTuple):
         """The blocks in which the ZIGs of every axis go."""
         zigs, rank = _order_in_axes(salience, zero, limits)
         axis = limits.axis_of
-        # the first block may be smaller than the others: its missing ranks come before rank 0
-        number_of_zig = (rank + (limits.kept_multiple - limits.first_block)[axis]) // limits.kept_multiple[axis]
+        # the first block may be smaller than the others: the ranks that it lacks come before rank 0
+        num_lacking = limits.kept_multiple - limits.first_block  # (axes,)
+        number_of_zig = (rank + num_lacking[axis]) // limits.kept_multiple[axis]
         ties = np.unique(limits.tie)
         blocks_of_tie = limits.in_blocks(limits.sizes)[ties]
         start_of_tie = np.zeros(len(limits.sizes), int)
@@ -338,7 +122,7 @@ def choose(
     Args:
         salience: (num_zigs,), what the loss would lose with a ZIG; ties are broken by position.
         zero: (num_zigs,), bool: these are gone.
-        may_go: (axes,), bool: others lose no ZIG now, nor do axes that are tied to others.
+        may_go: (axes,), bool: the other axes lose no ZIG now, and neither do the axes that are tied to them.
         share: fraction, in (0, 1], of the way from the dense model to the goal.
         limits: what may go of every axis.
         budget: how much has to go.
@@ -347,21 +131,22 @@ def choose(
         the ZIGs to be made zero next, bool (num_zigs,).
     """
     blocks = Blocks.of(salience, zero, limits)
-    living, begun = blocks.sums(~zero), blocks.sums(zero) > 0  # (blocks,)
-    stays = np.isin(limits.tie, limits.tie[~may_go])
+    num_living = blocks.sums(~zero)  # (blocks,)
+    begun = blocks.sums(zero) > 0  # (blocks,)
+    stays = np.isin(limits.tie, limits.tie[~may_go])  # (axes,)
     removable_blocks = np.where(stays, 0, limits.in_blocks(limits.removable))  # (axes,)
-    candidates = np.flatnonzero((living > 0) & (blocks.number < removable_blocks[blocks.tie]))
-    # what is zero in part is completed before anything else, so that one axis at most is out of step
+    candidates = np.flatnonzero((num_living > 0) & (blocks.number < removable_blocks[blocks.tie]))
+    # a block that is zero in part is completed before any other, so that one axis at most is out of step
     per_cost = np.where(begun, -np.inf, _salience_per_cost(salience, zero, blocks, limits, budget))
     candidates = candidates[np.argsort(per_cost[candidates], kind="stable")]
 
     zero_zigs = limits.count(zero)  # (axes,)
-    zero_blocks = np.bincount(blocks.tie[living == 0], minlength=len(limits.sizes))  # (ties,)
+    zero_blocks = np.bincount(blocks.tie[num_living == 0], minlength=len(limits.sizes))  # (ties,)
 
     def left(taken: np.ndarray) -> float:
         """What is left of the budget's work without these blocks and without what is zero."""
         gone_blocks = zero_blocks + np.bincount(blocks.tie[taken], minlength=len(limits.sizes))
-        # what is zero may be no whole number of blocks, or more than may go: of a state with other limits, say
+        # the zero ZIGs may fill no whole blocks, or be more than may go: of a state with other limits, say
         gone = np.maximum(zero_zigs, limits.in_zigs(gone_blocks[limits.tie]))
         return budget.work.left(gone)
 
@@ -372,18 +157,19 @@ def choose(
 def _salience_per_cost(
     salience: np.ndarray, zero: np.ndarray, blocks: Blocks, limits: Limits, budget: Budget
 ) -> np.ndarray:
-    """By what blocks are compared, (blocks,)."""
+    """The salience of the living ZIGs of every block for its cost, by which blocks are compared, (blocks,)."""
     of_living = np.where(zero, 0, salience)
     per_cost = blocks.sums(of_living) / blocks.sums(budget.cost_of_zig[limits.axis_of])
-    # sums of equally salient ZIGs may round in either direction: even then no block goes before the one before it
+    # Each block is at least as salient as the one before it in its tie. But sums of equally salient ZIGs may round in
+    # either direction, and even then no block may go before an earlier one.
     of_ties = np.split(per_cost, np.flatnonzero(blocks.number == 0)[1:])
     return np.concatenate([np.maximum.accumulate(of_tie) for of_tie in of_ties])
 
 
 def _goal_at(share: float, budget: Budget) -> float:
-    """How much is left when `share` of the way is gone."""
+    """How much is left at `share` of the way from the dense model to the goal."""
     if share == 1:
-        return budget.goal  # which may be no whole number
+        return budget.goal  # without rounding: it may be no whole number
     return budget.dense - round((budget.dense - budget.goal) * share)
 
 
@@ -395,9 +181,17 @@ def _fewest_blocks(
     goal: float,
     overshoot: float,
 ) -> np.ndarray:
-    """The shortest beginning of `blocks`, in their order, that meets the goal, rather without one that overshoots.
+    """The shortest beginning of `blocks`, in their order, that meets the goal; all of them if none does.
 
-    All of them where that doesn't meet the goal. What is begun, `begun` (blocks,), is never left out.
+    If the beginning overshoots, its last block is left out, and later ones are tried instead.
+
+    Args:
+        blocks: the numbers of the blocks that may go, in the order in which they go.
+        tie: the tie of every block, (blocks,).
+        begun: whether some ZIGs of a block are zero already, (blocks,): such a block is never left out.
+        left: how much is left without the given blocks.
+        goal: how much is to be left at most.
+        overshoot: how much less than the goal may be left.
     """
     taken = best = blocks
     while left(taken) <= goal:
@@ -406,23 +200,27 @@ def _fewest_blocks(
         best = max(best, taken, key=left)
         if not len(taken) or begun[taken[-1]] or goal - left(taken) <= overshoot:
             break
-        # without its last block, and so without any later one of the same axis, which can't go before that
-        too_much, others = taken[-1], blocks[len(taken) :]
-        taken = blocks = np.concatenate([taken[:-1], others[tie[others] != tie[too_much]]])
+        # later blocks of the same tie can't go before the block that is left out, so they are left out with it
+        too_much = taken[-1]
+        later = blocks[len(taken) :]
+        later = later[tie[later] != tie[too_much]]
+        taken = blocks = np.concatenate([taken[:-1], later])
     return best
 
 
 def _zigs_of(taken: np.ndarray, blocks: Blocks, zero: np.ndarray, share: float, budget: Budget) -> np.ndarray:
-    """The living ZIGs of the blocks, of the last one only what an exact number of ZIGs needs; bool (num_zigs,)."""
-    place = np.full(len(blocks.tie), len(taken))
-    place[taken] = np.arange(len(taken))
-    place = place[blocks.block]  # (num_zigs,)
+    """The living ZIGs of the taken blocks, bool (num_zigs,); of the last block only what an exact number needs."""
+    place_of_block = np.full(len(blocks.tie), len(taken))  # blocks that are not taken come last
+    place_of_block[taken] = np.arange(len(taken))
+    place = place_of_block[blocks.block]  # (num_zigs,)
     in_order = blocks.zigs[np.argsort(place, kind="stable")]
-    zigs = in_order[: (place < len(taken)).sum()]
+    num_taken = (place < len(taken)).sum()
+    zigs = in_order[:num_taken]
     zigs = zigs[~zero[zigs]]
     if budget.exact:
-        # more may be zero already than this event asks for: a state that was loaded into another schedule
-        zigs = zigs[: max(0, int(budget.dense - _goal_at(share, budget)) - int(zero.sum()))]
+        num_gone = int(budget.dense - _goal_at(share, budget))
+        # more may be zero already than this event asks for, in a state that was loaded into another schedule
+        zigs = zigs[: max(0, num_gone - int(zero.sum()))]
     chosen = np.zeros(len(zero), bool)
     chosen[zigs] = True
     return chosen

@@ -1,7 +1,7 @@
 """An optimizer around another one: whoever uses it finds the groups, the state and the defaults of the inner one.
 
-DHSPG is one. It steps the optimizer that it is around and does something before and after; schedulers, scalers,
-accelerate, FSDP2 and checkpoints treat it as they treat that one.
+DHSPG is an optimizer around its base. Schedulers, scalers, accelerate, FSDP2 and checkpoints treat it as they treat
+the base, because all that they read or write is the base's own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class AroundOptimizer(torch.optim.Optimizer):
     """An optimizer that has no groups and no state of its own.
 
     Attributes:
-        base: the optimizer that it is around.
+        base: the inner optimizer.
     """
 
-    # a GradScaler must unscale, and skip steps, itself: a kernel that skips one inside doesn't tell us
+    # a fused kernel that unscales gradients also skips steps and doesn't tell us: GradScaler has to do both itself
     _step_supports_amp_scaling = False
 
     def _put_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-        """Takes an optimizer, and names its parameters as the model does; in the place of torch's own `__init__`.
+        """Takes a base optimizer, and names its parameters as the model does; in the place of torch's own `__init__`.
 
         Raises:
-            OTOError: it trains no parameter of the model.
+            OTOError: the base trains no parameter of the model.
         """
         names = {id(p): name for name, p in model.named_parameters()}
         if not any(id(p) in names for group in base.param_groups for p in group["params"]):
@@ -37,22 +37,22 @@ class AroundOptimizer(torch.optim.Optimizer):
                 f"{type(base).__name__} trains no parameter of {type(model).__name__} in its step: make it with "
                 "model.parameters()"
             )
-        unknown = 0
+        num_foreign = 0  # parameters of a loss, say
         for group in base.param_groups:
             group["param_names"] = []
             for p in group["params"]:
-                unknown += id(p) not in names  # of a loss, say
-                group["param_names"].append(names.get(id(p), f"not in the model: {unknown}"))
+                if id(p) not in names:
+                    num_foreign += 1
+                group["param_names"].append(names.get(id(p), f"not in the model: {num_foreign}"))
         self.base = base
-        super().__setstate__({})  # what torch's own __init__ makes, beside groups and state: those are the base's
+        super().__setstate__({})  # makes what torch's own __init__ makes, but for groups and state
 
     def parameters_by_name(self) -> dict[str, Tensor]:
-        """The parameters as they are now: FSDP replaces them in the groups."""
-        return {
-            name: p
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        }
+        """The parameters as they are now; they are never kept, because FSDP replaces them in the groups."""
+        params: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            params.update(zip(group["param_names"], group["params"], strict=True))
+        return params
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -78,17 +78,16 @@ class AroundOptimizer(torch.optim.Optimizer):
         return self.base.defaults
 
     def __getattr__(self, name: str) -> Any:
-        """What only some optimizers have: `train` and `eval`, say."""
+        """The base optimizer's; some have methods of their own, `train` and `eval` say."""
         if name.startswith("__") or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.base, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base optimizer's; what is added trains, and is not pruned."""
+        """Adds a group to the base optimizer; its parameters train and are not pruned."""
         group = without_names(param_group)
-        group["params"] = list(group["params"])
-        count = sum(len(g["params"]) for g in self.param_groups)
-        group["params"] = [(f"added: {count + i}", p) for i, p in enumerate(group["params"])]
+        num_so_far = sum(len(g["params"]) for g in self.param_groups)
+        group["params"] = [(f"added: {num_so_far + i}", p) for i, p in enumerate(group["params"])]
         self.base.add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -120,7 +119,7 @@ class AroundOptimizer(torch.optim.Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and what others have put on the instance (a scheduler its own `step`), as torch has it."""
+        """Without hooks, as torch has it, and without the `step` that a scheduler puts on the instance."""
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
         kept.pop("step", None)
         return kept
@@ -133,14 +132,22 @@ def made(
     params: Iterable[Any] | None,
     settings: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """An optimizer of a class; `params`: parameters or groups of them, None for all that require gradients."""
+    """Makes an optimizer of a class.
+
+    Args:
+        lr: learning rate; None: 1e-3.
+        params: parameters or groups of them; None: all parameters of the model that require gradients.
+        settings: the other arguments of the class.
+    """
     given = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    are_groups = given and isinstance(given[0], Mapping)
+    groups = given if are_groups else [{"params": given}]
     return cls([without_names(group) for group in groups], lr=1e-3 if lr is None else lr, **settings)
 
 
 def without_names(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group whose parameters may be given as (name, parameter)."""
-    params = group["params"]
-    params = [params] if isinstance(params, Tensor) else params
-    return {**group, "params": [p[1] if isinstance(p, tuple) else p for p in params]}
+    """A parameter group without names; it may have one parameter, parameters, or pairs of name and parameter."""
+    given = group["params"]
+    given = [given] if isinstance(given, Tensor) else given
+    params = [p[1] if isinstance(p, tuple) else p for p in given]
+    return {**group, "params": params}

@@ -1,9 +1,22 @@
 """DHSPG: the base optimizer's own step, then one correction per zero-invariant group (ZIG).
 
-Training splits the ZIGs into redundant and important ones, drives the redundant to exact zero while the rest trains on
-as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2). When something happens is in
-schedule.py, how important ZIGs are in salience.py, which go in choice.py, what a rank holds of them in slices.py, how
-they stay zero in zeros.py; the paper's own rule is in paper.py.
+Training splits the ZIGs into redundant and important ones and drives the redundant ones to exact zero, while the rest
+trains on as usual (dual half-space projected gradient; OTOv2, arXiv 2303.06862, Sec. 3.2). When something happens is
+in schedule.py, how important ZIGs are in salience.py, which ones go in choice.py, what is done to them in
+zig_optimizer.py; the paper's own rule is in paper.py.
+
+Worked example: 8 ZIGs, of which half are to be zero after events at steps 6 and 10. Up to step 6 only the base
+optimizer moves the weights, and the salience of all ZIGs is sampled. After step 6 the 4 least salient ZIGs are
+chosen. After step 8 they are halved, after step 10 they are zero and stay zero, and the other 4 train on.
+
+DHSPG deviates from the paper's rule in three respects.
+
+- The salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one batch. Along
+  an axis whose scale changes nothing, because a norm reads it, the salience grows with what is gone of the axis
+  (`choice.weigh_survivors`).
+- The redundant ZIGs are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a floor.
+- Between events they are shrunk linearly to zero, in a few steps, instead of by a penalty. The half-space projection,
+  which would need a copy of the weights in each of these steps, never made a ZIG zero before that and is left out.
 """
 
 from __future__ import annotations
@@ -19,38 +32,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .choice import FRACTIONS_REMOVED, budget_of, choose, counts_exactly, limits_of, the_target, weigh_survivors
-from .composed import AroundOptimizer, made
+from .choice import choose, weigh_survivors
+from .composed import made
 from .cost import Work
 from .modeling_oto import OTOError
-from .salience import Moments, elements_of_zig, gradient_squared, inner, parts, weight_squared
+from .salience import Moments, elements_of_zig, gradient_squared, inner, weight_squared
 from .schedule import Schedule
-from .slices import Part, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
-from .zeros import HeldZeros
-from .zigs import PrunableAxis, PruningPlan, ZIGPartition
+from .targets import FRACTIONS_REMOVED, Budget, budget_of, counts_exactly, limits_of, the_target
+from .zig_optimizer import ZIGOptimizer
+from .zigs import PrunableAxis, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
-EMA = 0.9
+EMA = 0.9  # weight of the salience so far when that of another batch is added
 
 
-class DHSPG(AroundOptimizer):
+class DHSPG(ZIGOptimizer):
     """Trains like `base` and brings a given fraction of the ZIGs to exact zero, whatever the learning rate.
-
-    It deviates from the paper's rule, which is in `hf_oto.paper.PaperDHSPG`, in that
-
-    - the salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one; on axes
-      whose scale changes nothing, because a norm reads them, it grows with what is gone of the axis
-      (`choice.weigh_survivors`);
-    - the redundant groups are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a
-      floor;
-    - between events they are shrunk linearly to zero, in a few steps, instead of by a penalty; the half-space
-      projection, which would copy the weights at each of them, never comes before that and is left out.
-
-    Once a group is zero, what reads it and the optimizer's state of both are zeroed too: its gradients are exactly
-    zero from then on, and nothing needs a mask. What moves it nevertheless (noise on the gradients, a penalty on the
-    distance to other weights, a momentum that can't be zeroed because it is quantised) is found in the same step, and
-    from then on undone after every step: a ZIG that this optimizer calls zero is zero in the weights.
 
     The base optimizer is kept as `optimizer.base`; `param_groups`, `state` and `defaults` are its own, so that
     schedulers, scalers, accelerate and checkpoints treat this optimizer as they treat that one.
@@ -128,83 +126,61 @@ class DHSPG(AroundOptimizer):
         process_group: dist.ProcessGroup | None = None,
         **base_kwargs: Any,
     ) -> None:
-        target = the_target(
-            {
-                "target_group_sparsity": target_group_sparsity,
-                "target_params": target_params,
-                "target_macs": target_macs,
-                "target_per_axis": target_per_axis,
-            }
-        )
-        if not 0 <= min_keep < 1:
-            raise ValueError(f"min_keep is {min_keep}: it must be in [0, 1)")
-        if group_divisible is not None and group_divisible < 1:
-            raise ValueError(f"group_divisible is {group_divisible}: it must be at least 1")
-        if num_events is not None and num_events < 1:
-            raise ValueError(f"num_events is {num_events}: it must be at least 1")
+        targets = {
+            "target_group_sparsity": target_group_sparsity,
+            "target_params": target_params,
+            "target_macs": target_macs,
+            "target_per_axis": target_per_axis,
+        }
+        target = the_target(targets)
+        _check_ranges(min_keep, group_divisible, num_events)
         partition.tensors(model)  # raises where the model is another one
         if not isinstance(base, torch.optim.Optimizer):
             base = made(base, model, lr, params, base_kwargs)
-        elif lr is not None or params is not None or base_kwargs:
-            given = [*base_kwargs, *(name for name, x in (("lr", lr), ("params", params)) if x is not None)]
-            raise ValueError(f"base is an optimizer already, with settings of its own: {given[0]} is not for DHSPG")
+        else:
+            _refuse_settings(base_kwargs, lr=lr, params=params)
         self._put_around(base, model)
-        axes = self._trained_axes(partition)
-        nothing_to_do = target.value in ({}, 0) if target.kind in FRACTIONS_REMOVED else target.value == 1
+
+        axes = _trained_axes(partition, self.parameters_by_name())
+        removes = target.kind in FRACTIONS_REMOVED
+        nothing_to_do = target.value in ({}, 0) if removes else target.value == 1
         if not axes and not nothing_to_do:
             raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
         self.limits = limits_of(axes, target, min_keep, group_divisible, tied)
         exact = counts_exactly(target, group_divisible, tied)
         self.budget = budget_of(target, self.limits, axes, partition, partition.params(model), exact, min_keep)
         self.schedule = self._scheduled(total_steps, window, num_events)
-        self.axis_names = tuple(axis.name for axis in axes)
-        self.num_zigs = int(self.limits.sizes.sum())
         self._salience = salience
-        self._process_group = process_group
         self._elements = elements_of_zig(axes, self.parameters_by_name())
-        self._params_of_axes = [{m.param for m in axis.group} for axis in axes]
-        self._cut_into_slices(axes)
-        # all that changes lives in the first group, in one structure from the start: it is what state_dict() saves.
-        # On the CPU and in these dtypes, whatever torch's defaults are: the choice is made there
-        self._own.update(
-            dhspg_step=0,
-            zero=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
-            redundant=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
+        self._take_zigs(axes, process_group)
+        events = ", ".join(map(str, self.schedule.events)) or "no step"
+        self._begin(
             salience=torch.zeros(self.num_zigs, dtype=torch.float32, device="cpu"),
             salience_of_axes=torch.zeros(len(axes), dtype=torch.float32, device="cpu"),
             # axes whose gradients were seen since the last choice
             sampled=torch.zeros(len(axes), dtype=torch.uint8, device="cpu"),
             partition=_fingerprint(axes),
-            run=f"{target.kind}={target.value}, events at {', '.join(map(str, self.schedule.events)) or 'no step'}",
+            run=f"{target.kind}={target.value}, events at {events}",
         )
 
-    def _cut_into_slices(self, axes: Sequence[PrunableAxis]) -> None:
-        """What is zero of a zero ZIG, and what reads it, which is zero too then, so that its gradients are."""
-        trained = self.parameters_by_name()
-        owners: dict[bytes, Tensor] = {}
-        group, readers, unread = {}, {}, []
-        for axis in axes:
-            consumers = [m for m in axis.members if m.role == "consumer"]
-            group[axis.name] = axis.group
-            readers[axis.name] = [m for m in consumers if m.param in trained]
-            # without a reader that is zeroed too, a zero group still gets gradients
-            if not consumers or len(readers[axis.name]) < len(consumers):
-                unread.append(axis)
-        self._group = slices_of(axes, group, trained, owners)
-        self._readers = slices_of(axes, readers, trained, owners)
-        self.held = HeldZeros(self._group, [(m.param, m.dim) for axis in unread for m in axis.group])
+    def _scheduled(self, total_steps: int, window: tuple[float, float] | None, num_events: int | None) -> Schedule:
+        dense = self.budget.dense
+        if self.budget.goal >= dense:
+            return Schedule()
+        return Schedule.over(total_steps, self.budget.goal / dense, window, num_events)
 
     # state ------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The base optimizer's. What is zero is known by its number: the partition must be the one of the state.
+        """Loads the base optimizer's state. ZIGs are known by their numbers: the state must be of the same partition.
 
         Another target or window is taken over, with a warning, if the run can still reach it.
 
         Raises:
             OTOError: the state isn't DHSPG's, is of another partition, or of a run that can't become this one.
         """
-        saved, own = state_dict["param_groups"][0], dict(self._own)
+        saved = state_dict["param_groups"][0]
+        own = dict(self._own)
         if "dhspg_step" not in saved:
             raise OTOError("this optimizer state is not DHSPG's: resume from a checkpoint of hf_oto, or begin anew")
         if saved["partition"] != own["partition"]:
@@ -213,72 +189,20 @@ class DHSPG(AroundOptimizer):
                 "the same `protect` (and the same frozen parameters), or begin a new run"
             )
         if saved["run"] != own["run"]:
-            self._refuse_what_cannot_go_on(saved)
+            zero = np.asarray(torch.as_tensor(saved["zero"]).cpu()) > 0
+            _refuse_what_cannot_go_on(saved, own["run"], self._left(zero), self.budget, self.schedule)
             logger.warning("the run goes on with another plan: %s; so far: %s", own["run"], saved["run"])
         self.base.load_state_dict(state_dict)
         self._own["run"] = own["run"]
 
-    def _refuse_what_cannot_go_on(self, saved: Mapping[str, Any]) -> None:
-        step, events = int(saved["dhspg_step"]), self.schedule.events
-        plans = f"this run: {self._own['run']}; the state, of step {step}: {saved['run']}"
-        zero = np.asarray(torch.as_tensor(saved["zero"]).cpu()) > 0
-        left = self._left(zero)
-        unit = self.budget.cost_of_zig.max(initial=0.0)  # a goal may be missed by one ZIG
-        if left < self.budget.goal - max(0.01 * self.budget.dense, unit) or (
-            self.budget.exact and left < self.budget.goal
-        ):
-            raise OTOError(f"more ZIGs are zero in this optimizer state than the target asks for ({plans})")
-        if left > self.budget.goal and (len(events) < 2 or step >= events[-2]):
-            raise OTOError(
-                f"the target can't be reached any more, the steps at which ZIGs are chosen are over ({plans})"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Process groups can't be copied."""
-        return super().__getstate__() | {"_process_group": None}
-
     def __repr__(self) -> str:
-        # the rate of a base may be a tensor, or None where it sets its own
-        rates = ["no lr" if g["lr"] is None else f"lr {float(g['lr']):g}" for g in self.param_groups]
-        sizes = [sum(p.numel() for p in g["params"]) for g in self.param_groups]
-        groups = ", ".join(f"{size:,} at {rate}" for size, rate in zip(sizes, rates, strict=True))
         return (
-            f"{type(self).__name__} around {type(self.base).__name__} (parameters: {groups})\n"
+            f"{type(self).__name__} around {type(self.base).__name__} (parameters: {_described(self.param_groups)})\n"
             f"    {self.num_zigs:,} ZIGs on {len(self.axis_names)} axes, {self.group_sparsity:.3f} of them zero\n"
             f"    step {self._own['dhspg_step']}, {self.phase}; {self._own['run']}"
         )
 
-    # what it knows ----------------------------------------------------------------------------
-
-    @property
-    def _own(self) -> dict[str, Any]:
-        return self.param_groups[0]
-
-    @property
-    def zero(self) -> Tensor:
-        """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and in the weights (of a
-        sharded model: in those that this rank holds) they are."""
-        return self.made_zero & ~self.held.moved(self._own["zero"], self.parameters_by_name())
-
-    @property
-    def made_zero(self) -> Tensor:
-        """Which ZIGs this optimizer has made zero, bool (num_zigs,), whatever is in the weights now."""
-        return self._own["zero"].cpu() > 0
-
-    def zeros(self, partition: ZIGPartition) -> PruningPlan:
-        """What this optimizer has made zero, whatever the weights say now, as a plan that removes it."""
-        parts = np.split(self.made_zero.numpy(), np.cumsum(self.limits.sizes)[:-1])
-        gone = dict(zip(self.axis_names, parts, strict=False))
-        kept = {}
-        for axis in partition.axes:
-            if axis.name in gone and gone[axis.name].any():
-                kept[axis.name] = np.flatnonzero(~gone[axis.name]).tolist() or [0]
-        return PruningPlan(kept)
-
-    @property
-    def group_sparsity(self) -> float:
-        """Fraction of the ZIGs that are exactly zero, in [0, 1]."""
-        return float(self.zero.sum()) / max(1, self.num_zigs)
+    # where the run is -------------------------------------------------------------------------
 
     @property
     def target_reached(self) -> bool:
@@ -290,12 +214,25 @@ class DHSPG(AroundOptimizer):
         return self._left(zero.numpy()) <= self.budget.goal
 
     def _left(self, zero: np.ndarray) -> float:
+        """How much of the budget's work is left without these ZIGs, bool (num_zigs,)."""
         return self.budget.work.left(self.limits.count(zero))
+
+    def left(self, partition: ZIGPartition, work: Work) -> float:
+        """Fraction, in [0, 1], that a cut would now leave of `partition.work` (MACs) or `partition.params(model)`."""
+        num_zero = dict(zip(self.axis_names, self.limits.count(self.zero.numpy()), strict=True))
+        num_gone = []
+        for axis in partition.axes:  # `PruningPlan.from_zeros` keeps one ZIG at least, and `compact` keeps a multiple
+            num_kept = max(1, axis.size - num_zero.get(axis.name, 0))
+            num_kept += -num_kept % axis.multiple
+            num_gone.append(max(0, axis.size - num_kept))
+        dense = work.left(np.zeros(len(num_gone)))
+        return work.left(np.array(num_gone)) / (dense or 1)
 
     @property
     def phase(self) -> str:
         """Where the run is: "warm-up", "pruning", then "training the rest"; "training" if nothing is pruned."""
-        now, events = self._own["dhspg_step"], self.schedule.events
+        now = self._own["dhspg_step"]
+        events = self.schedule.events
         if not events:
             return "training"
         if now < events[0]:
@@ -305,74 +242,9 @@ class DHSPG(AroundOptimizer):
     def _has_pruned(self, now: int) -> bool:
         return now >= self.schedule.events[-1]
 
-    def left(self, partition: ZIGPartition, work: Work) -> float:
-        """Fraction, in [0, 1], that a cut would now leave of `partition.work` (MACs) or `partition.params(model)`."""
-        zeros = dict(zip(self.axis_names, self.limits.count(self.zero.numpy()), strict=True))
-        gone = []
-        for axis in partition.axes:  # as `PruningPlan.from_zeros` and `compact` have it: one stays, and a multiple
-            kept = max(1, axis.size - zeros.get(axis.name, 0))
-            gone.append(max(0, axis.size - kept - -kept % axis.multiple))
-        return work.left(np.array(gone)) / (work.left(np.zeros(len(gone))) or 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory, in bytes, of what it keeps beside the base optimizer: owners of positions, masks and salience."""
-        kept = [s.owner for s in self._group + self._readers] + [t for t in self._own.values() if torch.is_tensor(t)]
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values()) + self.held.nbytes
-
-    def _trained_axes(self, partition: ZIGPartition) -> list[PrunableAxis]:
-        trained = {name for name, p in self.parameters_by_name().items() if p.requires_grad}
-        axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
-        if left := [axis.name for axis in partition.axes if axis not in axes]:
-            logger.warning(
-                "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
-                "merge it, or let it train): %s", len(left), ", ".join(left[:3] + ["..."] * (len(left) > 3)),
-            )  # fmt: skip
-        return axes
-
-    def _scheduled(self, total_steps: int, window: tuple[float, float] | None, num_events: int | None) -> Schedule:
-        dense = self.budget.dense
-        if self.budget.goal >= dense:
-            return Schedule()
-        return Schedule.over(total_steps, self.budget.goal / dense, window, num_events)
-
-    # a step -----------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, and the correction."""
-        now = self._own["dhspg_step"] + 1
-        if closure is None:
-            self._before_step(now)
-            loss = self.base.step()
-        else:
-            loss = self.base.step(self._watched(closure, now))
-        self._after_step(now)
-        self._own["dhspg_step"] = now
-        self._hold_zeros(now)
-        return loss
-
-    def _hold_zeros(self, now: int) -> None:
-        self.held.hold_(self._own["zero"], self.parameters_by_name(), now)
-
-    def _watched(self, closure: Callable[[], Any], now: int) -> Callable[[], Any]:
-        """The closure, after whose first call the gradients are those of the weights before the step."""
-        calls = 0
-
-        def watched() -> Any:
-            nonlocal calls
-            with torch.enable_grad():
-                loss = closure()
-            calls += 1
-            if calls == 1:
-                with torch.no_grad():
-                    self._before_step(now)
-            return loss
-
-        return watched
+    # what happens before and after a step -----------------------------------------------------
 
     def _before_step(self, now: int) -> None:
-        """What is read off weights and gradients before the base optimizer moves them."""
         if now in self.schedule.sample_steps:
             self._sample()
 
@@ -382,7 +254,7 @@ class DHSPG(AroundOptimizer):
         share = self.schedule.share_chosen_at(now)
         if factor is None and share is None:
             return
-        redundant = self._own["redundant"].cpu() > 0
+        redundant = self._own["redundant"].cpu() > 0  # (num_zigs,)
         if factor == 0:  # the next event is here
             self._freeze(redundant)
             redundant = torch.zeros_like(redundant)
@@ -392,101 +264,110 @@ class DHSPG(AroundOptimizer):
             redundant = self._choose(share)
         self._own["redundant"] = redundant.to(torch.uint8)
 
-    # salience and choice ----------------------------------------------------------------------
-
     def _sample(self) -> None:
-        """EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
+        """Adds this batch to the EMAs of <x, gradient>^2 of every ZIG and of every axis as a whole."""
         axis_of = torch.from_numpy(self.limits.axis_of)
         if self._salience is None:
             (sums,) = self._sums(self._parts(inner))
             salience = sums**2
-            of_axes = torch.zeros_like(self._own["salience_of_axes"], device="cpu").double()
-            of_axes = of_axes.index_add_(0, axis_of, sums.double()).square()
+            sums_of_axes = torch.zeros(len(self.axis_names), dtype=torch.float64, device="cpu")
+            salience_of_axes = sums_of_axes.index_add_(0, axis_of, sums.double()).square()
         else:
             sums = self._sums(self._parts(inner), self._parts(weight_squared), self._parts(gradient_squared))
             cost = torch.from_numpy(self.budget.cost_of_zig)[axis_of].float()
             salience = self._salience(Moments(*sums, self._elements[axis_of], cost)).float()
-            # who knows what it says of an axis under a norm
-            of_axes = torch.full((len(self.axis_names),), math.inf, device="cpu")
-        seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")
-        self._own["sampled"] = ((self._own["sampled"].cpu() > 0) | seen).to(torch.uint8)
-        for name, new, here in (("salience", salience, seen[axis_of]), ("salience_of_axes", of_axes, seen)):
-            old = self._own[name].cpu()
-            new = torch.nan_to_num(new, nan=math.inf, posinf=math.inf).float()
-            # to begin at 0 makes all too small alike
-            self._own[name] = torch.where(here, EMA * old + (1 - EMA) * new, old)
-
-    def _parts(self, product: Callable[[Tensor, Tensor], Tensor]) -> Iterable[Part]:
-        return parts(self._group, self.parameters_by_name(), product)
-
-    def _seen_axes(self) -> list[bool]:
-        """Whether every parameter of an axis trains and has a gradient now."""
-        seen = {name for name, p in self.parameters_by_name().items() if p.requires_grad and p.grad is not None}
-        return [params <= seen for params in self._params_of_axes]
+            # nobody knows what this says of a whole axis: infinity stands for one that is not under a norm
+            salience_of_axes = torch.full((len(self.axis_names),), math.inf, device="cpu")
+        seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")  # (axes,)
+        own = self._own
+        own["sampled"] = ((own["sampled"].cpu() > 0) | seen).to(torch.uint8)
+        own["salience"] = _averaged(own["salience"].cpu(), salience, seen[axis_of])
+        own["salience_of_axes"] = _averaged(own["salience_of_axes"].cpu(), salience_of_axes, seen)
 
     def _choose(self, share: float) -> Tensor:
         """The ZIGs to be made zero next. Those without a gradient since the last choice have no salience and stay."""
+        own = self._own
         zero = self.made_zero.numpy()
-        salience, of_axes = (self._own[name].cpu().double().numpy() for name in ("salience", "salience_of_axes"))
-        sampled = self._own["sampled"].cpu().numpy() > 0
-        weighted = weigh_survivors(salience, of_axes, zero, self.limits)
+        salience = own["salience"].cpu().double().numpy()
+        salience_of_axes = own["salience_of_axes"].cpu().double().numpy()
+        sampled = own["sampled"].cpu().numpy() > 0
+        weighted = weigh_survivors(salience, salience_of_axes, zero, self.limits)
         chosen = choose(weighted, zero, sampled, share, self.limits, self.budget)
-        self._own["sampled"] = torch.zeros_like(self._own["sampled"], device="cpu")
+        own["sampled"] = torch.zeros_like(own["sampled"], device="cpu")
         return self._agreed(torch.from_numpy(chosen))
 
-    # on the parameters ------------------------------------------------------------------------
 
-    def _sums(self, *many: Iterable[Part]) -> Tensor:
-        """Sums over the ZIGs, (len(many), num_zigs), of all ranks together."""
-        params = self.parameters_by_name()
-        return sum_over_zigs(many, {s.param: params[s.param] for s in self._group}, self.num_zigs)
+def _averaged(old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
+    """The EMA with another value where there is one, `seen`.
 
-    def _agreed(self, zigs: Tensor) -> Tensor:
-        """A mask as the first of the ranks has it that train these parameters together."""
-        replicas = self._process_group
-        if replicas is None and dist.is_initialized():
-            replicas = dist.group.WORLD
-        params = self.parameters_by_name()
-        return agreed(zigs.to(torch.uint8), [params[s.param] for s in self._group], replicas) > 0
-
-    def _scale(self, zigs: Tensor, factor: float) -> None:
-        """Multiplies the ZIGs of a mask: a whole multiply per tensor is faster than one by index."""
-        if not zigs.any():
-            return
-        factors = torch.ones(self.num_zigs, dtype=torch.float32, device="cpu").masked_fill(zigs, factor)
-        for s, p in on_this_rank(self._group, self.parameters_by_name()):
-            p.mul_(per_position(factors, s.owner, s.dim, p))
-        self._forget_past_steps()
-
-    def _freeze(self, zigs: Tensor) -> None:
-        """Makes ZIGs zero for good, with what reads them and the base optimizer's state of both."""
-        params = self.parameters_by_name()
-        for s, index, _ in rows_of(zigs, self._group + self._readers, params):
-            p = params[s.param]
-            states = self.state[p].values() if p in self.state else ()
-            for t in (p, *states):
-                if t is p or _can_be_zeroed(t, local(p)):
-                    local(t).index_fill_(s.dim, index, 0)
-        self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
-        if zigs.any():
-            self._forget_past_steps()
-
-    def _forget_past_steps(self) -> None:
-        """LBFGS takes every change of the weights since its last step for its own: after another it begins anew."""
-        if isinstance(self.base, torch.optim.LBFGS):
-            self.state.clear()
+    It begins at 0 and is not corrected for that, which makes all values smaller by the same factor.
+    """
+    new = torch.nan_to_num(new, nan=math.inf, posinf=math.inf).float()
+    return torch.where(seen, EMA * old + (1 - EMA) * new, old)
 
 
-def _can_be_zeroed(state: Any, p: Tensor) -> bool:
-    """Whether what an optimizer keeps of a parameter is a plain tensor of its shape, not a quantised one, say."""
-    if not isinstance(state, Tensor):
-        return False
-    here = local(state)
-    plain = type(here) in (Tensor, torch.nn.Parameter)
-    return plain and here.shape == p.shape and (here.is_floating_point() or here.is_complex())
+def _check_ranges(min_keep: float, group_divisible: int | None, num_events: int | None) -> None:
+    if not 0 <= min_keep < 1:
+        raise ValueError(f"min_keep is {min_keep}: it must be in [0, 1)")
+    if group_divisible is not None and group_divisible < 1:
+        raise ValueError(f"group_divisible is {group_divisible}: it must be at least 1")
+    if num_events is not None and num_events < 1:
+        raise ValueError(f"num_events is {num_events}: it must be at least 1")
+
+
+def _refuse_settings(base_kwargs: Mapping[str, Any], **settings: Any) -> None:
+    """Raises where settings are given beside a base that is an optimizer already."""
+    given = [*base_kwargs, *(name for name, value in settings.items() if value is not None)]
+    if given:
+        raise ValueError(f"base is an optimizer already, with settings of its own: {given[0]} is not for DHSPG")
+
+
+def _trained_axes(partition: ZIGPartition, params: Mapping[str, Tensor]) -> list[PrunableAxis]:
+    """The axes all of whose parameters train."""
+    trained = {name for name, p in params.items() if p.requires_grad}
+    axes = [axis for axis in partition.axes if all(m.param in trained for m in axis.group)]
+    frozen = [axis.name for axis in partition.axes if axis not in axes]
+    if frozen:
+        logger.warning(
+            "%d axes are not pruned, because some of their parameters are frozen (the base of an adapter, say: "
+            "merge it, or let it train): %s", len(frozen), ", ".join(frozen[:3] + ["..."] * (len(frozen) > 3)),
+        )  # fmt: skip
+    return axes
+
+
+def _refuse_what_cannot_go_on(
+    saved: Mapping[str, Any], run: str, left: float, budget: Budget, schedule: Schedule
+) -> None:
+    """Raises where the state of another run can't become one of this run.
+
+    Args:
+        saved: the state.
+        run: this run in words.
+        left: how much of the budget's work is left in the state.
+    """
+    step = int(saved["dhspg_step"])
+    runs = f"this run: {run}; the state, of step {step}: {saved['run']}"
+    cost_of_one_zig = budget.cost_of_zig.max(initial=0.0)
+    may_miss = 0.0 if budget.exact else max(0.01 * budget.dense, cost_of_one_zig)
+    if left < budget.goal - may_miss:
+        raise OTOError(f"more ZIGs are zero in this optimizer state than the target asks for ({runs})")
+    choices = schedule.events[:-1]
+    if left > budget.goal and (not choices or step >= choices[-1]):
+        raise OTOError(f"the target can't be reached any more, the steps at which ZIGs are chosen are over ({runs})")
+
+
+def _described(param_groups: Iterable[Mapping[str, Any]]) -> str:
+    """Sizes and learning rates of parameter groups: "12,448 at lr 0.01"."""
+    groups = []
+    for group in param_groups:
+        size = sum(p.numel() for p in group["params"])
+        # the rate of a base may be a tensor, or None where the base sets its own
+        rate = "no lr" if group["lr"] is None else f"lr {float(group['lr']):g}"
+        groups.append(f"{size:,} at {rate}")
+    return ", ".join(groups)
 
 
 def _fingerprint(axes: Sequence[PrunableAxis]) -> str:
-    """What tells partitions apart: the names and sizes of the axes, in their order."""
+    """What tells partitions apart: a digest of the names and sizes of the axes, in their order."""
     text = "\n".join(f"{axis.name} {axis.size}" for axis in axes)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,10 +1,13 @@
-"""Why a position stays, and what would lift the pin: every reason that the rules, solver and rehearsal give."""
+"""Why a position stays, and what would lift the pin: every reason that the rules, solver and rehearsal give.
+
+A reason reads as the end of "this dimension stays: ..."; {} stands for what it depends on, an operation say.
+"""
 
 from __future__ import annotations
 
 
 class Reason(str):
-    """Why a position stays; a text, as which it prints and compares.
+    """Why a position stays: a text, which prints and compares as any text.
 
     Attributes:
         lift: what would lift the pin.
@@ -28,7 +31,7 @@ class Reason(str):
         return reason
 
     def of(self, what: str) -> Reason:
-        """The reason with what it depends on in the place of {}."""
+        """The reason with {} replaced by what it depends on."""
         return Reason(self.replace("{}", what), self.lift)
 
     def at(self, layer: str) -> Reason:
@@ -36,7 +39,7 @@ class Reason(str):
         return self._more(f" in {layer}" if layer else "")
 
     def partly(self) -> Reason:
-        """The reason of a dimension of which it concerns some positions only."""
+        """The reason for a dimension of which only some positions stay."""
         return self._more(" (some positions)")
 
     def _more(self, text: str) -> Reason:
@@ -45,6 +48,7 @@ class Reason(str):
         return reason
 
 
+# what would lift a pin, for several reasons alike
 MEANING = "nothing: its width has a meaning"
 OTHERS = "nothing: a position that goes would change the others"
 NO_WEIGHT = "nothing: there is no weight to save"

@@ -1,13 +1,12 @@
 """Sizes that modules keep to themselves (`num_heads`, say): what each must become for a cut model to run.
 
-While the model is traced, these ints are tagged (`Size`), so that every size argument remembers where it came from;
-what each torch function says of its size arguments (`SIZE_RULES`) becomes an `Equation`, "expression == what a cut
-leaves of an axis". Solving the equations for a set of removed ZIGs gives the new attributes; a contradiction names the
-ZIGs that can't be removed together.
+While the model is traced, each of these ints is a `Size`, which remembers as an expression where it came from, and
+what torch's functions say of such sizes (size_rules.py) becomes an `Equation`. `Sizes` solves the equations for a set
+of removed ZIGs: the solution is the new attributes, a contradiction names the ZIGs that can't be removed together.
 
-Worked example: `x.view(b, n, self.num_heads, 64)` says num_heads == what is left of dimension 2 of the result. With 3
-of 12 heads removed num_heads becomes 9. A 64 written in the code is a constant: if dimension 3 could lose something,
-the equation 64 == what is left would contradict every cut of it, and it is pinned.
+Worked example: `x.view(b, n, self.num_heads, 64)` says that num_heads equals what a cut leaves of dimension 2 of the
+result. A cut that removes 3 of 12 heads makes num_heads 9. The 64 is written in the code, so it is a constant: a cut
+that left 48 positions of dimension 3 would contradict the equation "64 equals what is left", so dimension 3 is pinned.
 """
 
 from __future__ import annotations
@@ -17,17 +16,19 @@ import hashlib
 import math
 import operator
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from .modeling_oto import is_cut_size
 
-# ("const", n) | ("attribute", path, name, index) | ("span", value, dim, start, stop) | (op, left, right), where the
-# operations are those of arithmetic, and comparisons, which are 1 or 0
+# An expression is one of these tuples:
+#   ("const", number)
+#   ("attribute", module path, name, index)      a size that a module keeps, as in `Attribute`
+#   ("span", tensor number, dim, start, stop)    how many of the positions [start, stop) a cut leaves
+#   (operation, left, right)                     arithmetic, or a comparison, which is 1 or 0
 Expr = tuple
 
 
@@ -51,43 +52,64 @@ class Equation(NamedTuple):
     right: Expr
     layer: str
 
+    @property
+    def sides(self) -> tuple[Expr, Expr]:
+        """Both expressions, without the layer."""
+        return self.left, self.right
+
 
 # tagged ints ---------------------------------------------------------------------------------------
 
 
 class Size(int):
-    """An int that remembers, as an expression, where it came from."""
+    """An int that remembers, as an expression, where it came from.
+
+    Attributes:
+        expr: the expression.
+        equations: the list that receives what later uses of the size imply.
+
+    Example:
+        >>> num_heads = Size(12, ("attribute", "attention", "num_heads", None), equations=[])
+        >>> width = num_heads * 64
+        >>> width, width.expr
+        (768, ('*', ('attribute', 'attention', 'num_heads', None), ('const', 64)))
+    """
 
     def __new__(cls, value: int, expr: Expr, equations: list[Equation]) -> Size:
         size = super().__new__(cls, value)
-        size.expr, size.equations = expr, equations  # these receive what its later uses imply
+        size.expr = expr
+        size.equations = equations
         return size
 
     def _leave(self) -> int:
         """Leaves the algebra: from now on the expression has to keep its value."""
-        self.equations.append(Equation(self.expr, ("const", plain(self)), ""))
-        return plain(self)
+        value = plain(self)
+        self.equations.append(Equation(self.expr, ("const", value), ""))
+        return value
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)
-        if equal is True and isinstance(other, Size):
+        if equal is NotImplemented:
+            return equal
+        if equal and isinstance(other, Size):
+            # Code that has found two sizes equal uses one for the other, so they have to stay equal.
             if other.expr != self.expr:
                 self.equations.append(Equation(self.expr, other.expr, ""))
-        elif equal is not NotImplemented:
+        else:
             self._note("==", other, equal)
         return equal
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    # What is found by it in a table or set was compared with it; what isn't found there leaves no trace.
+    # A table or set compares a size only with entries of the same hash: a size that is not found leaves no equation.
     __hash__ = int.__hash__
 
-    def _note(self, comparison: str, other: Any, found: bool) -> None:
+    def _note(self, comparison: str, other: Any, outcome: bool) -> None:
         """A comparison has to come out the same after a cut: code takes the other branch otherwise."""
         if isinstance(other, int):
             compared = (comparison, self.expr, expr_of(other))
-            self.equations.append(Equation(compared, ("const", int(found)), ""))
+            self.equations.append(Equation(compared, ("const", int(outcome)), ""))
 
     def __int__(self) -> int:
         return self._leave()
@@ -100,37 +122,47 @@ class Size(int):
 
 
 def _operation(name: str, op: str | None) -> Callable:
-    """`Size.name`: the result is a size too, unless expressions have no such `op` or the other side is no int."""
+    """The method `Size.name`, whose result is a size too.
+
+    Args:
+        op: the operation in expressions. None: expressions have no such operation, and the operands leave the algebra.
+    """
     compute = getattr(int, name)
+    is_reflected = name.startswith("__r")
 
     def operate(self: Size, other: Any) -> Any:
         if op is None or not isinstance(other, int):
-            return compute(self._leave(), other._leave() if isinstance(other, Size) else other)
-        sides = (expr_of(other), self.expr) if name.startswith("__r") else (self.expr, expr_of(other))
-        return Size(compute(plain(self), plain(other)), (op, *sides), self.equations)
+            value = self._leave()
+            if isinstance(other, Size):
+                other = other._leave()
+            return compute(value, other)
+        mine, its = self.expr, expr_of(other)
+        expr = (op, its, mine) if is_reflected else (op, mine, its)
+        return Size(compute(plain(self), plain(other)), expr, self.equations)
 
     return operate
 
 
-_OPS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
-for _name, _op in [(f"__{side}{name}__", op) for name, op in _OPS.items() for side in ("", "r")]:
-    setattr(Size, _name, _operation(_name, _op))
-
-
 def _comparison(name: str, op: str) -> Callable:
+    """The method `Size.name`, which notes how the comparison came out."""
     compute = getattr(int, name)
 
     def compare(self: Size, other: Any) -> bool:
-        found = compute(self, other)
-        if found is not NotImplemented:
-            self._note(op, other, found)
-        return found
+        outcome = compute(self, other)
+        if outcome is not NotImplemented:
+            self._note(op, other, outcome)
+        return outcome
 
     return compare
 
 
-for _name, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
-    setattr(Size, _name, _comparison(_name, _op))
+_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
+for _word, _op in _OPERATORS.items():
+    for _method in (f"__{_word}__", f"__r{_word}__"):
+        setattr(Size, _method, _operation(_method, _op))
+
+for _method, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
+    setattr(Size, _method, _comparison(_method, _op))
 
 
 def plain(value: int) -> int:
@@ -139,137 +171,37 @@ def plain(value: int) -> int:
 
 
 def expr_of(value: int | Expr) -> Expr:
-    """The expression a size came from; a plain int is a constant."""
+    """The expression that a size came from; an int without a tag is a constant."""
     if isinstance(value, tuple):
         return value
-    return value.expr if isinstance(value, Size) else ("const", value)
+    if isinstance(value, Size):
+        return value.expr
+    return ("const", value)
 
 
 def span(ref: Ref, dim: int, start: int = 0, stop: int | None = None) -> Expr:
     """The number of positions in [start, stop) of a dimension that a cut leaves."""
     dim %= len(ref.shape)
-    return ("span", ref.value, dim, start, ref.shape[dim] if stop is None else stop)
-
-
-# what each function says of the sizes it is given: their arguments are those of torch's own ------------
-
-Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
-
-
-def _shape(ref: Callable, out: Any, sizes: Sequence[Any], first: int = 0) -> Pairs:
-    for d, n in enumerate(sizes, first):
-        if isinstance(n, int) and n != -1:
-            yield n, span(ref(out), d)
-
-
-def _ints(sizes: Sequence[Any]) -> Sequence[int]:
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-
-
-def _view(ref: Callable, out: Any, input: Any, *sizes: Any, shape: Any = (), size: Any = (), **_: Any) -> Pairs:
-    return _shape(ref, out, _ints(sizes) or shape or size)
-
-
-def _repeat(ref: Callable, out: Any, input: Any, *sizes: Any, repeats: Any = (), dims: Any = ()) -> Pairs:
-    for d, n in enumerate(reversed(_ints(sizes) or repeats or dims), 1):
-        yield n, ("//", span(ref(out), -d), span(ref(input), -d)) if d <= input.dim() else span(ref(out), -d)
-
-
-def _repeat_interleave(ref: Callable, out: Any, input: Any, repeats: Any, dim: int | None = None, **_: Any) -> Pairs:
-    if isinstance(repeats, int) and dim is not None:
-        yield repeats, ("//", span(ref(out), dim), span(ref(input), dim))
-
-
-def _split(ref: Callable, out: Any, input: Any, split_size_or_sections: Any, dim: int = 0) -> Pairs:
-    for i, piece in enumerate(out):
-        n = split_size_or_sections if isinstance(split_size_or_sections, int) else split_size_or_sections[i]
-        if piece.shape[dim] == n:
-            yield n, span(ref(piece), dim)
-
-
-def _chunk(ref: Callable, out: Any, input: Any, chunks: int, dim: int = 0) -> Pairs:
-    yield ("*", ("const", len(out)), span(ref(out[0]), dim)), span(ref(input), dim)
-
-
-def _slices(ref: Callable, out: Any, input: Any, index: Any) -> Pairs:
-    index = index if isinstance(index, tuple) else (index,)
-    masks = [i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1 for i in index]
-    widths = [0 if i is None or i is ... else width for i, width in zip(index, masks, strict=True)]
-    dim = 0
-    for i, width in zip(index, widths, strict=True):
-        if isinstance(i, slice) and i.step in (None, 1):
-            yield from _bounds(ref(input), dim, i.start, i.stop)
-        dim += input.dim() - sum(widths) if i is ... else width
-
-
-def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs:
-    n = source.shape[dim]
-    for bound in (start, stop):
-        if isinstance(bound, int) and 0 < bound < n:
-            yield bound, span(source, dim, 0, plain(bound))
-        elif isinstance(bound, int) and -n < bound < 0:
-            yield 0 - bound, span(source, dim, n + plain(bound), n)
-
-
-def _narrow(ref: Callable, out: Any, input: Any, dim: int, start: Any, length: int) -> Pairs:
-    if isinstance(start, int):
-        yield from _bounds(ref(input), dim % input.dim(), start, start + length)
-
-
-def _groups(ref: Callable, out: Any, input: Any, weight: Any, *more: Any, groups: int = 1, **_: Any) -> Pairs:
-    """(b, g i) and (o, i); transposed, which has out for input, (b, g o) and (i, o)"""
-    whole = span(ref(input), input.dim() - weight.dim() + 1)
-    yield more[4] if len(more) > 4 else groups, ("//", whole, span(ref(weight), 1))
-
-
-def _group_norm(ref: Callable, out: Any, input: Any, num_groups: int, *_: Any, **__: Any) -> Pairs:
-    yield num_groups, ("//", span(ref(out), 1), ("const", input.shape[1] // plain(num_groups)))
-
-
-def _default_scale(ref: Callable, out: Any, query: Any, *_: Any, scale: float | None = None, **__: Any) -> Pairs:
-    if scale is None:  # 1 / sqrt(head_dim) is then read off the query
-        yield query.shape[-1], span(ref(query), -1)
-
-
-def _all_heads(ref: Callable, out: Any, query: Any, *args: Any, **named: Any) -> Pairs:
-    """Of attention with all its projections in one function, head_dim is embed_dim // num_heads: it stays whole."""
-    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    for tensor, dim in ((query, -1), (args[4], 0), *((named.get(name), 0) for name in names)):
-        if tensor is not None:
-            yield tensor.shape[dim], span(ref(tensor), dim)
-
-
-SIZE_RULES: dict[str, Callable[..., Pairs]] = {
-    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
-    **dict.fromkeys(
-        ["zeros", "ones", "empty", "rand", "randn"],
-        lambda ref, out, *sizes, **named: _view(ref, out, None, *sizes, **named),
-    ),
-    "full": lambda ref, out, size, *_, **__: _shape(ref, out, size),
-    "new_full": lambda ref, out, input, size, *_, **__: _shape(ref, out, size),
-    "unflatten": lambda ref, out, input, dim, sizes: _shape(ref, out, sizes, dim % input.dim()),
-    **dict.fromkeys(
-        ["layer_norm", "rms_norm", "_fused_rms_norm"],
-        lambda ref, out, input, normalized_shape, *_, **__: _shape(ref, out, normalized_shape, -len(normalized_shape)),
-    ),
-    "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
-    "split": _split, "split_with_sizes": _split, "chunk": _chunk, "__getitem__": _slices, "narrow": _narrow,
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
-    **dict.fromkeys(
-        ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
-        lambda ref, out, input, *more, **named: _groups(ref, input, out, *more, **named),
-    ),
-    "__setitem__": lambda ref, out, input, index, value: _slices(ref, out, input, index),
-    "multi_head_attention_forward": _all_heads,
-    **dict.fromkeys(
-        ["affine_grid", "affine_grid_generator"],  # (n, c, h, w), of which the channels decide nothing
-        lambda ref, out, theta, size, *_, **__: _shape(ref, out, [size[0], *size[2:]]),
-    ),
-    "group_norm": _group_norm, "scaled_dot_product_attention": _default_scale,
-}  # fmt: skip
+    if stop is None:
+        stop = ref.shape[dim]
+    return ("span", ref.value, dim, start, stop)
 
 
 # solving -------------------------------------------------------------------------------------------
+
+
+class _Solution(NamedTuple):
+    """The attributes after a cut, as far as they are known.
+
+    Attributes:
+        removed: bool, shape (num_zigs + 1,); its last entry, False, is that of ZIG -1, "no ZIG".
+        attributes: the new value of every attribute, the old one while nothing is known.
+        fixed: the attributes whose new value is known.
+    """
+
+    removed: np.ndarray
+    attributes: dict[Attribute, int]
+    fixed: set[Attribute]
 
 
 class Sizes:
@@ -278,7 +210,7 @@ class Sizes:
     Args:
         equations: as traced.
         spans: (value, dim) -> the ZIG of every position of each of its factors, -1 for those that stay; dimensions
-            without any are left out.
+            that no cut touches are left out.
         values: attribute -> its value in the dense model.
     """
 
@@ -286,20 +218,33 @@ class Sizes:
         self.values = values
         self.spans: dict[Expr, tuple[np.ndarray, ...]] = {}
         self._names: dict[int, bytes] = {}
-        self.equations: list[Equation] = []
-        seen = set()
+        bound = self._bound(equations, spans)
+        largest_zig = -1
+        for factors in self.spans.values():
+            for zigs in factors:
+                largest_zig = max(largest_zig, int(zigs.max()))
+        nothing_removed = np.zeros(largest_zig + 2, bool)
+        # An equation that does not even hold for the dense model was misunderstood, and says nothing of a cut.
+        self.equations = [equation for equation in bound if self._holds(equation, values, nothing_removed)]
+
+    def _bound(self, equations: Sequence[Equation], spans: Spans) -> list[Equation]:
+        """The equations that say something of a cut, each once."""
+        bound: list[Equation] = []
+        seen: set[tuple[Expr, Expr]] = set()
         for equation in equations:
-            left, right = self._bind(equation.left, spans), self._bind(equation.right, spans)
-            if (left, right) in seen or left == right or left[0] == right[0] == "const":
+            left = self._bind(equation.left, spans)
+            right = self._bind(equation.right, spans)
+            is_of_constants = left[0] == right[0] == "const"
+            if (left, right) in seen or left == right or is_of_constants:
                 continue
             seen.add((left, right))
-            self.equations.append(Equation(left, right, equation.layer))
-        count = 1 + max((int(f.max()) for factors in self.spans.values() for f in factors), default=-1)
-        self.equations = [e for e in self.equations if self._holds(e, values, np.zeros(count + 1, bool))]
+            bound.append(Equation(left, right, equation.layer))
+        return bound
 
     def _bind(self, expr: Expr, spans: Spans) -> Expr:
-        """Spans that no cut touches become constants; equal ones become the same key."""
-        if expr[0] == "span":
+        """The expression with spans that no cut touches as constants, and equal spans under equal keys."""
+        kind = expr[0]
+        if kind == "span":
             _, value, dim, start, stop = expr
             factors = spans.get((value, dim))
             if factors is None:
@@ -307,32 +252,41 @@ class Sizes:
             key = ("span", *map(self._name, factors), start, stop)
             self.spans[key] = factors
             return key
-        if expr[0] in ("const", "attribute"):
+        if kind in ("const", "attribute"):
             return expr
-        left, right = self._bind(expr[1], spans), self._bind(expr[2], spans)
+        left = self._bind(expr[1], spans)
+        right = self._bind(expr[2], spans)
         if left[0] == right[0] == "const":
-            return ("const", _compute(expr[0], left[1], right[1]))
-        return (expr[0], left, right)
+            return ("const", _compute(kind, left[1], right[1]))
+        return (kind, left, right)
 
-    def _name(self, factor: np.ndarray) -> bytes:
+    def _name(self, zigs: np.ndarray) -> bytes:
         """A short name of the contents of an array."""
-        if id(factor) not in self._names:
-            self._names[id(factor)] = hashlib.blake2b(factor.tobytes(), digest_size=16).digest()
-        return self._names[id(factor)]
+        if id(zigs) not in self._names:
+            self._names[id(zigs)] = hashlib.blake2b(zigs.tobytes(), digest_size=16).digest()
+        return self._names[id(zigs)]
 
     def _value(self, expr: Expr, attributes: Values, removed: np.ndarray) -> float:
-        """What an expression becomes; `removed` is bool (num_zigs + 1,), its last entry False."""
-        if expr[0] == "const":
+        """What an expression becomes when ZIGs are removed; `removed` is that of `_Solution`."""
+        kind = expr[0]
+        if kind == "const":
             return expr[1]
-        if expr[0] == "attribute":
+        if kind == "attribute":
             return attributes[expr[1:]]
-        if expr[0] == "span":
-            whole = functools.reduce(np.logical_and.outer, (~removed[factor] for factor in self.spans[expr]))
-            return int(whole.reshape(-1)[expr[-2] : expr[-1]].sum())
-        return _compute(expr[0], *(self._value(e, attributes, removed) for e in expr[1:]))
+        if kind == "span":
+            *_, start, stop = expr
+            stays = [~removed[zigs] for zigs in self.spans[expr]]
+            # A position of a dimension stays if its position in every factor stays.
+            whole = functools.reduce(np.logical_and.outer, stays)
+            return int(whole.reshape(-1)[start:stop].sum())
+        left = self._value(expr[1], attributes, removed)
+        right = self._value(expr[2], attributes, removed)
+        return _compute(kind, left, right)
 
     def _holds(self, equation: Equation, attributes: Values, removed: np.ndarray) -> bool:
-        return self._value(equation.left, attributes, removed) == self._value(equation.right, attributes, removed)
+        left = self._value(equation.left, attributes, removed)
+        right = self._value(equation.right, attributes, removed)
+        return left == right
 
     def solve(self, removed: np.ndarray) -> tuple[dict[Attribute, int], list[Equation]]:
         """The attributes that change when ZIGs are removed, and the equations that then can't hold.
@@ -340,59 +294,105 @@ class Sizes:
         Args:
             removed: bool, shape (num_zigs,).
         """
-        removed = np.append(removed, False)  # what -1 stands for
-        attributes = dict(self.values)
-        touched = {q: any(removed[f].any() for f in self._factors(q)) for q in self.equations}
-        # a comparison has to come out as it did, but says nothing about what its sides should be
-        pending = [q for q, yes in touched.items() if yes and not is_comparison(q)]
-        # what an equation of no cut axis says of one attribute alone stays true
-        fixed = {a for q, yes in touched.items() if not yes for a, other in _alone(q) if not _attributes(other)}
+        removed = np.append(removed, False)  # ZIG -1, "no ZIG", is never removed
+        solution = _Solution(removed, dict(self.values), set())
+        touched: set[Equation] = set()
+        for equation in self.equations:
+            if any(removed[zigs].any() for zigs in self._factors(equation)):
+                touched.add(equation)
+                continue
+            # An attribute that an untouched equation sets equal to something known keeps its value.
+            for attribute, other in _alone(equation):
+                if not _attributes(other):
+                    solution.fixed.add(attribute)
+        # A comparison has to come out as it did, but says nothing about what its sides should be.
+        telling = [equation for equation in self.equations if not is_comparison(equation)]
+        pending = [equation for equation in telling if equation in touched]
+        # Equations with an attribute alone on one side go first: they leave no choice.
+        self._settle([equation for equation in pending if _has_bare_attribute(equation)], solution)
+        self._settle(pending, solution)
+        # Attributes that have changed meanwhile contradict equations that no removed ZIG touches.
+        self._settle(telling, solution, only_broken=True)
+        changed = {a: size for a, size in solution.attributes.items() if size != self.values[a]}
+        conflicts = []
+        for equation in self.equations:
+            concerned = equation in touched or changed.keys() & _attributes(*equation.sides)
+            if concerned and not self._holds(equation, solution.attributes, removed):
+                conflicts.append(equation)
+        return changed, conflicts
 
-        def settle(equations: Sequence[Equation], ready: Callable[[Equation], bool]) -> None:
-            """Fixes the attribute of every equation that has one unknown left, until there is none."""
-            count = -1
-            while count < len(fixed):
-                count = len(fixed)
-                for equation in equations:
-                    unknown = _attributes(*equation[:2]) - fixed
-                    if len(unknown) == 1 and ready(equation):
-                        (attribute,) = unknown
-                        value = self._fit(equation, attribute, attributes, removed)
-                        if is_cut_size(self.values[attribute], value):
-                            attributes[attribute] = value
-                            fixed.add(attribute)
+    def _settle(self, equations: Sequence[Equation], solution: _Solution, only_broken: bool = False) -> None:
+        """Fixes the attribute of every equation that has one unknown attribute, until there is no such equation.
 
-        settle(pending, lambda q: any(e[0] == "attribute" for e in q[:2]))  # what stands alone is certain
-        settle(pending, lambda q: True)
-        told = [q for q in self.equations if not is_comparison(q)]
-        settle(told, lambda q: not self._holds(q, attributes, removed))  # of what has changed meanwhile
-        changed = {a: v for a, v in attributes.items() if v != self.values[a]}
-        asked = [q for q in self.equations if touched[q] or changed.keys() & _attributes(*q[:2])]
-        return changed, [q for q in asked if not self._holds(q, attributes, removed)]
+        Args:
+            only_broken: leave equations alone that hold as things are.
+        """
+        removed, attributes, fixed = solution
+        count = -1
+        while count < len(fixed):
+            count = len(fixed)
+            for equation in equations:
+                unknown = _attributes(*equation.sides) - fixed
+                if len(unknown) != 1:
+                    continue
+                if only_broken and self._holds(equation, attributes, removed):
+                    continue
+                (attribute,) = unknown
+                size = self._fit(equation, attribute, solution)
+                if is_cut_size(self.values[attribute], size):
+                    attributes[attribute] = size
+                    fixed.add(attribute)
 
-    def _fit(self, equation: Equation, attribute: Attribute, attributes: Values, removed: np.ndarray) -> float:
-        """The value of one unknown attribute that satisfies an equation: the old one if it does, else the smallest."""
-        for alone, other in _alone(equation):
-            if alone == attribute:
-                return self._value(other, attributes, removed)
+    def _fit(self, equation: Equation, attribute: Attribute, solution: _Solution) -> float:
+        """The value of one attribute that satisfies an equation: the old value if it does, else the smallest; nan if
+        none does."""
+        for bare_attribute, other in _alone(equation):
+            if bare_attribute == attribute:
+                return self._value(other, solution.attributes, solution.removed)
         old = self.values[attribute]
-        tries = ((n, ChainMap({attribute: n}, attributes)) for n in (old, *range(1, old)))
-        return next((n for n, trial in tries if self._holds(equation, trial, removed)), math.nan)
+        for size in (old, *range(1, old)):
+            trial = ChainMap({attribute: size}, solution.attributes)
+            if self._holds(equation, trial, solution.removed):
+                return size
+        return math.nan
 
     def _factors(self, equation: Equation) -> list[np.ndarray]:
-        return [f for e in equation[:2] for s in spans_of(e) for f in self.spans[s]]
+        """The arrays of ZIGs, one for each factor of each span in an equation."""
+        factors: list[np.ndarray] = []
+        for side in equation.sides:
+            for key in spans_of(side):
+                factors += self.spans[key]
+        return factors
+
+    def _removed_in(self, equations: Iterable[Equation], removed: np.ndarray) -> np.ndarray:
+        """The removed ZIGs that equations speak of, in order."""
+        factors = [np.zeros(0, np.int64)]
+        for equation in equations:
+            factors += self._factors(equation)
+        zigs = np.unique(np.concatenate(factors))
+        zigs = zigs[zigs >= 0]
+        return zigs[removed[zigs]]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
-        """The removed ZIGs that the equations speak of; where there are none, those of equations with the same
-        attributes; where there are none of these either, all."""
-        shared = _attributes(*(e for q in equations for e in q[:2]))
-        for some in (equations, [q for q in self.equations if shared & _attributes(*q[:2])]):
-            found = np.unique(np.concatenate([np.zeros(0, np.int64), *(f for q in some for f in self._factors(q))]))
-            found = found[found >= 0]
-            if removed[found].any():
-                return found[removed[found]]
+        """The removed ZIGs that have to answer for equations that can't hold.
+
+        These are the removed ZIGs that the equations speak of. If the equations speak of none, they are those of all
+        equations with the same attributes; if there are none of these either, all removed ZIGs.
+        """
+        zigs = self._removed_in(equations, removed)
+        if len(zigs):
+            return zigs
+        attributes: set[Attribute] = set()
+        for equation in equations:
+            attributes |= _attributes(*equation.sides)
+        related = [equation for equation in self.equations if attributes & _attributes(*equation.sides)]
+        zigs = self._removed_in(related, removed)
+        if len(zigs):
+            return zigs
         return np.flatnonzero(removed)
 
+
+# expressions ---------------------------------------------------------------------------------------
 
 COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
@@ -405,22 +405,40 @@ def is_comparison(equation: Equation) -> bool:
 
 
 def _compute(op: str, left: float, right: float) -> float:
-    """The result, nan, which equals nothing, for one that does not exist."""
-    return math.nan if op in ("//", "%") and right == 0 else OPERATIONS[op](left, right)
+    """The result of an operation; a division by zero gives nan, which equals nothing."""
+    if op in ("//", "%") and right == 0:
+        return math.nan
+    return OPERATIONS[op](left, right)
 
 
 def _atoms(expr: Expr) -> list[Expr]:
-    return [expr] if expr[0] in ("const", "attribute", "span") else [*_atoms(expr[1]), *_atoms(expr[2])]
+    """The constants, attributes and spans in an expression."""
+    if expr[0] in ("const", "attribute", "span"):
+        return [expr]
+    return [*_atoms(expr[1]), *_atoms(expr[2])]
 
 
 def _attributes(*exprs: Expr) -> set[Attribute]:
+    """The attributes in expressions."""
     return {atom[1:] for expr in exprs for atom in _atoms(expr) if atom[0] == "attribute"}
 
 
+def _has_bare_attribute(equation: Equation) -> bool:
+    """Whether one side is an attribute and nothing else."""
+    return equation.left[0] == "attribute" or equation.right[0] == "attribute"
+
+
 def _alone(equation: Equation) -> list[tuple[Attribute, Expr]]:
-    """An attribute that is one side of an equation by itself, and the other side, if it is not in that too."""
-    sides = equation[:2], equation[1::-1]
-    return [(a[1:], b) for a, b in sides if a[0] == "attribute" and a[1:] not in _attributes(b)]
+    """(attribute, other side) of every side that is an attribute and nothing else.
+
+    An attribute that stands in the other side too is left out, for that side does not tell its value.
+    """
+    left, right = equation.sides
+    pairs = []
+    for side, other in ((left, right), (right, left)):
+        if side[0] == "attribute" and side[1:] not in _attributes(other):
+            pairs.append((side[1:], other))
+    return pairs
 
 
 def spans_of(expr: Expr) -> list[Expr]:

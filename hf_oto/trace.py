@@ -1,7 +1,7 @@
-"""The calls of the model's forward, traced: every ATen call with the tensors it took and the layer it ran in.
+"""The calls of the model's forward, traced: every ATen call with the tensors that it took and the layer it ran in.
 
-They are traced together, in eval mode and in train mode, so that one algebra unites all they say. Meanwhile the sizes
-that modules keep to themselves are tagged (sizes.py).
+All calls are traced together, in eval mode and in train mode, so that one algebra unites all that they say.
+Meanwhile the sizes that modules keep to themselves are tagged (tagging.py).
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory, tensors_of
 from .evaluating import WeightsKept, enter_mode_, evaluating
-from .modeling_oto import OTOError, named_tensors, set_sizes_, sizes_of
-from .restore import MANY
-from .sizes import SIZE_RULES, Equation, Ref, Size, expr_of, plain, span
+from .fakes import Fakes
+from .modeling_oto import OTOError, named_tensors
+from .sizes import Equation, Ref
+from .tagging import Tagger, mapped, tag_
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,10 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """aten::add_.Tensor -> add"""
+        """The name of the operator without namespace and overload: aten::add_.Tensor -> add."""
         name = self.op._schema.name.split("::")[1]
-        return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        return name[:-1] if is_in_place else name
 
     @property
     def refs(self) -> list[Ref]:
@@ -51,10 +51,11 @@ class Call(NamedTuple):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Every argument by its name in the schema and in that order, those left out too."""
-        schema = self.op._schema.arguments
-        args = dict(zip((a.name for a in schema), self.args, strict=False)) | self.kwargs
-        return {a.name: args.get(a.name, a.default_value) for a in schema}
+        """Every argument by its name in the schema and in that order, with defaults for those left out."""
+        parameters = self.op._schema.arguments
+        names = [parameter.name for parameter in parameters]
+        passed = dict(zip(names, self.args, strict=False)) | self.kwargs
+        return {parameter.name: passed.get(parameter.name, parameter.default_value) for parameter in parameters}
 
 
 def _refs_in(values: Iterable[Any]) -> Iterator[Ref]:
@@ -113,35 +114,35 @@ class Trace(NamedTuple):
         return [ref for refs in self.returned.values() for ref in refs]
 
 
-def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Arguments with every leaf mapped: several times as fast as a pytree, and a trace maps many thousands."""
-    if type(value) is tuple or type(value) is list:
-        return type(value)(_mapped(inner, leaf) for inner in value)
-    if type(value) is dict:
-        return {key: _mapped(inner, leaf) for key, inner in value.items()}
-    return leaf(value)
+# recording -----------------------------------------------------------------------------------------
 
 
 class _Recorder(TorchDispatchMode):
-    """Numbers tensors by identity, kept alive so that it stays unique, and writes down every ATen call."""
+    """Gives every tensor a number and writes down every ATen call.
+
+    Tensors are told apart by their `id`; those with a number are kept alive, so that no other tensor gets their `id`.
+    """
 
     def __init__(self, paths: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.supports_higher_order_operators = True
         self.calls: list[Call] = []
-        self.layers = [""]
+        self.layers = [""]  # paths of the modules that run now, the innermost last
         self.in_hand: dict[str, set[int]] = {}
         self.count = 0
         self._paths = paths
-        self._number: dict[int, int] = {}
+        self._number: dict[int, int] = {}  # id of a tensor -> its number
         self._alive: list[torch.Tensor] = []
 
     def ref(self, tensor: torch.Tensor) -> Ref:
         """The number of a tensor, a new one if it has none."""
-        return Ref(self._number[id(tensor)], tuple(tensor.shape)) if id(tensor) in self._number else self.add(tensor)
+        number = self._number.get(id(tensor))
+        if number is None:
+            return self.add(tensor)
+        return Ref(number, tuple(tensor.shape))
 
     def add(self, tensor: torch.Tensor) -> Ref:
-        """A new number for a tensor: what is written to is another value from then on."""
+        """A new number for a tensor: a tensor that has been written to is another value from then on."""
         if tensor.is_nested:
             raise OTOError(f"nested tensors, here in {self.layers[-1] or 'forward'}, have no shape to trace")
         return self.name(tensor, self.new(tensor.shape))
@@ -159,85 +160,52 @@ class _Recorder(TorchDispatchMode):
 
     def known(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """The numbers of those tensors that have one."""
-        return {self._number[id(t)] for t in tensors if id(t) in self._number}
+        return {self._number[id(tensor)] for tensor in tensors if id(tensor) in self._number}
 
     @contextlib.contextmanager
     def watching_layers(self) -> Iterator[None]:
         """While open, the modules that run say where a call is made, and what their forwards have in hand."""
-        here = threading.get_ident()  # hooks are those of all threads
+        own_thread = threading.get_ident()  # torch calls these hooks in all threads
+
+        def note(tensors: Any) -> None:
+            caller = self.layers[-1]
+            self.in_hand.setdefault(caller, set()).update(self.known(tensors_of(tensors)))
 
         def enter(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == here:
-                self.in_hand.setdefault(self.layers[-1], set()).update(self.known(tensors_of(args)))
+            if threading.get_ident() == own_thread:
+                note(args)
+                # A module that is registered nowhere counts to the module that calls it.
                 self.layers.append(self._paths.get(module, self.layers[-1]))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() == here:
+            if threading.get_ident() == own_thread:
                 self.layers.pop()
-                self.in_hand.setdefault(self.layers[-1], set()).update(self.known(tensors_of(output)))
+                note(output)
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         with before, after:
             yield
 
+    def _ref_of_tensor(self, leaf: Any) -> Any:
+        return self.ref(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        refs = _mapped((args, kwargs), lambda leaf: self.ref(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+        # The arguments are numbered before the call: what is written to has the old number as an argument.
+        refs = mapped((args, kwargs), self._ref_of_tensor)
         out = func(*args, **kwargs)
-        outs = tuple(self.add(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
+        outs = tuple(self.add(tensor) for tensor in tree_iter(out) if isinstance(tensor, torch.Tensor))
+        layer = self.layers[-1]
         if isinstance(func, HigherOrderOperator):
-            taken = tuple(ref for ref in tree_iter(refs) if isinstance(ref, Ref))
-            self.calls.append(Call(OpaqueOp(func), taken, {}, outs, self.layers[-1]))
-        elif outs or func is torch.ops.aten._local_scalar_dense.default:
-            self.calls.append(Call(func, *refs, outs, self.layers[-1]))
+            inputs = tuple(ref for ref in tree_iter(refs) if isinstance(ref, Ref))
+            self.calls.append(Call(OpaqueOp(func), inputs, {}, outs, layer))
+        elif outs or func is torch.ops.aten._local_scalar_dense.default:  # `.item()` returns no tensor
+            self.calls.append(Call(func, *refs, outs, layer))
         return out
 
 
-class _Tagger(TorchFunctionMode):
-    """Sees size arguments before C++ does: turns tags into equations, and shapes into tags."""
-
-    def __init__(self, recorder: _Recorder, equations: list[Equation]) -> None:
-        super().__init__()
-        self.recorder, self.equations = recorder, equations
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__
-        if name == "__get__" and func.__self__ is torch.Tensor.shape:
-            return self._shape(args[0], func(*args))
-        if name == "size" and func is torch.Tensor.size:
-            shape = self._shape(args[0], args[0].shape)
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            return shape if dim is None else shape[dim]
-        sizes: list[Size] = []
-
-        def untag(value: Any) -> Any:
-            if type(value) is slice:
-                return slice(untag(value.start), untag(value.stop), untag(value.step))
-            if type(value) is not Size:
-                return value
-            sizes.append(value)
-            return plain(value)
-
-        plain_args, plain_kwargs = _mapped((args, kwargs), untag)
-        out = func(*plain_args, **plain_kwargs)
-        if name not in SIZE_RULES:  # used as a number: it has to stay what it is
-            self.equations += [Equation(n.expr, ("const", plain(n)), self.recorder.layers[-1]) for n in sizes]
-        else:
-            said: list[Equation] = []
-            mark = len(self.equations)
-            try:
-                for n, expr in SIZE_RULES[name](self.recorder.ref, out, *args, **kwargs):
-                    said.append(Equation(expr_of(n), expr, self.recorder.layers[-1]))
-            except Exception as error:  # a way of calling it that the rule doesn't know: the rehearsal has to judge
-                logger.info("the size rule of %s failed in %s: %s", name, self.recorder.layers[-1], error)
-            self.equations[mark:] = said  # what the rule itself compared is no part of the model
-        return out
-
-    def _shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
-        ref = self.recorder.ref(tensor)
-        return torch.Size([Size(n, span(ref, d), self.equations) for d, n in enumerate(shape)])
+# preparing the model -------------------------------------------------------------------------------
 
 
 def experts_at_once_(model: nn.Module) -> None:
@@ -246,61 +214,27 @@ def experts_at_once_(model: nn.Module) -> None:
         module.set_experts_implementation("batched_mm")
 
 
-def tag_(model: nn.Module, equations: list[Equation]) -> None:
-    """Tags every size that a module keeps, and those it reads from its config, in place: `restored` undoes it."""
-    for path, module in model.named_modules():
-        tagged: dict[str, Any] = {}
-        for name, value in sizes_of(module).items():
-            if isinstance(value, int):
-                tagged[name] = Size(value, ("attribute", path, name, None), equations)
-            elif len(value) <= MANY:  # longer ones are data
-                sizes = [Size(n, ("attribute", path, name, i), equations) for i, n in enumerate(value)]
-                tagged[name] = type(value)(sizes)
-        set_sizes_(module, tagged)
-
-
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that a checkpoint holds, by name."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+    persistent: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                full_name = f"{path}.{name}" if path else name
+                persistent[full_name] = buffer
+    return persistent
 
 
-class Fakes:
-    """Weightless stand-ins of a model's tensors and of its inputs: they have shapes, and neither memory nor values."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        devices = {name: t.device for name, t in named_tensors(model).items()}
-        self._device = next((d for d in devices.values() if d.type != "meta"), torch.device("cpu"))
-        self._devices = {name: self._device if d.type == "meta" else d for name, d in devices.items()}
-
-    def weights(self, model: nn.Module) -> dict[int, torch.Tensor]:
-        """A fake of every parameter and buffer that the model has now, by the id of that."""
-        found: dict[int, torch.Tensor] = {}
-        for name, tensor in named_tensors(model).items():
-            if id(tensor) not in found:
-                found[id(tensor)] = self._fake(tensor, self._devices[name])
-        return found
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fake of an input."""
-        return self._fake(tensor, self._device if tensor.is_meta else tensor.device)
-
-    def _fake(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        fake = FakeTensor(self.mode, torch.empty_like(tensor, device="meta"), device)
-        fake._is_param = isinstance(tensor, nn.Parameter)  # which is what isinstance(fake, nn.Parameter) asks
-        return fake
+# tracing -------------------------------------------------------------------------------------------
 
 
 def trace(
     model: nn.Module, forwards: Sequence[Forward], fake: bool = True, modes: Sequence[bool] = (False, True)
 ) -> Trace:
-    """Makes the calls in eval mode, then in train mode without dropout, and records them: on FakeTensors (no memory,
-    no arithmetic), or with the real weights where the model doesn't run on these.
+    """Makes the calls in eval mode, then in train mode without dropout, and records them.
+
+    The model runs on FakeTensors, which take no memory and no arithmetic, or with its weights where it doesn't run on
+    FakeTensors.
 
     Args:
         model: any module, on the meta device too; it stays as it is.
@@ -310,9 +244,18 @@ def trace(
     Raises:
         OTOError: the model can't take the calls in eval mode. (What it can't do in train mode, without labels say, is
             left out.)
+
+    Example:
+        >>> traced = trace(nn.Linear(3, 8), [Forward(args=(torch.ones(2, 3),))], modes=[False])
+        >>> for call in traced.calls[-2:]:  # what comes before copies the input
+        ...     print(call.name, [ref.shape for ref in call.refs], "->", call.outs[0].shape)
+        t [(8, 3)] -> (3, 8)
+        addmm [(8,), (2, 3), (3, 8)] -> (2, 8)
     """
     runs = _Runs(model, forwards, fake)
-    traced, returned, evaluated = {}, {}, 0
+    fake_of_mode: dict[bool, bool] = {}
+    returned: dict[bool, list[Ref]] = {}
+    evaluated = 0
     for training in modes:
         for on_fakes in runs.ways:
             mark = runs.mark()
@@ -322,21 +265,28 @@ def trace(
                 raise_if_out_of_memory(error)
                 problem = error
                 runs.forget_since(mark)
-                said = str(error).split("\n")[0]
-                logger.info("the trace with training=%s, fake=%s failed: %s", training, on_fakes, said)
+                first_line = str(error).split("\n")[0]
+                logger.info("the trace with training=%s, fake=%s failed: %s", training, on_fakes, first_line)
             else:
-                traced[training] = on_fakes
+                fake_of_mode[training] = on_fakes
                 break
-        if not training and not traced:
+        if not training and not fake_of_mode:
             hint = " (or the model can't be traced without weights: load them first)" if runs.is_empty else ""
             raise OTOError(
                 f"{type(model).__name__} can't take the batch {described(forwards)}: "
                 f"{type(problem).__name__}: {problem}{hint}"
             ) from problem
-        evaluated = evaluated or len(runs.recorder.calls)
-    recorder = runs.recorder
+        if not evaluated:
+            evaluated = len(runs.recorder.calls)
     return Trace(
-        recorder.calls, evaluated, runs.sources, runs.parameters, returned, runs.equations, recorder.in_hand, traced
+        calls=runs.recorder.calls,
+        evaluated=evaluated,
+        sources=runs.sources,
+        parameters=runs.parameters,
+        returned=returned,
+        equations=runs.equations,
+        in_hand=runs.recorder.in_hand,
+        fake=fake_of_mode,
     )
 
 
@@ -351,7 +301,8 @@ class _Runs:
     """
 
     def __init__(self, model: nn.Module, forwards: Sequence[Forward], fake: bool) -> None:
-        self.model, self.forwards = model, forwards
+        self.model = model
+        self.forwards = forwards
         self.recorder = _Recorder({module: path for path, module in model.named_modules()})
         self.equations: list[Equation] = []
         tensors = named_tensors(model)
@@ -359,10 +310,14 @@ class _Runs:
         stored = self.parameters | persistent_buffers(model).keys()
         self.sources = {name: self.recorder.new(t.shape) for name, t in tensors.items() if name in stored}
         self.is_empty = any(t.is_meta for t in tensors.values())
-        self.ways = [True] * (fake or self.is_empty) + [False] * (not self.is_empty)
+        self.ways: list[bool] = []
+        if fake or self.is_empty:
+            self.ways.append(True)
+        if not self.is_empty:
+            self.ways.append(False)
         self._fakes = Fakes(model)
         self._fake_weights = self._fakes.weights(model) if True in self.ways else None
-        self._taken: list[list[Ref]] = [[] for _ in forwards]  # the tensors that every call takes
+        self._inputs: list[list[Ref]] = [[] for _ in forwards]  # the tensors that every call takes
 
     def mark(self) -> tuple[int, int]:
         """Where the recording is now."""
@@ -370,43 +325,57 @@ class _Runs:
 
     def forget_since(self, mark: tuple[int, int]) -> None:
         """Takes back what a run recorded that failed."""
-        del self.recorder.calls[mark[0] :], self.equations[mark[1] :]
+        num_calls, num_equations = mark
+        del self.recorder.calls[num_calls:]
+        del self.equations[num_equations:]
 
     def run(self, training: bool, on_fakes: bool) -> list[Ref]:
-        """Makes all the calls in one mode; what they return."""
-        model, recorder, outputs = self.model, self.recorder, []
-        mode = self._fakes.mode if on_fakes else contextlib.nullcontext()
+        """Makes all the calls in one mode; returns the tensors that they returned."""
+        model, recorder = self.model, self.recorder
         weights = self._fake_weights if on_fakes else None
-        kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
-        with recorder.watching_layers(), evaluating(model, training, weights), kept:
+        weights_kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
+        outputs: list[Ref] = []
+        with recorder.watching_layers(), evaluating(model, training, weights), weights_kept:
             for name, tensor in named_tensors(model).items():
                 if name in self.sources:
                     recorder.name(tensor, self.sources[name])
             experts_at_once_(model)
             tag_(model, self.equations)
-            with mode, _Tagger(recorder, self.equations), recorder:
-                enter_mode_(model, training)  # what modules compute from their weights then is seen, too
-            for forward, taken in zip(self.forwards, self._taken, strict=True):
+            with self._recording(on_fakes):
+                enter_mode_(model, training)  # what modules compute from their weights at this moment is recorded too
+            for forward, inputs in zip(self.forwards, self._inputs, strict=True):
                 recorder.layers = [""]
-                with mode, _Tagger(recorder, self.equations), recorder:
-                    output = forward.run(model, self._giving(taken, on_fakes))
-                found = tensors_of(output)
-                if not found:
+                with self._recording(on_fakes):
+                    output = forward.run(model, self._giving(inputs, on_fakes))
+                tensors = tensors_of(output)
+                if not tensors:
                     raise OTOError(f"there is no tensor in what {type(model).__name__} returns, {type(output)}")
-                outputs += [recorder.ref(t) for t in found]
+                outputs += [recorder.ref(tensor) for tensor in tensors]
         return outputs
 
-    def _giving(self, taken: list[Ref], on_fakes: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What gives a call its own copies of its inputs: in every run the i-th input has the same number."""
-        known = iter(list(taken))
+    @contextlib.contextmanager
+    def _recording(self, on_fakes: bool) -> Iterator[None]:
+        """While open, the calls of ATen and the sizes that are passed are recorded."""
+        fake_mode = self._fakes.mode if on_fakes else contextlib.nullcontext()
+        # The mode that is entered last is asked first: the recorder sees a call before FakeTensors compute it.
+        with fake_mode, Tagger(self.recorder, self.equations), self.recorder:
+            yield
+
+    def _giving(self, inputs: list[Ref], on_fakes: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that copies the inputs of one call, in order: in every run the i-th has the same number.
+
+        Args:
+            inputs: the numbers that earlier runs gave; new ones are added.
+        """
+        numbers = iter(list(inputs))
 
         def give(tensor: torch.Tensor) -> torch.Tensor:
-            ref = next(known, None)
-            if ref is None:
+            ref = next(numbers, None)
+            if ref is None:  # this is the first run that has got so far
                 ref = self.recorder.new(tensor.shape)
-                taken.append(ref)
-            given = self._fakes.of(tensor) if on_fakes else tensor.clone()
-            self.recorder.name(given, ref)
-            return given
+                inputs.append(ref)
+            copy = self._fakes.of(tensor) if on_fakes else tensor.clone()
+            self.recorder.name(copy, ref)
+            return copy
 
         return give

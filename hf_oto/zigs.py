@@ -1,6 +1,16 @@
 """What is pruned: a ZIG partition names, for every prunable axis, the parameter slices that go together.
 
-Stands between the axis algebra, which finds the axes, and everything that uses them (optimizer, cutting, report).
+These types stand between the axis algebra, which finds the axes, and all that uses them (optimizer, cut, report).
+
+Worked example: in Linear(3, 8), ReLU, Linear(8, 2) the 8 hidden units are one axis of 8 ZIGs. Its members are
+
+    0.weight  dim 0  producer    row j makes unit j
+    0.bias    dim 0  producer    and so does element j
+    2.weight  dim 1  consumer    column j reads it
+
+ZIG j is row j of 0.weight and element j of 0.bias, 4 parameters: once they are zero, unit j is zero for every input.
+Without ZIG j goes column j of 2.weight as well, so that cutting ZIG j saves 6 parameters. The 3 inputs and the 2
+outputs are pinned.
 """
 
 from __future__ import annotations
@@ -34,8 +44,8 @@ class Member:
     Attributes:
         param: name of the parameter or buffer, as in `model.state_dict()`.
         dim: the dimension of it that the axis cuts.
-        role: "producer" (its slice makes the structure), "consumer" (its slice reads it) or "statistic" (it is
-            cut along but never zeroed: a buffer, or the direction of a weight whose norm is a parameter of its own).
+        role: "producer" (its slice makes the structure), "consumer" (its slice reads the structure) or "statistic" (it
+            is cut with the axis but never zeroed: a buffer, or the direction of a weight whose norm is a parameter).
         index: positions along `dim`, shape (size, k), or None.
     """
 
@@ -48,15 +58,23 @@ class Member:
     index: np.ndarray | None = field(default=None, compare=False)
 
     def positions(self, size: int) -> np.ndarray:
-        """Positions along `dim` of every ZIG of an axis of `size`, shape (size, k)."""
+        """The positions along `dim` of every ZIG of an axis of `size`, shape (size, k).
+
+        Example:
+            >>> Member("fc.weight", 0, "producer", start=0, outer=1, inner=2).positions(3).tolist()
+            [[0, 1], [2, 3], [4, 5]]
+        """
         if self.index is not None:
             return self.index
         block = np.arange(self.outer * size * self.inner).reshape(self.outer, size, self.inner)
+        # the ZIG first, then its positions in order
         return self.start + block.transpose(1, 0, 2).reshape(size, -1)
 
     def stop(self, size: int) -> int:
-        """What `dim` must have at least, for an axis of `size`."""
-        return self.start + self.outer * size * self.inner if self.index is None else int(self.index.max()) + 1
+        """The size that `dim` must have at least, for an axis of `size`."""
+        if self.index is not None:
+            return int(self.index.max()) + 1
+        return self.start + self.outer * size * self.inner
 
 
 class Scale(NamedTuple):
@@ -78,10 +96,11 @@ class PrunableAxis:
         members: every parameter and buffer slice that goes with a position.
         params: parameters that one ZIG alone takes with it.
         macs: multiply-accumulates of the traced forward that one ZIG alone takes with it.
-        multiple: a cut leaves a multiple of so many, some as zeros: kernels for stacked experts want aligned rows.
-        zero_path: True if zero producers make the structure contribute exactly zero; else the consumers' slices are
-            part of the ZIG too (zero queries still attend uniformly, and f(0) may not be 0).
-        scales: parameters that cutting scales, because an average is taken over the axis.
+        multiple: a cut leaves a multiple of this many ZIGs, some of them as zeros, because the kernels for stacked
+            experts want aligned rows.
+        zero_path: whether a position contributes exactly zero as soon as its producers are zero. If not (zero queries
+            still attend, uniformly, and f(0) may not be 0), the consumers' slices are part of the ZIG, too.
+        scales: parameters that a cut scales, because an average is taken over the axis.
     """
 
     name: str
@@ -113,8 +132,10 @@ class PruningPlan:
     kept: Mapping[str, Sequence[int]]
 
     def __post_init__(self) -> None:
-        plain = {name: tuple(np.asarray(kept, np.int64).tolist()) for name, kept in self.kept.items()}
-        object.__setattr__(self, "kept", plain)
+        kept = {}
+        for name, indices in self.kept.items():  # arrays, tensors and lists become plain tuples of int
+            kept[name] = tuple(np.asarray(indices, np.int64).tolist())
+        object.__setattr__(self, "kept", kept)
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
@@ -127,14 +148,16 @@ class PruningPlan:
 
     @classmethod
     def from_zeros(cls, model: torch.nn.Module, partition: ZIGPartition) -> PruningPlan:
-        """The plan that removes every ZIG that is exactly zero; an axis never goes empty: one zero stays."""
-        kept, tensors = {}, partition.tensors(model)
+        """The plan that removes every ZIG that is exactly zero; of an axis that is all zero, one ZIG is kept."""
+        kept = {}
+        tensors = partition.tensors(model)
         for axis in partition.axes:
             alive = np.zeros(axis.size, bool)
             for m in axis.group:
                 t = tensors[m.param]
-                some = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1).any(1).cpu().numpy()  # (n,)
-                alive |= some[m.positions(axis.size)].any(1)
+                is_nonzero = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1)  # (n, elements of a position)
+                positions_alive = is_nonzero.any(1).cpu().numpy()  # (n,)
+                alive |= positions_alive[m.positions(axis.size)].any(1)
             if not alive.all():
                 kept[axis.name] = np.flatnonzero(alive).tolist() or [0]
         return cls(kept)
@@ -146,7 +169,7 @@ class PruningPlan:
             ValueError: unknown axis, index out of range, repeated index, or an axis left empty.
         """
         removed = np.zeros(partition.num_zigs, bool)
-        parts = {axis.name: part for axis, part in partition.split(removed)}
+        parts = {axis.name: part for axis, part in partition.split(removed)}  # views: what is set in them is removed
         for name, kept in self.kept.items():
             if name not in parts:
                 raise ValueError(f"the plan names {name!r}, which is no axis of this partition (see partition.axes)")
@@ -184,42 +207,56 @@ class ZIGPartition:
         return sum(axis.size for axis in self.axes)
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The model's parameters and persistent buffers that members name, by name."""
+        """The model's parameters and persistent buffers that members name, by name.
+
+        Raises:
+            OTOError: the model lacks one of them, or one is too small.
+        """
         names = {m.param for axis in self.axes for m in axis.members}
-        found = {name: t for name, t in named_tensors(model).items() if name in names}
-        if missing := names - found.keys():
+        tensors = {name: t for name, t in named_tensors(model).items() if name in names}
+        missing = names - tensors.keys()
+        if missing:
             raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
         for axis in self.axes:
             for m in axis.members:
-                shape = found[m.param].shape
+                shape = tensors[m.param].shape
                 if m.dim >= len(shape) or shape[m.dim] < m.stop(axis.size):
                     raise OTOError(f"{m.param} is smaller than this partition says: is the model compacted already?")
-        return found
+        return tensors
 
     def params(self, model: torch.nn.Module) -> Work:
-        """The parameters of the model, tied ones once."""
-        shapes = {name: [(n, {}) for n in p.shape] for name, p in model.named_parameters()}
+        """The parameters of the model, tied ones once, as an amount that cuts make smaller."""
+        # parameter -> for each dimension its size, and {axis: positions of it that one ZIG takes}
+        dims_of: dict[str, list[tuple[int, dict[int, int]]]] = {}
+        for name, p in model.named_parameters():
+            dims_of[name] = [(n, {}) for n in p.shape]
         for a, axis in enumerate(self.axes):
             for m in axis.members:
-                if m.param in shapes:
-                    zigs = shapes[m.param][m.dim][1]
-                    zigs[a] = zigs.get(a, 0) + m.positions(axis.size).shape[1]
-        terms = ([(n, tuple(zigs.items())) for n, zigs in dims] for dims in shapes.values())
+                if m.param in dims_of:
+                    _, positions_of_zig = dims_of[m.param][m.dim]
+                    positions_of_zig[a] = positions_of_zig.get(a, 0) + m.positions(axis.size).shape[1]
+        terms = []
+        for dims in dims_of.values():
+            terms.append([(n, tuple(positions_of_zig.items())) for n, positions_of_zig in dims])
         return Work.of(terms, len(self.axes))
 
     def split(self, vector: np.ndarray) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
-        """Yields (axis, its part, a view of shape (size,)) of a vector over all ZIGs."""
+        """Yields every axis with its part of a vector over all ZIGs, a view of shape (size,)."""
         start = 0
         for axis in self.axes:
             yield axis, vector[start : start + axis.size]
             start += axis.size
 
     def slices(self, removed: np.ndarray) -> Iterator[tuple[PrunableAxis, Member, np.ndarray]]:
-        """Yields (axis, member, positions along its dimension) of what goes; `removed` is bool, shape (num_zigs,)."""
-        for axis, gone in self.split(removed):
-            if gone.any():
+        """Yields (axis, member, positions along its dimension that go) for every axis that loses something.
+
+        Args:
+            removed: which ZIGs go, bool, (num_zigs,).
+        """
+        for axis, removed_of_axis in self.split(removed):
+            if removed_of_axis.any():
                 for m in axis.members:
-                    yield axis, m, m.positions(axis.size)[gone].reshape(-1)
+                    yield axis, m, m.positions(axis.size)[removed_of_axis].reshape(-1)
 
     @torch.no_grad()
     def zero_(self, model: torch.nn.Module, plan: PruningPlan) -> None:
@@ -239,18 +276,22 @@ class ZIGPartition:
         return f"<pre>{html.escape(str(self))}</pre>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for machines."""
+        """Axes and pins as plain data, for machines."""
         axes = []
         for axis in self.axes:
-            given = [{k: v for k, v in vars(m).items() if v is not None} for m in axis.members]
-            members = [m | {"index": m["index"].tolist()} if "index" in m else m for m in given]
-            scales = [[s.param, *s.power.as_integer_ratio(), s.offset] for s in axis.scales]
+            members = []
+            for m in axis.members:
+                member = {name: value for name, value in vars(m).items() if value is not None}
+                if m.index is not None:
+                    member["index"] = m.index.tolist()
+                members.append(member)
+            scales = [[scale.param, *scale.power.as_integer_ratio(), scale.offset] for scale in axis.scales]
             axes.append(vars(axis) | {"members": members, "scales": scales})
         return {"axes": axes, "pinned": dict(self.pinned)}
 
 
 def random_half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:
-    """A plan that removes at most half of every axis, each to a width of its own, always the same.
+    """A plan that removes at most half of every axis, each to a width of its own; always the same plan.
 
     Args:
         families: the folded names of the axes that may lose something; None: all.
@@ -258,8 +299,9 @@ def random_half(partition: ZIGPartition, families: Collection[str] | None = None
     rng = np.random.default_rng(0)
     kept = {}
     for axis in partition.axes:
+        shuffled = rng.permutation(axis.size)
         # with less than half left, deep networks forget their input, and any cut looks right
-        keep = np.sort(rng.permutation(axis.size)[: rng.integers((axis.size + 1) // 2, axis.size)])
+        num_kept = rng.integers((axis.size + 1) // 2, axis.size)
         if families is None or fold(axis.name) in families:
-            kept[axis.name] = keep
+            kept[axis.name] = np.sort(shuffled[:num_kept])
     return PruningPlan(kept)

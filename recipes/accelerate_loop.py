@@ -1,8 +1,7 @@
 """A plain accelerate loop without Trainer: one process, DDP or FSDP2, interrupted and taken up again.
 
-    python recipes/accelerate_loop.py                                # the digits that scikit-learn ships, a small ViT
-    torchrun --nproc_per_node 2 recipes/accelerate_loop.py           # DDP; --cpu where there is no GPU
-    accelerate launch --config_file fsdp2.yaml recipes/accelerate_loop.py     # FSDP2: fsdp_version: 2 in the file
+    accelerate launch --config_file recipes/accelerate/one.yaml recipes/accelerate_loop.py    # or ddp, fsdp2
+    torchrun --nproc_per_node 2 recipes/accelerate_loop.py --cpu              # DDP where there is no GPU
     python recipes/accelerate_loop.py --save-at 200                  # writes out/accelerate_loop/step-200
     python recipes/accelerate_loop.py --resume out/accelerate_loop/step-200   # ends bit by bit as if never stopped
     python recipes/accelerate_loop.py --smoke                        # a few steps, to see that everything runs
@@ -19,12 +18,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
-from quickstart import collate, digits, vit
+from common import collate, digits, metric, vit
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
-from hf_oto.report import measure, table
+from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, measure, partition_zigs
 
 ACCUMULATE = 2  # micro-batches a step
 
@@ -41,7 +39,7 @@ def micro_batches(loader: DataLoader, accelerator: Accelerator, start: int) -> I
 def main() -> None:
     """Runs the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target-group-sparsity", type=float, default=0.5)
+    parser.add_argument("--target-macs", type=float, default=0.5, help="fraction of the MACs that is left")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32, help="examples a step, over all processes")
     parser.add_argument("--save-at", type=int, default=0, help="the step after which the state is saved")
@@ -67,7 +65,7 @@ def main() -> None:
     partition = partition_zigs(model, collate([data["train"][i] for i in range(2)]))
     optimizer = DHSPG(
         model, partition, base=torch.optim.AdamW, lr=1e-3, weight_decay=0.01, total_steps=steps,
-        target_group_sparsity=options.target_group_sparsity,
+        target_macs=options.target_macs,
     )  # fmt: skip
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
@@ -101,10 +99,13 @@ def main() -> None:
         few = {name: tensor[:8] for name, tensor in test.items()}
         print(f"certificate: outputs move by {check_zero_invariance(whole, partition, few, plan):.1e}")
         small = compact(copy.deepcopy(whole), partition, plan).eval()
+        dense, left = measure(whole, small, inputs=few)
+        for name in ("params", "macs", "latency"):
+            print(f"{name:8} {left[name] / dense[name]:4.0%} of the dense model's")
         with torch.no_grad():
-            right = small(test["pixel_values"]).logits.argmax(-1) == test["labels"]
-        print(table(*measure(whole, small, inputs=few)))
-        print(f"accuracy of the compact model: {right.float().mean():.4f}")
+            guessed = small(test["pixel_values"]).logits.argmax(-1)
+        right = metric("accuracy").compute(predictions=guessed, references=test["labels"])
+        print(f"accuracy of the compact model: {right['accuracy']:.4f}")
         small.save_pretrained(options.out / "compact")
     accelerator.end_training()
 

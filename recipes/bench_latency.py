@@ -26,8 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_oto import PruningPlan, ZIGPartition, compact, partition_zigs
-from hf_oto.report import macs
+from hf_oto import PruningPlan, ZIGPartition, compact, measure, partition_zigs
 
 TEXT = {"input_ids": torch.arange(128)[None]}
 IMAGE = {"pixel_values": torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
@@ -91,7 +90,8 @@ def main() -> None:
             small = compact(copy.deepcopy(model), partition, plan_of(partition, options.macs, divisible))
             for size in options.batch_size:
                 inputs = {key: value.expand(size, *value.shape[1:]).to(device) for key, value in example.items()}
-                left = macs(small, inputs) / macs(model, inputs)
+                compact_macs, dense_macs = (m["macs"] for m in measure(small, model, inputs=inputs, seconds=0))
+                left = compact_macs / dense_macs
                 times = np.array([[seconds(m, inputs) for m in (model, small)] for _ in range(options.rounds + 1)])[1:]
                 ratio = statistics.median(times[:, 1] / times[:, 0])
                 shown = [

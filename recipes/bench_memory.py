@@ -1,4 +1,4 @@
-"""What looking at a model and cutting it takes: peak memory of the partition, the certificate and the cut, in weights.
+"""What looking at a model and cutting it takes: peak memory of the partition, the check and the cut, in weights.
 
     python recipes/bench_memory.py                      # a Llama of 1.4 GB, in float32 and bfloat16
     python recipes/bench_memory.py --gigabytes 3 --dtypes bfloat16
@@ -16,11 +16,9 @@ import sys
 import torch
 import transformers as tf
 
-from hf_oto import PruningPlan, compact, partition_zigs
-from hf_oto.certificate import certify
-from hf_oto.cut import resolve
+from hf_oto import PruningPlan, check_zero_invariance, compact, partition_zigs
 
-STEPS = ("partition", "certificate", "compact")
+STEPS = ("partition", "check", "compact")
 
 
 def llama(gigabytes: float, dtype: torch.dtype, device: str) -> tf.PreTrainedModel:
@@ -65,18 +63,12 @@ def run(step: str, gigabytes: float, dtype: torch.dtype, device: str) -> None:
         model(**inputs)  # kernels and libraries are no part of it
         partition_zigs(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), {"input": torch.ones(1, 3)})
     plan = None if partition is None else PruningPlan({a.name: range((a.size + 1) // 2) for a in partition.axes})
-    if step == "certificate":  # DHSPG leaves zeros in what makes a ZIG and in what reads it
-        weights_by_name = partition.tensors(model)
-        with torch.no_grad():
-            for _, member, positions in partition.slices(plan.removed(partition)):
-                weight = weights_by_name[member.param]
-                weight.index_fill_(member.dim, torch.from_numpy(positions).to(device), 0)
     reset_peak(device)
     before = memory(device, peak=False)
     if step == "partition":
         partition_zigs(model, inputs)
-    elif step == "certificate":
-        certify(model, resolve(partition, plan), inputs)
+    elif step == "check":
+        check_zero_invariance(model, partition, inputs, plan)
     else:
         compact(model, partition, plan)
     more = memory(device, peak=True) - before

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -374,10 +375,11 @@ def trainer_fsdp2(rank, world, folder):
     except OTOError as error:
         found["failed"] = str(error)
     ending.certify = original
-    launcher = {  # what `accelerate launch` makes of its config file
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViTLayer",
-    }  # fmt: skip
+    path = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
+    asked = load_config_from_file(str(path)).fsdp_config
+    # what `accelerate launch` makes of its config file
+    launcher = {name.upper().replace("_LAYER_CLS_", "_CLS_"): str(value) for name, value in asked.items()}
+    launcher["ACCELERATE_USE_FSDP"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= launcher
     recipe(folder / "loop sharded", "--save-at", "13")

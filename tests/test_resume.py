@@ -470,6 +470,24 @@ def test_a_checkpoint_of_another_partition(tmp_path, whole):
         trained(tmp_path, protect=["layers.0"], resume=folder)
 
 
+@pytest.mark.parametrize(
+    ("step", "target", "fact"),
+    [
+        (6, 0.1, "more ZIGs are zero in this optimizer state than the target asks for"),
+        (12, 0.75, "the target can't be reached any more"),
+        (6, 0.75, None),  # control: in time it can
+    ],
+)
+def test_a_checkpoint_of_another_target(tmp_path, whole, step, target, fact):
+    folder = checkpoint(whole("vit"), step)
+    if fact is None:
+        trainer = trained(tmp_path, "vit", resume=folder, target_group_sparsity=target)
+        assert trainer.report["group_sparsity"] == pytest.approx(target, abs=0.05)
+    else:
+        with pytest.raises(OTOError, match=f"{fact}.*target_group_sparsity={target}.*0.5"):
+            trained(tmp_path, "vit", resume=folder, target_group_sparsity=target)
+
+
 def test_a_checkpoint_of_another_model(tmp_path, whole):
     config = made("vit").config
     config.num_labels = 5

@@ -1,4 +1,8 @@
-"""Functions of single elements: operands broadcast against each other, and what is zero depends on the function."""
+"""Functions of single elements: operands broadcast against each other, and what is zero depends on the function.
+
+Worked example: where channel 2 of x is removed, x[2] is zero. So x * y is zero there whatever y is (`either`), x + y
+is zero if y is zero there as well (`both`), x / y is as x is (`first`), and exp(x) is not zero at all.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,16 @@ from ..trace import Call
 from .others import stay, unknown
 from .state import Axes, Dims, both, either, first, not_zero, rule
 
-ZEROS = {  # of two operands that broadcast against each other; of the results of other functions it isn't known
+# functions of two operands that broadcast against each other; of a function that is not here, the result isn't zero
+ZEROS = {
     **dict.fromkeys("add sub maximum minimum fmax fmin where lerp hypot logical_or bitwise_or complex".split(), both),
     **dict.fromkeys("mul logical_and bitwise_and linalg_cross".split(), either),
     **dict.fromkeys("div floor_divide remainder fmod copy polar _prelu_kernel rrelu_with_noise".split(), first),
 }
+
+
+def _never(a: bool, b: bool) -> bool:
+    return False
 
 
 @rule(
@@ -29,36 +38,40 @@ ZEROS = {  # of two operands that broadcast against each other; of the results o
 )
 def elementwise(s: Axes, call: Call) -> Dims:
     """... , ... -> ...: operands broadcast against each other; what is zero depends on the function"""
-    refs, zero = call.refs, ZEROS.get(call.name, lambda a, b: False)
-    if call.name == "where":  # the condition decides nothing about zeros
+    refs = call.refs
+    zero = ZEROS.get(call.name, _never)
+    if call.name == "where":  # the condition comes last: it decides nothing about zeros
         refs = refs[1:] + refs[:1]
-    if call.name == "copy":
+    if call.name == "copy":  # the result holds what is copied, not what was there
         refs = refs[::-1]
     if call.name == "masked_fill" and call.args[2] == 0:
         zero = first
     if call.name == "div" and isinstance(call.args[1], Ref):
-        for leaf in (leaf for dim in s.of(call.args[1]) for leaf in dim if leaf.zero):
-            s.pin((leaf,), reasons.DIVISOR)
+        for dim in s.of(call.args[1]):
+            for leaf in dim:
+                if leaf.zero:
+                    s.pin((leaf,), reasons.DIVISOR)
     result = s.of(refs[0], len(call.outs[0].shape))
     if len(refs) == 1:
         result = result if _keeps_zero(call) else not_zero(result)
     else:
         s.produce(refs[0])
     for i, ref in enumerate(refs[1:], 1):
-        result = s.join(result, ref, first if call.name == "where" and i == 2 else zero)
+        is_condition = call.name == "where" and i == 2
+        result = s.join(result, ref, first if is_condition else zero)
     return [result] * len(call.outs)
 
 
 def _keeps_zero(call: Call) -> bool:
-    """Whether f(0) = 0, for a function of one tensor: tried out."""
+    """Whether f(0) = 0 for a function f of one tensor, found by calling it."""
     if torch.Tag.nondeterministic_seeded in call.op.tags or call.name == "empty_like":
         return call.name == "native_dropout"
-    given = call.args, {name: value for name, value in call.kwargs.items() if name != "device"}
-    for dtype in (torch.float32, torch.int64, torch.complex64):  # some functions are of one kind only
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "device"}
+    for dtype in (torch.float32, torch.int64, torch.complex64):  # some functions take only one of them
         zeros = {ref: torch.zeros([1] * len(ref.shape), dtype=dtype) for ref in call.refs}
-        args, kwargs = tree_map_only(Ref, zeros.get, given)
+        args_with_zeros, kwargs_with_zeros = tree_map_only(Ref, zeros.get, (call.args, kwargs))
         with contextlib.suppress(Exception):
-            return not call.op(*args, **kwargs).any()
+            return not call.op(*args_with_zeros, **kwargs_with_zeros).any()
     return False
 
 
@@ -74,9 +87,12 @@ def cross(s: Axes, call: Call) -> Dims:
 def triangle(s: Axes, call: Call) -> Dims:
     """zeros above or below the diagonal of a matrix, which stay there if its rows and columns go together"""
     *batch, rows, columns = s.of(call.args[0])
-    same = len(rows) == len(columns) and all(np.array_equal(a.ids, b.ids) for a, b in zip(rows, columns, strict=True))
-    for dim in () if same and call.given["diagonal"] == 0 else (rows, columns):
-        s.pin(dim, reasons.TRIANGLE)
+    go_together = len(rows) == len(columns)
+    for row_leaf, column_leaf in zip(rows, columns, strict=False):
+        go_together = go_together and np.array_equal(row_leaf.ids, column_leaf.ids)
+    if not (go_together and call.given["diagonal"] == 0):
+        s.pin(rows, reasons.TRIANGLE)
+        s.pin(columns, reasons.TRIANGLE)
     return [[*batch, rows, columns]]
 
 
@@ -89,10 +105,12 @@ def fake_quantize(s: Axes, call: Call) -> Dims:
     """rounded to a grid that zero is a point of (observers see to that for zero points that are tensors); `channel`:
     each position of an axis to a grid of its own"""
     x, scale, zero_point = call.args[:3]
-    given, dims = call.given, s.of(x)
+    given = call.given
+    dims = s.of(x)
     if "axis" in given:
+        d = given["axis"]
         for ref in (scale, zero_point):
-            (dims[given["axis"]],) = s.join([dims[given["axis"]]], ref, first)
+            (dims[d],) = s.join([dims[d]], ref, first)
     elif isinstance(zero_point, int) and not given["quant_min"] <= zero_point <= given["quant_max"]:
         dims = not_zero(dims)
     return [dims, *stay(s, call)[1:]]
@@ -101,6 +119,7 @@ def fake_quantize(s: Axes, call: Call) -> Dims:
 @rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
 def loss(s: Axes, call: Call) -> Dims:
     """elementwise where nothing is reduced, else a number that a zero more would change"""
-    if call.given["reduction"] == 0 and len(call.refs) == 2:
-        return elementwise(s, call)
-    return unknown(s, call)
+    is_reduced = call.given["reduction"] != 0
+    if is_reduced or len(call.refs) != 2:
+        return unknown(s, call)
+    return elementwise(s, call)

@@ -1,4 +1,8 @@
-"""Functions that choose or write positions by number: indexing, gather and scatter, embeddings, packed sequences."""
+"""Functions that choose or write positions by number: indexing, gather and scatter, embeddings, packed sequences.
+
+Worked example: embedding(table (40, 16), ids (2, 7)) looks the 40 rows up by number, so these are pinned: without row
+3 the number 4 would mean another row. The 16 columns stay what they are, and the table produces them.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +17,55 @@ from .state import Axes, Dims, both, first, not_zero, rule
 @rule("index", "index_select", "embedding")
 def index_(s: Axes, call: Call) -> Dims:
     """x[i, j, ...]: indexed dimensions are looked up by number, the others stay; `index_select`s have one index"""
-    ref, *which, index = call.args[: 2 + (call.name == "index_select")]
-    dims, shape = s.of(ref), call.outs[0].shape
-    if isinstance(index, Ref):
-        index = [None] * (which[0] % len(dims) if which else 0) + [index]
-    for dim in (dim for i in index if i is not None for dim in s.of(i)):
-        s.pin(dim, reasons.INDEX)
-    used = [k for k, i in enumerate(index) if i is not None]
-    covered = len(index[used[0]].shape)
-    if len(used) == 1 and len(shape) == len(dims) - covered + 1:  # a mask covers as many dimensions as it has
-        used = list(range(used[0], used[0] + covered))
-    for k in used:
+    dims = s.of(call.args[0])
+    ref = call.args[0]
+    if call.name == "index":
+        indices = call.args[1]  # None for a dimension that is not indexed
+    elif call.name == "index_select":
+        d, index = call.args[1:3]
+        indices = [None] * (d % len(dims)) + [index]
+    else:
+        indices = [call.args[1]]
+    shape = call.outs[0].shape
+    for index in indices:
+        for dim in s.of(index) if index is not None else ():
+            s.pin(dim, reasons.INDEX)
+
+    indexed = [k for k, index in enumerate(indices) if index is not None]
+    mask_ndim = len(indices[indexed[0]].shape)
+    is_mask = len(indexed) == 1 and len(shape) == len(dims) - mask_ndim + 1
+    if is_mask:  # a mask covers as many dimensions as it has
+        indexed = list(range(indexed[0], indexed[0] + mask_ndim))
+    for k in indexed:
         s.pin(dims[k], reasons.NUMBERED)
-    rest = [dim for k, dim in enumerate(dims) if k not in used]
-    if len(rest) > 1 and s.weight(ref):  # one matrix of several, an expert's: what it is used for says who produces
-        for dim in rest:
+    others = [dim for k, dim in enumerate(dims) if k not in indexed]
+    if len(others) > 1 and s.weight(ref):
+        # one matrix of several, an expert's: only what it is used for says which dimension it produces
+        for dim in others:
             s.algebra.mark(dim, Mark.EXPERTS)
     else:
-        s.produce(ref, rest)
-    new = len(shape) - len(rest)
-    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    return [[*rest[:at], *s.fixed(shape[at : at + new]), *rest[at:]]]
+        s.produce(ref, others)
+
+    num_new = len(shape) - len(others)
+    are_neighbours = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if are_neighbours else 0  # torch puts the new dimensions first where they could be anywhere
+    return [[*others[:at], *s.fixed(shape[at : at + num_new]), *others[at:]]]
 
 
 @rule("gather")
 def gather(s: Axes, call: Call) -> Dims:
     """x[i, index[i, j]] -> i j: one dimension is looked up by number, the others go together"""
     ref, d, index = call.args[:3]
-    dims, found = s.of(ref), s.of(index)
+    dims = s.of(ref)
+    result = s.of(index)
     for k, n in enumerate(index.shape):
         if k != d % len(dims) and n == ref.shape[k]:
-            found[k] = s.unify(dims[k], found[k], first)
+            result[k] = s.unify(dims[k], result[k], first)
         else:
             s.pin(dims[k], reasons.NUMBERED)
-            s.pin(found[k], reasons.INDEX)
+            s.pin(result[k], reasons.INDEX)
     s.produce(ref)
-    return [found]
+    return [result]
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
@@ -56,77 +73,94 @@ def write(s: Axes, call: Call) -> Dims:
     """x[i, index[i, j]] = y[i, j] (`index_*`: x[i, index[j]]): positions of one dimension are looked up by number, the
     others go together; added or reduced, zeros stay zeros as well"""
     ref, d, index, value = call.args[:4]
-    dims, places, d = s.of(ref), s.of(index), d % len(ref.shape)
+    d %= len(ref.shape)
+    dims = s.of(ref)
+    index_dims = s.of(index)
     s.produce(ref)
-    each = "scatter" in call.name  # of its positions has an index of its own
-    shapes = [index.shape] if each else []
+    index_has_all_dims = "scatter" in call.name  # an index for every element of y, not for every row of it
+    shapes = [index.shape] if index_has_all_dims else []
     if isinstance(value, Ref) and value.shape:
         s.produce(value)
         shapes.append(value.shape)
-        values = s.of(value)
+        value_dims = s.of(value)
     else:  # one number
-        values, dims = [()] * len(dims), dims if value == 0 else not_zero(dims)
+        value_dims = [()] * len(dims)
+        dims = dims if value == 0 else not_zero(dims)
+
     result = []
     for k, dim in enumerate(dims):
-        others = ([places[k]] if each else []) + [values[k]]
         if k != d and all(shape[k] == ref.shape[k] for shape in shapes):
-            dim = s.unify(dim, values[k], both) if values[k] else dim
-            dim = s.unify(dim, places[k], first) if each else dim
+            if value_dims[k]:
+                dim = s.unify(dim, value_dims[k], both)
+            if index_has_all_dims:
+                dim = s.unify(dim, index_dims[k], first)
         else:
-            for other in (dim, *others):
-                s.pin(other, reasons.NUMBERED)
+            s.pin(dim, reasons.NUMBERED)
+            if index_has_all_dims:
+                s.pin(index_dims[k], reasons.NUMBERED)
+            s.pin(value_dims[k], reasons.NUMBERED)
         result.append(dim)
-    for dim in () if each else places:
-        s.pin(dim, reasons.INDEX)
+    if not index_has_all_dims:
+        for dim in index_dims:
+            s.pin(dim, reasons.INDEX)
     return [result]
 
 
 @rule("index_put", "_index_put_impl")
 def index_put(s: Axes, call: Call) -> Dims:
     """x[i, j, ...] = y: the dimensions after the last that is indexed go together"""
-    ref, index, value = call.args[:3]
-    dims, values = s.of(ref), s.of(value)
-    for whole in (ref, value):
-        s.produce(whole)
-    used = [k for k, i in enumerate(index) if i is not None]
-    last = used[-1] + 1
-    for dim in (dim for k in used for dim in s.of(index[k])):
-        s.pin(dim, reasons.INDEX)
-    shape = index[used[0]].shape
-    if len(used) == 1 and shape == ref.shape[used[0] : used[0] + len(shape)]:
-        last = used[0] + len(shape)  # it may be a mask, which covers as many dimensions as it has
-    rest = len(dims) - last
-    values = [()] * (rest - len(values)) + values
-    for dim in (*dims[:last], *values[: len(values) - rest]):
+    ref, indices, value = call.args[:3]
+    dims = s.of(ref)
+    value_dims = s.of(value)
+    for operand in (ref, value):
+        s.produce(operand)
+    indexed = [k for k, index in enumerate(indices) if index is not None]
+    for k in indexed:
+        for dim in s.of(indices[k]):
+            s.pin(dim, reasons.INDEX)
+
+    start_of_rest = indexed[-1] + 1
+    index_shape = indices[indexed[0]].shape
+    if len(indexed) == 1 and index_shape == ref.shape[indexed[0] : indexed[0] + len(index_shape)]:
+        start_of_rest = indexed[0] + len(index_shape)  # it may be a mask, which covers as many dimensions as it has
+    num_rest = len(dims) - start_of_rest
+    value_dims = [()] * (num_rest - len(value_dims)) + value_dims  # it may broadcast
+    value_rest = len(value_dims) - num_rest
+    for dim in (*dims[:start_of_rest], *value_dims[:value_rest]):
         s.pin(dim, reasons.NUMBERED)
-    together = zip(dims[last:], values[len(values) - rest :], strict=True)
-    return [[*dims[:last], *[s.unify(a, b) for a, b in together]]]
+    rest = [s.unify(a, b) for a, b in zip(dims[start_of_rest:], value_dims[value_rest:], strict=True)]
+    return [[*dims[:start_of_rest], *rest]]
 
 
 @rule("masked_scatter")
 def masked_scatter(s: Axes, call: Call) -> Dims:
     """x[mask] = y, row by row: exact along the last dimension where the mask is seen to be the same all along it"""
     ref, mask, value = call.args
-    made = s.maker.get(mask.value)
-    spread = made and made.name == "expand" and made.args[0].shape[-1:] == (1,)
-    if not spread or mask.shape != ref.shape or value.shape[-1:] != ref.shape[-1:]:
+    maker = s.maker.get(mask.value)
+    is_expanded = maker and maker.name == "expand" and maker.args[0].shape[-1:] == (1,)
+    if not is_expanded or mask.shape != ref.shape or value.shape[-1:] != ref.shape[-1:]:
         return unknown(s, call)
-    dims, values, places = s.of(ref), s.of(value), s.of(mask)
-    for dim in (*dims[:-1], *values[:-1], *places[:-1]):
+    *rows, columns = s.of(ref)
+    *value_rows, value_columns = s.of(value)
+    *mask_rows, mask_columns = s.of(mask)
+    for dim in (*rows, *value_rows, *mask_rows):
         s.pin(dim, reasons.NUMBERED)
-    for whole in (ref, value):
-        s.produce(whole)
-    return [[*dims[:-1], s.unify(s.unify(dims[-1], values[-1]), places[-1], first)]]
+    for operand in (ref, value):
+        s.produce(operand)
+    columns = s.unify(s.unify(columns, value_columns), mask_columns, first)
+    return [[*rows, columns]]
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(s: Axes, call: Call) -> Dims:
     """v d, b i -> b d: a sum, average or maximum of rows that are looked up by number"""
-    table, outs = call.args[0], stay(s, call)
+    table = call.args[0]
+    outs = stay(s, call)
     rows, columns = s.of(table)
     s.pin(rows, reasons.NUMBERED)
     s.produce(table, [columns])
-    return [[outs[0][0], columns], *outs[1:]]
+    bags = outs[0][0]
+    return [[bags, columns], *outs[1:]]
 
 
 @rule("embedding_renorm")
@@ -140,9 +174,13 @@ def embedding_renorm(s: Axes, call: Call) -> Dims:
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
 def packed(s: Axes, call: Call) -> Dims:
     """b t ... -> n ..., sequences without their padding, or (`_pad_packed_sequence`) back"""
-    ahead = 1 if call.name == "_pad_packed_sequence" else 2
-    dims, outs = s.of(call.args[0]), stay(s, call)
-    for dim in dims[:ahead]:
+    num_step_dims = 1 if call.name == "_pad_packed_sequence" else 2
+    dims = s.of(call.args[0])
+    outs = stay(s, call)
+    for dim in dims[:num_step_dims]:
         s.pin(dim, reasons.STEPS)
-    rest = dims[ahead:] if call.given.get("padding_value", 0) == 0 else not_zero(dims[ahead:])
-    return [[*outs[0][: 3 - ahead], *rest], *outs[1:]]
+    rest = dims[num_step_dims:]
+    if call.given.get("padding_value", 0) != 0:
+        rest = not_zero(rest)
+    new_step_dims = outs[0][: 3 - num_step_dims]
+    return [[*new_step_dims, *rest], *outs[1:]]

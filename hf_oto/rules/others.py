@@ -1,4 +1,7 @@
-"""New tensors, and functions of which nothing may be cut, with the reasons."""
+"""New tensors, and functions of which nothing may be cut, with the reasons.
+
+A function that no rule describes is `unknown`: all dimensions of its operands and of its results are pinned.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ def stay(s: Axes, call: Call) -> Dims:
 
 def unknown(s: Axes, call: Call) -> Dims:
     """no rule, or none that would leave an axis free: nothing that takes part may be cut"""
+    why = REASON_OF_NAME.get(call.name, reasons.NO_RULE).of(call.name.strip("_"))
     for ref in call.refs:
         s.produce(ref)
         for dim in s.of(ref):
-            s.pin(dim, WHOLE.get(call.name, reasons.NO_RULE).of(call.name.strip("_")))
+            s.pin(dim, why)
     return stay(s, call)
 
 
-NAMES_BY_REASON = {  # why nothing that these take may be cut
+NAMES_BY_REASON = {  # ATen names of functions of whose operands nothing may be cut, by the reason why
     reasons.NUMBERED: """put take bucketize searchsorted nonzero masked_select masked_scatter one_hot histc unique_dim
         _unique2 _local_scalar_dense""",
     reasons.FIXED: "constant_pad_nd diagonal diag_embed",
@@ -47,6 +51,8 @@ NAMES_BY_REASON = {  # why nothing that these take may be cut
         soft_margin_loss multi_margin_loss multilabel_margin_loss_forward _ctc_loss""",
     reasons.FUSED: "_cudnn_rnn miopen_rnn _thnn_fused_lstm_cell _thnn_fused_gru_cell",
 }
-WHOLE = {name: why for why, names in NAMES_BY_REASON.items() for name in names.split()}
-for _name in WHOLE:  # some have a rule of their own, which says when they pin
+REASON_OF_NAME = {}
+for _why, _names in NAMES_BY_REASON.items():
+    REASON_OF_NAME |= dict.fromkeys(_names.split(), _why)
+for _name in REASON_OF_NAME:  # some of these have a rule of their own, which falls back on `unknown` where it must
     RULES.setdefault(_name, unknown)

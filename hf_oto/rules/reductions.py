@@ -1,4 +1,9 @@
-"""Norms, reductions, and functions that run along a dimension or over the image plane."""
+"""Norms, reductions, and functions that run along a dimension or over the image plane.
+
+Worked example: of 16 channels 4 are removed, and these are zero. Their sum and their norm are those of the other 12,
+so a sum or norm leaves the axis free. A mean divides by 12 in the place of 16, which scales.py makes up for. A
+maximum may be one of the zeros, so it pins.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,11 @@ def layer_norm(s: Axes, call: Call) -> Dims:
     """normalised over the last dimensions: their mean and variance would change"""
     x, shape, weight, bias = call.args[:4]
     dims = s.of(x)
-    kept, normed = dims[: -len(shape)], dims[-len(shape) :]
+    others, normed = dims[: -len(shape)], dims[-len(shape) :]
     for dim in normed:
         s.pin(dim, reasons.LAYER_NORM)
     normed = s.join(s.join(normed, weight), bias)
-    return [[*[with_zero(dim, False) for dim in kept], *normed], *stay(s, call)[1:]]
+    return [[*not_zero(others), *normed], *stay(s, call)[1:]]
 
 
 @rule("_fused_rms_norm")
@@ -27,10 +32,12 @@ def rms_norm(s: Axes, call: Call) -> Dims:
     """divided by the root of an average over the last dimensions; scales.py sees to the number of positions"""
     x, shape, weight = call.args[:3]
     dims = s.of(x)
-    kept, normed = dims[: -len(shape)], dims[-len(shape) :]
-    for leaf in (leaf for dim in normed for leaf in dim if not leaf.zero):
-        s.pin((leaf,), reasons.AVERAGE)
-    return [[*kept, *s.join(normed, weight, either)], *stay(s, call)[1:]]
+    others, normed = dims[: -len(shape)], dims[-len(shape) :]
+    for dim in normed:
+        for leaf in dim:
+            if not leaf.zero:
+                s.pin((leaf,), reasons.AVERAGE)
+    return [[*others, *s.join(normed, weight, either)], *stay(s, call)[1:]]
 
 
 @rule(
@@ -58,7 +65,7 @@ def group_norm(s: Axes, call: Call) -> Dims:
 
 
 def _affine(s: Axes, channels: Dim, weight: Ref | None, bias: Ref | None, *statistics: Ref | None) -> Dim:
-    """A zero weight and bias silence a channel, whatever was normalised."""
+    """Channels times weight plus bias: a zero weight and bias silence a channel, whatever was normalised."""
     channels = with_zero(channels, weight is not None)
     for vector in (weight, bias, *statistics):
         (channels,) = s.join([channels], vector, first)
@@ -79,8 +86,22 @@ def weight_norm(s: Axes, call: Call) -> Dims:
 
 def reduced_dims(call: Call) -> set[int]:
     """The dimensions that a reduction runs over."""
-    n, given = len(call.args[0].shape), call.given.get("dim")
-    return {d % n for d in ([given] if isinstance(given, int) else given or range(n)) if n}
+    ndim = len(call.args[0].shape)
+    if ndim == 0:
+        return set()
+    given = call.given.get("dim")  # one dimension, a list of them, or for all of them None or an empty list
+    dims = [given] if isinstance(given, int) else given or range(ndim)
+    return {d % ndim for d in dims}
+
+
+SUMS = ("sum", "nansum")
+NORMS = ("linalg_vector_norm", "norm")
+AVERAGES = ("mean", "var", "std", "var_mean", "std_mean")
+REASON_OF_REDUCTION = {
+    **dict.fromkeys(SUMS, reasons.SUM),
+    **dict.fromkeys(NORMS, reasons.NORM),
+    **dict.fromkeys(AVERAGES, reasons.AVERAGE),
+}
 
 
 @rule(
@@ -90,24 +111,31 @@ def reduced_dims(call: Call) -> set[int]:
 def reduction(s: Axes, call: Call) -> Dims:
     """over some dimensions, where zeros leave a sum or norm alone; of an average they change only the number of
     positions, and scales.py sees to that"""
-    ref, name, which = call.args[0], call.name, reduced_dims(call)
-    norm = name in ("linalg_vector_norm", "norm")
+    ref = call.args[0]
+    reduced = reduced_dims(call)
     power = call.given.get("ord", call.given.get("p"))
-    total = name in ("sum", "nansum") or (norm and (power is None or power >= 0))
-    if total:
+    is_total = call.name in SUMS or (call.name in NORMS and (power is None or power >= 0))
+    if is_total:
         s.produce(ref)
-    why = dict.fromkeys(("sum", "nansum"), reasons.SUM) | dict.fromkeys(("linalg_vector_norm", "norm"), reasons.NORM)
-    why |= dict.fromkeys(("mean", "var", "std", "var_mean", "std_mean"), reasons.AVERAGE)
+    # scales.py scales parameters, not what an average over the parameters themselves gives
+    zeros_may_go = is_total or (call.name == "mean" and not s.weight(ref))
+    why = REASON_OF_REDUCTION.get(call.name, reasons.TAKEN.of(call.name))
     dims = s.of(ref)
-    for leaf in (leaf for d in which for leaf in dims[d]):
-        if not (leaf.zero and (total or (name == "mean" and not s.weight(ref)))):
-            s.pin((leaf,), why.get(name, reasons.TAKEN.of(name)))
-    keep = len(call.outs[0].shape) == len(dims)
-    dims = [() if d in which else dim for d, dim in enumerate(dims) if keep or d not in which]
-    if name in ("logsumexp", "argmax", "argmin"):  # of zeros it is no zero
-        dims = not_zero(dims)
-    second = dims if "mean" in name else not_zero(dims)  # a mean, or the place of a maximum
-    return [dims, *[second for _ in call.outs[1:]]]
+    for d in reduced:
+        for leaf in dims[d]:
+            if not (leaf.zero and zeros_may_go):
+                s.pin((leaf,), why)
+
+    keeps_dims = len(call.outs[0].shape) == len(dims)
+    if keeps_dims:
+        result = [() if d in reduced else dim for d, dim in enumerate(dims)]
+    else:
+        result = [dim for d, dim in enumerate(dims) if d not in reduced]
+    if call.name in ("logsumexp", "argmax", "argmin"):  # of zeros it is not zero
+        result = not_zero(result)
+    # the second result is a mean, or else the place of a maximum
+    second = result if "mean" in call.name else not_zero(result)
+    return [result, *[second for _ in call.outs[1:]]]
 
 
 @rule(
@@ -116,11 +144,12 @@ def reduction(s: Axes, call: Call) -> Dims:
 )
 def along(s: Axes, call: Call) -> Dims:
     """normalised, ordered, accumulated or transformed along some dimensions, which stay"""
-    dims, which = s.of(call.args[0]), call.given["dim"]
-    for d in [which] if isinstance(which, int) else which:
+    dims = s.of(call.args[0])
+    given = call.given["dim"]
+    for d in [given] if isinstance(given, int) else given:
         s.pin(dims[d], reasons.ALONG.of(call.name.strip("_")))
         dims[d] = s.algebra.fixed(call.outs[0].shape[d])
-    if "softmax" in call.name or call.name == "logcumsumexp":  # of zeros it is no zero
+    if "softmax" in call.name or call.name == "logcumsumexp":  # of zeros it is not zero
         dims = not_zero(dims)
     return [dims, *[not_zero(dims)] * (len(call.outs) - 1)]
 
@@ -137,14 +166,19 @@ def along(s: Axes, call: Call) -> Dims:
 )
 def spatial(s: Axes, call: Call) -> Dims:
     """b c x -> b c y: pooling and resizing within the image plane, and back by the places that a maximum came from"""
-    k = next(k for k in (1, 2, 3) if f"{k}d" in call.name)
+    ndim = next(n for n in (1, 2, 3) if f"{n}d" in call.name)  # of the image plane
     dims = s.of(call.args[0])
-    kept = dims[:-k]
-    for dim in dims[-k:]:
+    others = dims[:-ndim]
+    for dim in dims[-ndim:]:
         s.pin(dim, reasons.NEIGHBOURS)
     if "unpool" in call.name:
-        kept = [s.unify(a, b, first) for a, b in zip(kept, s.of(call.args[1])[:-k], strict=True)]
+        places = s.of(call.args[1])
+        others = [s.unify(a, b, first) for a, b in zip(others, places[:-ndim], strict=True)]
     if "grid" in call.name:
         for dim in s.of(call.args[1])[1:]:
             s.pin(dim, reasons.INDEX)
-    return [[*(not_zero(kept) if i else kept), *s.fixed(out.shape[-k:])] for i, out in enumerate(call.outs)]
+    result = []
+    for i, out in enumerate(call.outs):
+        is_place = i > 0  # the second result of a pooling says where each maximum came from
+        result.append([*(not_zero(others) if is_place else others), *s.fixed(out.shape[-ndim:])])
+    return result
