@@ -13,7 +13,7 @@ from .saving import install_hook
 if TYPE_CHECKING:
     from .arguments import OTOArguments, OTOSeq2SeqTrainingArguments, OTOTrainingArguments
     from .certificate import check_zero_invariance
-    from .cut import compact
+    from .compaction import compact
     from .dense import to_dense
     from .dhspg import DHSPG
     from .partition import partition_zigs
@@ -53,7 +53,7 @@ _MODULE_OF = {
     "PruningPlan": "zigs",
     "ZIGPartition": "zigs",
     "check_zero_invariance": "certificate",
-    "compact": "cut",
+    "compact": "compaction",
     "measure": "report",
     "partition_zigs": "partition",
     "to_dense": "dense",

@@ -56,6 +56,10 @@ class Work(NamedTuple):
         widths = np.append(self.full - self.lost @ gone, 1.0)  # (widths + 1,)
         return float(self.times @ widths[self.factors].prod(1))
 
+    def without(self, gone: np.ndarray) -> Work:
+        """The amount that is left without `gone` ZIGs of every axis, (axes,)."""
+        return self._replace(full=self.full - self.lost @ gone)
+
     @property
     def alone(self) -> np.ndarray:
         """What one ZIG of every axis takes with it when it is the first to go, (axes,).

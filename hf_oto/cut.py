@@ -1,8 +1,7 @@
-"""A cut: what of a plan can go, put on a model and taken off again, or kept.
+"""A cut: what of a plan can go, put on a model and taken off again.
 
 It stands between the partition and everything that needs a smaller model. `resolve` decides once what goes; `TrialCut`
-puts the cut on the user's own model for a moment; `compact` keeps it, tensor by tensor, and writes the record of it
-into the model's config.
+puts the cut on the user's own model for a moment; how a cut is kept, and recorded, is in compaction.py.
 
 Worked example: in Linear(3, 8), ReLU, Linear(8, 2) the plan {"0.weight[0]": [0, 2, 5]} removes 5 of 8 ZIGs. The cut
 takes 5 rows from 0.weight, 5 elements from 0.bias and 5 columns from 2.weight, and sets the attributes
@@ -11,24 +10,20 @@ out_features of the first layer and in_features of the second to 3.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .calls import outermost_pretrained
-from .evaluating import renew_caches_
-from .modeling_oto import VERSION, become_compact_, named_tensors, set_sizes_, sizes_of
+from .modeling_oto import named_tensors, set_sizes_
 from .restore import contents, places, put_back, restored
 from .sizes import Attribute
 from .wide import storage_of
-from .zigs import PrunableAxis, PruningPlan, ZIGPartition
+from .zigs import PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +55,7 @@ class Cut(NamedTuple):
         return positions
 
 
-def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cut:
+def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone: np.ndarray | None = None) -> Cut:
     """Decides what of a plan can be cut.
 
     Where the sizes that modules keep contradict each other, or a comparison of sizes would come out otherwise, some
@@ -68,22 +63,28 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cu
 
     Args:
         warn: whether to log a warning about ZIGs that stay; False where a plan is only tried.
+        gone: the ZIGs that an earlier cut has taken, which can't stay, bool (num_zigs,); None: no ZIG.
 
     Raises:
         ValueError: the plan doesn't fit the partition.
     """
-    removed = plan.removed(partition)
+    if gone is None:
+        gone = np.zeros(partition.num_zigs, bool)
+    removed = plan.removed(partition) | gone
     attributes: Mapping[Attribute, int] = {}
     num_staying = 0
     layer_to_blame = ""
     while True:
-        _keep_multiples_(partition, removed)
+        _keep_multiples_(partition, removed, gone)
         if partition.sizes is None:
             break
         attributes, conflicts = partition.sizes.solve(removed)
         if not conflicts:
             break
-        involved = partition.sizes.involved(conflicts, removed)
+        # what is gone went without a conflict: there is always something else to put back
+        involved = np.setdiff1d(partition.sizes.involved(conflicts, removed), np.flatnonzero(gone))
+        if not len(involved):
+            involved = np.flatnonzero(removed & ~gone)
         put_back_now = involved[: (len(involved) + 1) // 2]  # half of them at a time: it may be enough
         removed[put_back_now] = False
         num_staying += len(put_back_now)
@@ -91,18 +92,23 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True) -> Cu
     if num_staying and warn:
         layer_to_blame = layer_to_blame or "forward"
         logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", num_staying, layer_to_blame)
-    return Cut(partition, removed, attributes, _scale_factors(partition, removed))
+    return Cut(partition, removed, attributes, scale_factors(partition, removed))
 
 
-def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray) -> None:
-    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`."""
-    for axis, removed_of_axis in partition.split(removed):
+def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray, gone: np.ndarray) -> None:
+    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`.
+
+    What is gone left a multiple, too, so that the others are enough.
+    """
+    parts = zip(partition.split(removed), partition.split(gone), strict=True)
+    for (axis, removed_of_axis), (_, gone_of_axis) in parts:
         num_kept = int((~removed_of_axis).sum())
         num_missing = -num_kept % axis.multiple
-        removed_of_axis[np.flatnonzero(removed_of_axis)[:num_missing]] = False
+        may_return = np.flatnonzero(removed_of_axis & ~gone_of_axis)
+        removed_of_axis[may_return[:num_missing]] = False
 
 
-def _scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, tuple[float, int]]:
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, tuple[float, int]]:
     """Parameter -> (factor, offset), where the axes that a parameter lies on multiply the factor."""
     factors: dict[str, tuple[float, int]] = {}
     for axis, removed_of_axis in partition.split(removed):
@@ -151,6 +157,7 @@ def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> dic
                 scales_to_apply[storage_of(new)] = cut.scales[name]
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
+            vars(new).update(vars(old))  # whoever has marked the parameter finds the mark again
         for place in places_of_id[tensor_id]:
             place.put(new)
         del old  # so that its memory is free before the next tensor is cut
@@ -256,129 +263,3 @@ def _weight_in_eval_mode(module: nn.Module) -> torch.Tensor | None:
     for part, training in training_of.items():
         part.training = training
     return weight
-
-
-def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
-    """Cuts out what `plan` removes, in place; the output equals that of the model with those ZIGs zeroed.
-
-    A Transformers model, and every one inside another module, becomes an instance of a subclass of its own class and
-    name that saves its widths in `config.oto`; `from_pretrained` reads them, and so does whatever is built from this
-    config object: for a dense twin copy it before. (OTOv2, arXiv 2303.06862, Sec. 3.3)
-
-    Tensors are cut one by one: the peak is the model and the largest of them.
-
-    Args:
-        model: the model the partition was made for.
-        partition: its ZIGs.
-        plan: kept positions per axis.
-
-    Returns:
-        the same model object.
-
-    Raises:
-        ValueError: the plan doesn't fit the partition.
-        OTOError: the model isn't the one the partition was made for.
-
-    Example:
-        >>> from hf_oto import partition_zigs
-        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})
-        >>> compact(model, partition, PruningPlan({"0.weight[0]": [0, 2, 5]}))[0]
-        Linear(in_features=3, out_features=3, bias=True)
-    """
-    cut = resolve(partition, plan)
-    partition.tensors(model)  # raises where the model is another one
-    if cut.removed.any():
-        compact_(model, cut)
-    return model
-
-
-@contextlib.contextmanager
-def trial_compact(model: nn.Module, cut: Cut) -> Iterator[None]:
-    """While open, the model is what `compact` makes of it, class and config too."""
-    classes = {part: type(part) for part in outermost_pretrained(model).values()}
-    with restored(model):
-        try:
-            compact_(model, cut)
-            yield
-        finally:
-            for part, cls in classes.items():
-                part.__class__ = cls
-
-
-def compact_(model: nn.Module, cut: Cut) -> None:
-    """Keeps a cut: in tensors, sizes and caches, in the class and in the record of the config; see `compact`."""
-    recorded = outermost_pretrained(model)
-    sizes_before = {path: _sizes(part) for path, part in recorded.items()}
-    cut_(model, cut)
-    renew_caches_(model)
-    for path, part in recorded.items():
-        prefix = f"{path}." if path else ""
-        record = _record(part, cut, sizes_before[path], prefix)
-        if record["cuts"]:
-            become_compact_(part, record)
-
-
-# the record ----------------------------------------------------------------------------------------
-
-SizeKey = tuple[str, str, str]  # module path, "attributes" or "shapes", name of the attribute or tensor
-
-
-def _sizes(model: nn.Module) -> dict[SizeKey, Any]:
-    """All sizes and shapes that a model's modules have, under every name that something tied has.
-
-    (A model is built, and its record restored, before its weights are tied.)
-    """
-    sizes: dict[SizeKey, Any] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, value in sizes_of(module).items():
-            sizes[path, "attributes", name] = value
-    for name, tensor in named_tensors(model).items():
-        path, _, leaf = name.rpartition(".")
-        sizes[path, "shapes", leaf] = tensor.shape
-    return sizes
-
-
-def _record(model: PreTrainedModel, cut: Cut, sizes_before: dict[SizeKey, Any], prefix: str) -> dict[str, Any]:
-    """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut.
-
-    Args:
-        sizes_before: `_sizes` of the model before the cut.
-        prefix: of the names of its parameters in the model that was cut.
-    """
-    modules: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, now in _sizes(model).items():
-        before = sizes_before.get(key, now)
-        if now == before:
-            continue
-        path, part, name = key
-        value = list(now) if isinstance(now, (list, tuple)) else now
-        if part == "shapes":  # None for a dimension that stays
-            value = [n if n != old else None for n, old in zip(now, before, strict=True)]
-        modules.setdefault(path, {}).setdefault(part, {})[name] = value
-
-    earlier_cuts = vars(model.config).get("oto", {"cuts": []})["cuts"]
-    step = max((earlier["step"] for earlier in earlier_cuts), default=-1) + 1
-    cuts = []
-    for axis, removed in cut.partition.split(cut.removed):
-        members = _recorded_members(axis, prefix)
-        if not (removed.any() and members):
-            continue
-        kept_bits = int.from_bytes(np.packbits(~removed, bitorder="little").tobytes(), "little")
-        scales = []
-        for scale in axis.scales:
-            if scale.param.startswith(prefix):
-                scales.append([scale.param.removeprefix(prefix), *scale.power.as_integer_ratio(), scale.offset])
-        cuts.append({"step": step, "size": axis.size, "kept": f"{kept_bits:x}", "members": members, "scales": scales})
-    return {"version": VERSION, "modules": modules, "cuts": cuts}
-
-
-def _recorded_members(axis: PrunableAxis, prefix: str) -> list[list[Any]]:
-    """[parameter, dimension, whether a cut position is filled in again with something else than zero, positions]."""
-    members = []
-    for m in axis.members:
-        if m.param.startswith(prefix):
-            is_never_zero = int(m.role == "statistic")  # a variance, or the direction of a weight
-            positions = [m.start, m.outer, m.inner] if m.index is None else [m.index.tolist()]
-            members.append([m.param.removeprefix(prefix), m.dim, is_never_zero, *positions])
-    return members

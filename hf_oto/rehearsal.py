@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calls import outermost_pretrained
-from .cut import Cut, trial_compact
+from .compaction import trial_compact
+from .cut import Cut
 from .modeling_oto import OTOError
 
 

@@ -266,7 +266,7 @@ def _members_and_pins(
             positions = np.flatnonzero(axis_of_position == axis)
             by_zig = positions[np.argsort(zigs[positions], kind="stable")]
             index = by_zig.reshape(sizes[axis], -1)  # (size, positions of one ZIG)
-            members[axis].append(_member(leaf.param, leaf.dim, leaf.role, index))
+            members[axis].append(Member.at(leaf.param, leaf.dim, leaf.role, index))
     return members, pinned
 
 
@@ -310,15 +310,3 @@ def _kind(marks: int) -> str:
     if marks & Mark.GROUPS:
         return "groups"
     return "channels" if marks & Mark.CHANNELS else "units"
-
-
-def _member(name: str, dim: int, role: Role, index: np.ndarray) -> Member:
-    """A member with the given positions, shape (size, k): as an even stride where it is one, else as a list."""
-    size, k = index.shape
-    start = int(index[0, 0])
-    # the first ZIG has `inner` positions in a row before it jumps
-    inner = next((i for i in range(1, k) if index[0, i] != start + i), k)
-    strided = Member(name, dim, role, start, k // inner, inner)
-    if k % inner == 0 and np.array_equal(strided.positions(size), index):
-        return strided
-    return Member(name, dim, role, index=index)

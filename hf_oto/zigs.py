@@ -57,6 +57,18 @@ class Member:
     inner: int = 1
     index: np.ndarray | None = field(default=None, compare=False)
 
+    @classmethod
+    def at(cls, param: str, dim: int, role: Role, positions: np.ndarray) -> Member:
+        """The member with the given positions, (size, k): as an even stride where it is one, else as a list."""
+        size, k = positions.shape
+        start = int(positions[0, 0])
+        # the first ZIG has `inner` positions in a row before it jumps
+        inner = next((i for i in range(1, k) if positions[0, i] != start + i), k)
+        strided = cls(param, dim, role, start, k // inner, inner)
+        if k % inner == 0 and np.array_equal(strided.positions(size), positions):
+            return strided
+        return cls(param, dim, role, index=positions)
+
     def positions(self, size: int) -> np.ndarray:
         """The positions along `dim` of every ZIG of an axis of `size`, shape (size, k).
 

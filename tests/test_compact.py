@@ -18,7 +18,8 @@ import hf_oto.restore
 from hf_oto import PruningPlan, compact, partition_zigs, to_dense
 from hf_oto.calls import tensors_of
 from hf_oto.certificate import certify
-from hf_oto.cut import TrialCut, compact_, cut_, own_sizes, resolve
+from hf_oto.compaction import Compaction
+from hf_oto.cut import TrialCut, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
 from hf_oto.sizes import Equation, Size, Sizes
@@ -477,7 +478,7 @@ def test_what_stays_as_zeros_is_said_once(tmp_path, caplog):
         cut = resolve(partition, PruningPlan({"up.0.weight[0]": [1]}))
         certificate = certify(model, cut, inputs)
         measure(model, TrialCut(model, cut), inputs=inputs, seconds=0)
-        compact_(model, cut)
+        Compaction(model, partition).keep_(model, cut)
     assert certificate.holds
     assert caplog.text.count("stay as zeros") == 1
 
