@@ -49,6 +49,10 @@ class OTOArguments:
         uniform (`bool`, *optional*, defaults to `False`):
             Layers that one number of the stock config describes keep equal widths, and what no number describes stays
             whole: the compact model is then a stock one, with other numbers and no record (scheduled mode).
+        shrink (`bool`, *optional*, defaults to `True`):
+            Whether ZIGs are cut out as soon as they are zero, so that the rest of the run trains a smaller model; else
+            they are cut out at the end. Callbacks that keep copies of weights need an `on_compact` method for that
+            (see `OTOMixin`).
         protect (`list[str]`, *optional*):
             Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
             it is in.
@@ -74,6 +78,7 @@ class OTOArguments:
         default=None, metadata={"help": "What stays of an axis is a multiple of this."}
     )
     uniform: bool = field(default=False, metadata={"help": "Widths that a stock config can say, equal for layers."})
+    shrink: bool = field(default=True, metadata={"help": "Cut zeros out while training, not only at its end."})
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
 
     def __post_init__(self) -> None:

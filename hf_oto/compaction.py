@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import outermost_pretrained
-from .cut import Cut, cut_, resolve, scale_factors
+from .cut import Cut, Trial, cut_, grow_, resolve, scale_factors
 from .evaluating import renew_caches_
 from .modeling_oto import VERSION, become_compact_, named_tensors, sizes_of
 from .remaining import partition_left
@@ -76,7 +76,8 @@ class Compaction:
         self.gone = np.zeros(partition.num_zigs, bool)
         self._dense: dict[str, _Dense] = {}  # path of a Transformers model in the model -> what it was
         for path, part in outermost_pretrained(model).items():
-            self._dense[path] = _Dense(_sizes(part), copy.deepcopy(vars(part.config).get("oto")))
+            record = copy.deepcopy(vars(part.config).get("oto"))
+            self._dense[path] = _Dense(type(part), part.config.architectures, record, _sizes(part))
 
     @functools.cached_property
     def left(self) -> ZIGPartition:
@@ -97,11 +98,7 @@ class Compaction:
         """The plan for the dense model that removes what is gone, and every ZIG that is exactly zero."""
         removed = self.gone.copy()
         removed[~self.gone] = PruningPlan.from_zeros(model, self.left).removed(self.left)
-        kept = {}
-        for axis, removed_of_axis in self.partition.split(removed):
-            if removed_of_axis.any():
-                kept[axis.name] = np.flatnonzero(~removed_of_axis)
-        return PruningPlan(kept)
+        return PruningPlan.removing(removed, self.partition)
 
     def keep_(self, model: nn.Module, cut: Cut) -> None:
         """Cuts tensors, sizes and caches, class and record of the config, in place; see `compact`.
@@ -124,20 +121,49 @@ class Compaction:
     def _record_(self, part: PreTrainedModel, path: str) -> None:
         """Writes one record of all cuts into a config, and gives the model its compact class."""
         dense = self._dense[path]
-        vars(part.config).pop("oto", None)
-        if dense.record is not None:  # the model was compact before training, and its record is continued
-            part.config.oto = copy.deepcopy(dense.record)
+        dense.put_back_record_(part)
         prefix = f"{path}." if path else ""
         record = _record(part, self.partition, self.gone, dense.sizes, prefix)
         if record["cuts"]:
             become_compact_(part, record)
 
+    def whole_cut(self) -> Cut:
+        """All that is gone, as one cut of the dense model."""
+        plan = PruningPlan.removing(self.gone, self.partition)
+        return resolve(self.partition, plan, warn=False, gone=self.gone)
+
+    def trial_dense(self, model: nn.Module) -> Trial:
+        """While it is open, the model has its dense sizes again, with zeros in the place of what is gone."""
+        whole_cut = self.whole_cut()
+        return Trial(model, lambda model: grow_(model, whole_cut))
+
+    def undo_(self, model: nn.Module) -> None:
+        """Makes the model dense again, in place, with zeros in the place of what is gone."""
+        if not self.gone.any():
+            return
+        grow_(model, self.whole_cut())
+        renew_caches_(model)
+        for path, part in outermost_pretrained(model).items():
+            dense = self._dense[path]
+            dense.put_back_record_(part)
+            part.__class__ = dense.cls
+            part.config.architectures = dense.architectures
+        self.gone = np.zeros_like(self.gone)
+        vars(self).pop("left", None)
+
 
 class _Dense(NamedTuple):
     """A Transformers model before the first cut."""
 
-    sizes: dict[SizeKey, Any]
+    cls: type[PreTrainedModel]
+    architectures: list[str] | None
     record: dict[str, Any] | None  # of an earlier compaction
+    sizes: dict[SizeKey, Any]
+
+    def put_back_record_(self, part: PreTrainedModel) -> None:
+        vars(part.config).pop("oto", None)
+        if self.record is not None:
+            part.config.oto = copy.deepcopy(self.record)
 
 
 @contextlib.contextmanager

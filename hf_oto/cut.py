@@ -11,7 +11,7 @@ out_features of the first layer and in_features of the second to 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +165,44 @@ def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> dic
     return scales_to_apply
 
 
+def grow_(model: nn.Module, cut: Cut) -> None:
+    """Undoes a cut, in place, but for the weights that went: there are zeros, which change no output.
+
+    Args:
+        cut: one without scales.
+    """
+    sizes_before = {}
+    if cut.partition.sizes is not None:
+        sizes_before = {attribute: cut.partition.sizes.values[attribute] for attribute in cut.attributes}
+    roles = {m.param: m.role for axis in cut.partition.axes for m in axis.members}
+    places_of_id = places(model)
+    tensors = named_tensors(model)
+    grown = set()
+    for name, gone_of_dims in cut.positions.items():
+        old = tensors[name]
+        if id(old) in grown:  # it is tied, and has been grown under another name
+            continue
+        grown.add(id(old))
+        new = old.detach()
+        for dim, gone in gone_of_dims.items():
+            # a variance of zero would divide by zero
+            new = _with_positions(new, dim, gone, fill=1.0 if roles[name] == "statistic" else 0.0)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+            vars(new).update(vars(old))
+        for place in places_of_id[id(old)]:
+            place.put(new)
+    _set_sizes_(model, sizes_before)
+
+
+def _with_positions(tensor: torch.Tensor, dim: int, gone: np.ndarray, fill: float) -> torch.Tensor:
+    """A tensor that has positions again which were taken out of it, all with one value."""
+    shape = list(tensor.shape)
+    shape[dim] += len(gone)
+    kept = torch.from_numpy(np.delete(np.arange(shape[dim]), gone))
+    return tensor.new_full(shape, fill).index_copy_(dim, kept.to(tensor.device), tensor)
+
+
 def _without_positions(tensor: torch.Tensor, positions: Mapping[int, np.ndarray]) -> torch.Tensor:
     """A tensor without some positions, dimension -> positions; the tensor itself where nothing goes."""
     for dim, gone in positions.items():
@@ -189,37 +227,53 @@ def _set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
             module._init_flat_weights()  # it knows its weights by their addresses, too
 
 
-class TrialCut:
-    """A cut that is put on a model and taken off again: `with TrialCut(model, cut): ...`, as often as it takes.
+class Trial:
+    """A change of a model that is put on and taken off again: `with trial: ...`, as often as it takes.
 
-    Outside the `with` the model is as it was, bit by bit, whatever was raised inside. The trial holds a cut copy of
-    every tensor that is cut, beside the full one; the tensors that are not cut are shared.
+    Outside the `with` the model is as it was, bit by bit, whatever was raised inside. The trial holds a copy of every
+    tensor that is changed, beside the one that the model has; the other tensors are shared.
 
     Args:
-        widening: see `cut_`.
+        change: what is done to the model, once.
 
     Attributes:
-        scales: what `cut_` returned.
+        result: what `change` returned.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, change: Callable[[nn.Module], Any]) -> None:
         self.model = model
         with restored(model):
-            self.scales = cut_(model, cut, widening)
-            self._small = contents(model)
+            self.result = change(model)
+            self._changed = contents(model)
 
     def __enter__(self) -> nn.Module:
-        self._full = contents(self.model)
+        self._unchanged = contents(self.model)
         try:
-            put_back(self._small)
+            put_back(self._changed)
         except BaseException:  # a Ctrl-C that waited for `put_back` comes before the `with` that would undo it
             self.__exit__()
             raise
         return self.model
 
     def __exit__(self, *error: Any) -> None:
-        put_back(self._full)
-        del self._full
+        put_back(self._unchanged)
+        del self._unchanged
+
+
+class TrialCut(Trial):
+    """A cut that is put on a model and taken off again; see `Trial`.
+
+    Args:
+        widening: see `cut_`.
+    """
+
+    def __init__(self, model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> None:
+        super().__init__(model, lambda model: cut_(model, cut, widening))
+
+    @property
+    def scales(self) -> dict[int, tuple[float, float]]:
+        """What `cut_` returned."""
+        return self.result
 
 
 OWN_SIZES = {  # the attributes that hold the sizes of the first dimensions of a weight; a subclass before its base

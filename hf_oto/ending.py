@@ -23,7 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calls import raise_if_out_of_memory
 from .certificate import certify, largest_difference, own_outputs, zeroed
-from .cut import Cut, TrialCut, compact_, resolve
+from .cut import Cut, TrialCut, resolve
+from .evaluating import take_off_autocast_
 from .figures import save_figures
 from .modeling_oto import OTOError
 from .ranks import WholeModel, of_rank_zero
@@ -175,17 +176,18 @@ class Ending:
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
-        if self._zero_again(model, made_zero):
-            metrics = {}  # other weights were evaluated
-        self.plan = PruningPlan.from_zeros(model, self.partition)
-        cut = resolve(self.partition, self.plan)
-        certificate = of_rank_zero(lambda: certify(model, cut, self._forwards))
-        if not certificate.holds:
-            raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
-        before, after = self._measured(model, cut)
-        if cut.removed.any():
-            compact_(model, cut)
-        self._cut = cut
+        if self._zero_again(model, made_zero) or self._has_shrunk:
+            metrics = {}  # other weights were evaluated, or those of a model that was cut already
+        self.plan = self._compaction.plan(model)
+        rest = self._compaction.resolve(self.plan)
+        if rest.removed.any() or not self._certificates:
+            certificate = of_rank_zero(lambda: certify(model, rest, self._forwards))
+            if not certificate.holds:
+                raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
+            self._certificates.append(certificate)
+        before, after = self._measured(model, rest)
+        self._compaction.keep_(model, rest)
+        self._cut = self._compaction.whole_cut()
         if self._ties is not None:
             stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank
             if stock is None:
@@ -199,9 +201,9 @@ class Ending:
         self.report = Report(
             before=before,
             after=after,
-            group_sparsity=float(cut.removed.sum() / max(1, self.partition.num_zigs)),
-            max_output_difference=certificate.cut,
-            max_output_difference_in_own_dtype=certificate.rounding,
+            group_sparsity=float(self._cut.removed.sum() / max(1, self.partition.num_zigs)),
+            max_output_difference=max(certificate.cut for certificate in self._certificates),
+            max_output_difference_in_own_dtype=max(certificate.rounding for certificate in self._certificates),
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
             metrics={"zeroed": metrics, "compact": {}},
         )
@@ -230,18 +232,19 @@ class Ending:
 
     def _zero_again(self, model: torch.nn.Module, made_zero: PruningPlan) -> bool:
         """Zeroes ZIGs that the optimizer made zero and that aren't in the weights: whether there were any."""
-        removed = made_zero.removed(self.partition)
-        moved = removed & ~PruningPlan.from_zeros(model, self.partition).removed(self.partition)
+        left, gone = self._compaction.left, self._compaction.gone
+        removed = made_zero.removed(self.partition)[~gone]
+        moved = removed & ~PruningPlan.from_zeros(model, left).removed(left)
         if not moved.any():
             return False
 
         def how_far() -> float:
             before = own_outputs(model, self._forwards)
-            with zeroed(model, Cut(self.partition, removed, {}, {})):
+            with zeroed(model, Cut(left, removed, {}, {})):
                 return largest_difference(before, own_outputs(model, self._forwards))
 
         difference = of_rank_zero(how_far)
-        self.partition.zero_(model, made_zero)
+        left.zero_(model, PruningPlan.removing(removed, left))
         logger.warning(
             "%d of %d ZIGs that training had made zero were not zero in the end: weights were put into the model from "
             "outside (an average, a checkpoint, a callback of yours). They are zeroed again, by which the outputs on "
@@ -250,15 +253,22 @@ class Ending:
         )  # fmt: skip
         return True
 
-    def _measured(self, model: torch.nn.Module, cut: Cut) -> list[dict[str, Any]]:
-        """What the full and the cut model take. Measuring runs them, and what goes wrong with that is a warning."""
+    def _measured(self, model: torch.nn.Module, rest: Cut) -> list[dict[str, Any]]:
+        """What the dense and the compact model take. Measuring runs them, and what goes wrong with that is a warning.
+
+        Args:
+            rest: what is still to be cut.
+        """
+        trials = [self._compaction.trial_dense(model), TrialCut(model, rest)]
         try:
-            return of_rank_zero(lambda: measure(model, TrialCut(model, cut), inputs=self._forwards))
+            return of_rank_zero(lambda: measure(*trials, inputs=self._forwards))
         except Exception as error:
             logger.warning("the models could not be measured: %s: %s", type(error).__name__, error)
-        with TrialCut(model, cut) as small:
-            after = size(small)
-        return [size(model), after]
+        sizes = []
+        for trial in trials:
+            with trial as changed:
+                sizes.append(size(changed))
+        return sizes
 
     def _without_training_memory(self) -> torch.nn.Module:
         """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
@@ -286,17 +296,3 @@ class Ending:
                 save_figures(folder, self._cut, self.state.log_history, self.report["pruning"])
             except Exception as error:
                 logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
-
-
-def take_off_autocast_(model: torch.nn.Module) -> None:
-    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision, if it has.
-
-    accelerate (1.15) keeps it as `_original_forward`. Its own undo takes off whatever names what it wraps: the
-    decorators of the class's forward, and the forward that others have put in its place on this object.
-    """
-    original = vars(model).pop("_original_forward", None)
-    if original is not None:
-        vars(model).pop("forward", None)
-        vars(model).pop("_is_accelerate_prepared", None)  # it would not be wrapped again
-        if original != model.forward:  # not the class's own, which is there again
-            model.forward = original

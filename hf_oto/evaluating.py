@@ -93,6 +93,20 @@ def _eager() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+def take_off_autocast_(model: nn.Module) -> None:
+    """Puts back the forward that `accelerator.prepare` has wrapped for mixed precision, if it has.
+
+    accelerate (1.15) keeps it as `_original_forward`. Its own undo takes off whatever names what it wraps: the
+    decorators of the class's forward, and the forward that others have put in its place on this object.
+    """
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        vars(model).pop("forward", None)
+        vars(model).pop("_is_accelerate_prepared", None)  # it would not be wrapped again
+        if original != model.forward:  # not the class's own, which is there again
+            model.forward = original
+
+
 _P_SECOND = (
     "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
     "feature_alpha_dropout", "feature_alpha_dropout_", "dropout1d", "dropout2d", "dropout3d",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import benchmark
 
 from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy
-from .cut import TrialCut
+from .cut import Trial
 from .evaluating import evaluating
 from .rules import multiplications
 from .trace import persistent_buffers, trace
@@ -29,19 +29,19 @@ def macs(model: nn.Module, inputs: Inputs) -> int:
     return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
 
 
-def measure(*models: nn.Module | TrialCut, inputs: Inputs, seconds: float = 1.0) -> list[dict[str, Any]]:
+def measure(*models: nn.Module | Trial, inputs: Inputs, seconds: float = 1.0) -> list[dict[str, Any]]:
     """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; the `latency` of
     its forwards in seconds, the median, and the `quartiles`; and `measured_on` what.
 
     The models run in turn, so that what else the machine does slows all of them alike.
 
     Args:
-        models: models, or a cut that is put on its model while that is measured.
+        models: models, or a change that is put on its model while that is measured.
         inputs: one batch, the keyword arguments of forward, or several calls.
         seconds: for how long each model runs. Of every model 3 to 50 runs are timed, after two more that warm it up.
     """
     forwards = as_forwards(inputs)
-    opened = [m if isinstance(m, TrialCut) else contextlib.nullcontext(m) for m in models]
+    opened = [m if isinstance(m, Trial) else contextlib.nullcontext(m) for m in models]
     latencies: list[list[float]] = [[] for _ in models]
     start = benchmark.timer()
     while (turns := len(latencies[0])) < 3 or (turns < 50 and benchmark.timer() - start < seconds * len(models)):

@@ -221,11 +221,8 @@ class Resuming:
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
         """`Trainer`'s; after a training that was interrupted, or ran out of memory, this one begins anew."""
-        if isinstance(self.optimizer, AcceleratedOptimizer):
-            # It was prepared for the earlier training, and would go on with that one's schedule and hold its memory.
-            self.optimizer = None
-            self.callback_handler.optimizer = None
-            self.callback_handler.lr_scheduler = None
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # of a try with a larger batch
+            self._forget_earlier_training()
             if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # `Trainer` itself loads FSDP's later
                 self._load_from_checkpoint(resume_from_checkpoint)
         elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
@@ -234,6 +231,13 @@ class Resuming:
             self.optimizer = self._given_optimizer
         self._steps_made = 0
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+
+    def _forget_earlier_training(self) -> None:
+        """Lets go of an optimizer that would go on with its schedule, and of the cuts that it has led to."""
+        self._undo_cuts()
+        self.optimizer = self._given_optimizer
+        self.callback_handler.optimizer = None
+        self.callback_handler.lr_scheduler = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer`'s, which makes a step too many after resuming at the last step in the middle of an epoch."""
@@ -267,6 +271,8 @@ class Resuming:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """`Trainer`'s, but all the weights or an error."""
+        if model is None:
+            self._repeat_cuts_of(str(resume_from_checkpoint))
         inherited = super()._load_from_checkpoint
         if self._loads_otherwise(inherited, Trainer._load_from_checkpoint, resume_from_checkpoint):
             if model is None:

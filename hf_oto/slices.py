@@ -88,6 +88,21 @@ def slices_of(
     return tuple(slices)
 
 
+def slices_left(slices: Iterable[Slice], kept: Mapping[str, Mapping[int, Tensor]]) -> tuple[Slice, ...]:
+    """Slices of parameters that were cut, with the owners of the positions that stay.
+
+    Args:
+        kept: parameter -> dimension -> the positions that stay, (n,).
+    """
+    known: dict[bytes, Tensor] = {}  # equal owners are one tensor, as in `slices_of`
+    left = []
+    for s in slices:
+        positions = kept.get(s.param, {}).get(s.dim)
+        owner = s.owner if positions is None else s.owner[positions]
+        left.append(s._replace(owner=known.setdefault(owner.numpy().tobytes(), owner)))
+    return tuple(left)
+
+
 def local(t: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return t.to_local() if isinstance(t, DTensor) else t

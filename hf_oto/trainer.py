@@ -29,8 +29,8 @@ from .arguments import (
 from .calls import Forward, as_forwards, raise_if_out_of_memory
 from .cost import Work
 from .dhspg import DHSPG
-from .ending import Ending, take_off_autocast_
-from .evaluating import random_states_kept
+from .ending import Ending
+from .evaluating import random_states_kept, take_off_autocast_
 from .first_calls import FirstCalls
 from .hub import Hub, described_optimizer
 from .modeling_oto import OTOError
@@ -39,6 +39,7 @@ from .partition import partition_zigs
 from .ranks import DEEPSPEED, FSDP1, WholeModel, of_rank_zero, refuse_sharding
 from .report import scores
 from .resume import Resuming
+from .shrinking import Shrinking
 from .uniform import Tie, find_ties
 from .zigs import ZIGPartition
 
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 PLAN_NAME = "oto_plan.json"
 
 
-class OTOMixin(FirstCalls, Resuming, Ending, Hub):
+class OTOMixin(FirstCalls, Resuming, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
@@ -108,6 +109,8 @@ class OTOMixin(FirstCalls, Resuming, Ending, Hub):
             self.partition = self._ties = None
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self._forget_earlier_training()
         earlier = self.state
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -157,6 +160,7 @@ class OTOMixin(FirstCalls, Resuming, Ending, Hub):
         with random_states_kept(model):  # training goes on with the numbers it would have drawn
             self._analyse(model)
             self.optimizer = self._dhspg_around(base, model)
+            self._begin_whole(model)
         self._optimizer_text = described_optimizer(base)
         self._loader = None
         self.optimizer.register_step_post_hook(self._note_step)
@@ -234,6 +238,8 @@ class OTOMixin(FirstCalls, Resuming, Ending, Hub):
         that is no `PreTrainedModel` what was cut, as `oto_plan.json`, to build it again by."""
         super().save_model(output_dir, *args, **kwargs)
         folder = output_dir or self.args.output_dir
+        if self.report is None:
+            self._save_cuts(folder)
         if not self.is_fsdp_enabled:
             self._last_saved = self.state.global_step, folder
         if self.report is not None:

@@ -6,7 +6,7 @@ a rule, and so is the paper's own. What a rank holds of the ZIGs is in slices.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .composed import AroundOptimizer
+from .cut_state import cut_state_
 from .salience import parts
-from .slices import Part, agreed, local, on_this_rank, per_position, rows_of, slices_of, sum_over_zigs
+from .slices import Part, agreed, local, on_this_rank, per_position, rows_of, slices_left, slices_of, sum_over_zigs
 from .zeros import HeldZeros
 from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
@@ -90,6 +91,11 @@ class ZIGOptimizer(AroundOptimizer):
     def made_zero(self) -> Tensor:
         """Which ZIGs this optimizer has made zero, bool (num_zigs,), whatever is in the weights now."""
         return self._own["zero"].cpu() > 0
+
+    @property
+    def mask(self) -> Tensor:
+        """`made_zero` as it is kept, uint8 (num_zigs,): another tensor as soon as more ZIGs are zero."""
+        return self._own["zero"]
 
     @property
     def group_sparsity(self) -> float:
@@ -204,6 +210,25 @@ class ZIGOptimizer(AroundOptimizer):
         self._own["zero"] = (self.made_zero | zigs).to(torch.uint8)
         if zigs.any():
             self._forget_past_steps()
+
+    def cut_(self, params: Mapping[str, Tensor], positions: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+        """Goes on with the parameters that are left of a model after zero ZIGs were cut out of it.
+
+        ZIGs keep their numbers, and those that are cut out are zero as before; only no parameter has them any more.
+
+        Args:
+            params: the model's parameters now, by name.
+            positions: parameter -> dimension -> the positions of it that went.
+        """
+        kept: dict[str, dict[int, Tensor]] = {}
+        for name, old in self.parameters_by_name().items():
+            kept[name] = {}
+            for dim, gone in positions.get(name, {}).items():
+                kept[name][dim] = torch.from_numpy(np.delete(np.arange(old.shape[dim]), gone))
+        cut_state_(self.base, params, kept)
+        self._group = slices_left(self._group, kept)
+        self._readers = slices_left(self._readers, kept)
+        self.held = HeldZeros(self._group, self.held.restless)
 
     def _forget_past_steps(self) -> None:
         """LBFGS takes every change of the weights since its last step for its own: after another it begins anew."""

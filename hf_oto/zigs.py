@@ -174,6 +174,15 @@ class PruningPlan:
                 kept[axis.name] = np.flatnonzero(alive).tolist() or [0]
         return cls(kept)
 
+    @classmethod
+    def removing(cls, removed: np.ndarray, partition: ZIGPartition) -> PruningPlan:
+        """The plan that removes some ZIGs, bool (num_zigs,); of an axis that would lose all, one ZIG is kept."""
+        kept = {}
+        for axis, removed_of_axis in partition.split(removed):
+            if removed_of_axis.any():
+                kept[axis.name] = np.flatnonzero(~removed_of_axis).tolist() or [0]
+        return cls(kept)
+
     def removed(self, partition: ZIGPartition) -> np.ndarray:
         """Which ZIGs go, bool, shape (num_zigs,); checks the plan against the partition.
 

@@ -1,0 +1,243 @@
+"""Shrinking while it trains: what has become zero for good is cut out at once, and the run goes on with what is left.
+
+`Shrinking` is a part of `OTOMixin`. After each event of the pruning window the zero ZIGs are cut out of the model and
+of the optimizer, in place: the objects that the training loop holds stay the same. The result is that of a cut at the
+end, up to rounding; where dropout draws its masks, it is another run of the same distribution.
+
+Worked example: a run of 100 steps with events after steps 10, 16, ... 60. After step 16 the first ZIGs are zero and
+are cut out; step 17 is computed with smaller matrices. From step 61 on, the model that trains is as small as the one
+that is saved in the end, but for axes whose cut scales weights: these wait for the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import TrainerCallback
+
+from .arguments import setting
+from .calls import tensors_of
+from .certificate import Certificate, certify
+from .compaction import Compaction
+from .cut import Cut
+from .cut_state import replace_parameters_, why_uncuttable
+from .dhspg import DHSPG
+from .evaluating import random_states_kept, take_off_autocast_
+from .modeling_oto import OTOError
+from .ranks import of_rank_zero
+from .restore import restored
+from .zigs import PruningPlan
+
+logger = logging.getLogger(__name__)
+
+CUTS_NAME = "oto_cuts.json"  # beside the weights of a checkpoint: what had been cut out of the model that it holds
+WORTH_IT = 0.05  # a cut inside the window is made once it saves this fraction of the dense model's work
+
+
+class _CutAfterStep(TrainerCallback):
+    """Cuts before all other callbacks, which then see the smaller model."""
+
+    def __init__(self, trainer: Shrinking) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._cut_zeros_out()
+
+
+class Shrinking:
+    """The part of `OTOMixin` that cuts while training."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._compaction: Compaction | None = None  # what has been cut out of the model
+        self._certificates: list[Certificate] = []  # of the cuts so far
+        self._mask_seen: torch.Tensor | None = None  # the zeros that were looked at last
+        self._stays_whole_because: str | None = None  # why nothing more is cut before the end
+        super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, _CutAfterStep(self))
+
+    def _begin_whole(self, model: nn.Module) -> None:
+        """Begins with a model from which nothing has been cut."""
+        self._compaction = Compaction(model, self.partition)
+        self._certificates = []
+        self._mask_seen = None
+        self._stays_whole_because = None
+
+    @property
+    def _has_shrunk(self) -> bool:
+        """Whether something has been cut out of the model already."""
+        return self._compaction is not None and bool(self._compaction.gone.any())
+
+    # the cut ---------------------------------------------------------------------------------------
+
+    def _cut_zeros_out(self) -> None:
+        """Cuts out what is zero since the last step, if that is worth it."""
+        optimizer = self._dhspg()
+        if optimizer is None or optimizer.mask is self._mask_seen or self._stays_whole_because is not None:
+            return
+        self._mask_seen = optimizer.mask
+        cut = self._compaction.resolve(self._plan_for_now(optimizer), warn=False)
+        if not cut.removed.any() or not self._is_worth_it(cut, optimizer):
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._stays_whole_because = self._why_whole(model, optimizer)
+        if self._stays_whole_because is not None:
+            logger.info("the model is cut at the end of training only: %s", self._stays_whole_because)
+            return
+        certificate = of_rank_zero(lambda: self._certified(model, cut))
+        if not certificate.holds:
+            self._stays_whole_because = str(certificate)
+            logger.warning("the model is not cut before the end of training: %s", certificate)
+            return
+        self._certificates.append(certificate)
+        self._cut_(model, cut)
+        self._tell_callbacks(model, cut)
+
+    def _plan_for_now(self, optimizer: DHSPG) -> PruningPlan:
+        """What is zero, without axes whose cut scales weights: Adam's steps don't scale with the weights."""
+        plan = optimizer.zeros(self.partition)
+        scaled = {axis.name for axis in self.partition.axes if axis.scales}
+        return PruningPlan({name: kept for name, kept in plan.kept.items() if name not in scaled})
+
+    def _is_worth_it(self, cut: Cut, optimizer: DHSPG) -> bool:
+        """Whether a cut saves enough, or no other follows it."""
+        if optimizer.phase == "training the rest":
+            return True
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return False  # every cut compiles the model anew
+        work = self._works.get("macs", self._works["params"])
+        gone_before = self._num_gone(self._compaction.gone)
+        gone = self._compaction.gone.copy()
+        gone[~gone] = cut.removed
+        saved = work.left(gone_before) - work.left(self._num_gone(gone))
+        return saved >= WORTH_IT * work.left(np.zeros(len(gone_before)))
+
+    def _num_gone(self, gone: np.ndarray) -> np.ndarray:
+        """The number of ZIGs of every axis in a set, bool (num_zigs,)."""
+        return np.array([int(gone_of_axis.sum()) for _, gone_of_axis in self.partition.split(gone)])
+
+    def _certified(self, model: nn.Module, cut: Cut) -> Certificate:
+        """The certificate of a cut, in the middle of training: nothing that training uses is changed by it."""
+        with random_states_kept(model), restored(model):
+            take_off_autocast_(model)
+            return certify(model, cut, self._forwards)
+
+    def _cut_(self, model: nn.Module, cut: Cut) -> None:
+        """Cuts the model, the optimizer, and what DDP keeps of both."""
+        positions = cut.positions
+        self._compaction.keep_(model, cut)
+        self._dhspg().cut_(dict(model.named_parameters()), positions)
+        self._renew_ddp(model)
+
+    def _renew_ddp(self, model: nn.Module) -> None:
+        """DDP reduces the gradients of the new parameters: it is made anew, as the same object, which the training
+        loop holds."""
+        wrapped = self.model_wrapped
+        wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
+        if not isinstance(wrapped, DistributedDataParallel):
+            return
+        handler = self.accelerator.ddp_handler
+        settings = {} if handler is None else handler.to_kwargs()
+        if wrapped.device_ids is not None:
+            settings |= {"device_ids": wrapped.device_ids, "output_device": wrapped.output_device}
+        training = wrapped.training
+        del wrapped.reducer, wrapped.logger  # with the reducer go its hooks on the old parameters
+        wrapped.__init__(model, **settings)
+        wrapped.train(training)
+        if handler is not None:
+            handler.register_comm_hook(wrapped)
+
+    def _tell_callbacks(self, model: nn.Module, cut: Cut) -> None:
+        """Calls `on_compact` of the callbacks that have it."""
+        for callback in self.callback_handler.callbacks:
+            on_compact = getattr(callback, "on_compact", None)
+            if on_compact is not None:
+                on_compact(self.args, self.state, self.control, model=model, optimizer=self.optimizer, cut=cut)
+
+    def _undo_cuts(self) -> None:
+        """Makes the model dense again, with zeros in the place of what was cut: another training begins."""
+        if not self._has_shrunk:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._compaction.undo_(model)
+        replace_parameters_(self._dhspg().base, dict(model.named_parameters()))
+        self._renew_ddp(model)
+
+    # what makes it wait for the end ----------------------------------------------------------------
+
+    def _why_whole(self, model: nn.Module, optimizer: DHSPG) -> str | None:
+        """Why nothing can be cut before the end, in words; None: nothing speaks against it."""
+        if not setting(self.args, "shrink"):
+            return "shrink=False"
+        if self.is_fsdp_enabled:
+            return "FSDP2 shards its parameters"
+        if isinstance(self.model_wrapped, DataParallel):
+            return "DataParallel copies it in every step"
+        if self.accelerator.state.dynamo_plugin.use_regional_compilation:
+            return "its layers are compiled one by one, and each would be compiled anew"
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and not Path(best, CUTS_NAME).exists():
+            return f"the best checkpoint so far, {best}, is not cut"
+        for name, p in model.named_parameters():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return f"{name} has a hook, which may know its shape"
+        for callback in self.callback_handler.callbacks:
+            if not hasattr(callback, "on_compact") and _keeps_tensors(callback, model):
+                return f"{type(callback).__name__} keeps tensors and has no on_compact to cut them"
+        return why_uncuttable(optimizer.base)
+
+    # checkpoints -----------------------------------------------------------------------------------
+
+    def _save_cuts(self, folder: str) -> None:
+        """Writes what has been cut so far beside the weights of a checkpoint."""
+        if self._has_shrunk and self.args.should_save:
+            saved = {
+                "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
+                "certificates": [list(certificate) for certificate in self._certificates],
+            }
+            Path(folder, CUTS_NAME).write_text(json.dumps(saved))
+
+    def _repeat_cuts_of(self, checkpoint: str) -> None:
+        """Cuts the model as that of a checkpoint was, before its weights are loaded.
+
+        Raises:
+            OTOError: the checkpoint is of another model, or of this one as it was cut already.
+        """
+        file = Path(checkpoint, CUTS_NAME)
+        if not file.exists():
+            return
+        if self.is_fsdp_enabled:
+            raise OTOError(f"{checkpoint} is of a model that shrinks while it trains, which FSDP2 can't: use DDP")
+        saved = json.loads(file.read_text())
+        if self._dhspg() is None:
+            self.create_optimizer()  # of the dense model: `Trainer` finds it later
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        try:
+            cut = self._compaction.resolve(PruningPlan(saved["plan"]), warn=False)
+        except ValueError as error:
+            raise OTOError(
+                f"{checkpoint} holds a model that was cut while it trained, and this is not the dense model that the "
+                f"run began with ({error}): make the trainer with that one, and resume"
+            ) from error
+        self._cut_(model, cut)
+        self._certificates = [Certificate(*values) for values in saved["certificates"]]
+
+
+def _keeps_tensors(callback: Any, model: nn.Module) -> bool:
+    """Whether a callback keeps tensors, or a module that isn't part of the model."""
+    own = {id(module) for module in model.modules()}
+    for value in vars(callback).values():
+        if isinstance(value, nn.Module):
+            if id(value) not in own and any(True for _ in value.parameters()):
+                return True
+        elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and any(tensors_of(value)):
+            return True
+    return False
