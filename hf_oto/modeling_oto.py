@@ -175,7 +175,8 @@ def _is_list_of_ints(value: Any) -> bool:
 
 
 def _are_sizes(values: Any) -> bool:
-    return _is_list_of_ints(values) and all(n >= 0 for n in values)
+    # In one pass: a record has thousands of these lists.
+    return isinstance(values, list) and all(_is_int(n) and n >= 0 for n in values)
 
 
 def _is_shape(shape: Any) -> bool:
@@ -730,7 +731,8 @@ def _is_counted(number: int, cut: RecordedCut, positions: int, widths: set[int])
 
     Args:
         positions: how many positions one ZIG has.
-        widths: the same of all cuts of the step; a number that is one of these is the width of a ZIG, and stays.
+        widths: how many positions one ZIG has in each cut of the step. A number among these is the width of a ZIG, and
+            stays.
     """
     share, rest = divmod(number, cut.size)
     if rest or not share:
@@ -759,7 +761,7 @@ def _parts_after(parts: tuple[int, ...], taken: set[Taken], cuts: Cuts) -> set[t
 
 
 def _parts_after_cut(parts: tuple[int, ...], cut: RecordedCut, unit: int) -> tuple[int, ...] | None:
-    """The lengths of parts after a cut, if its ZIGs have `unit` places each; None if they do not lie in the parts."""
+    """The lengths of parts after a cut whose ZIGs have `unit` places each; None if the parts aren't made of these."""
     ends = list(accumulate(parts))
     if ends[-1] != cut.size * unit:
         return None
@@ -822,7 +824,7 @@ def _names_in(record: Record) -> set[str]:
 def _new_names(model: PreTrainedModel, names: set[str], known: set[str], partly: bool) -> dict[str, str | None]:
     """Name in the record -> name in the model, None if the model lacks it.
 
-    Worked example: of a model with a head all names in the body begin with "bert.", of the body alone no name does.
+    Worked example: in a model with a head, all names in the body begin with "bert."; in the body alone, no name does.
 
     Args:
         names: the modules and weights that the record names.
