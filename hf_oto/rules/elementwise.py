@@ -16,7 +16,7 @@ from .. import reasons
 from ..sizes import Ref
 from ..trace import Call
 from .others import stay, unknown
-from .state import Axes, Dims, both, either, first, not_zero, rule
+from .state import Axes, Dims, both, either, first, never, not_zero, rule
 
 # functions of two operands that broadcast against each other; of a function that is not here, the result isn't zero
 ZEROS = {
@@ -24,10 +24,6 @@ ZEROS = {
     **dict.fromkeys("mul logical_and bitwise_and linalg_cross".split(), either),
     **dict.fromkeys("div floor_divide remainder fmod copy polar _prelu_kernel rrelu_with_noise".split(), first),
 }
-
-
-def _never(a: bool, b: bool) -> bool:
-    return False
 
 
 @rule(
@@ -39,7 +35,7 @@ def _never(a: bool, b: bool) -> bool:
 def elementwise(s: Axes, call: Call) -> Dims:
     """... , ... -> ...: operands broadcast against each other; what is zero depends on the function"""
     refs = call.refs
-    zero = ZEROS.get(call.name, _never)
+    zero = ZEROS.get(call.name, never)
     if call.name == "where":  # the condition comes last: it decides nothing about zeros
         refs = refs[1:] + refs[:1]
     if call.name == "copy":  # the result holds what is copied, not what was there
