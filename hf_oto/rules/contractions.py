@@ -1,7 +1,7 @@
 """Functions that sum over a shared dimension: products, convolutions, recurrent layers, attention.
 
 Worked example: the call addmm(bias (8,), x (2, 3), w (3, 8)) contracts the 3 and produces the 8. So the rows of w
-consume what made the columns of x, and the columns of w and the bias produce what the result has as its columns.
+consume the columns of x, and the columns of w and the bias produce the columns of the result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mm(s: Axes, call: Call) -> Dims:
     batch = []
     for of_a, of_b in zip(a_batch, b_batch, strict=False):  # a matrix by a vector has no batch
         dim = s.unify(of_a, of_b, either)
-        if are_activations:  # such products are those of attention, one for each head
+        if are_activations:  # attention multiplies so, once for each head
             s.algebra.mark(dim, Mark.HEADS)
         batch.append(dim)
     s.contract(a_inner, b_inner, a_weight, b_weight)
@@ -47,7 +47,9 @@ def mm(s: Axes, call: Call) -> Dims:
 @rule("convolution", "_convolution")
 def convolution(s: Axes, call: Call) -> Dims:
     """b (g i) x, (g o) i k -> b (g o) x; transposed, b (g i) x, (g i) o k -> b (g o) x"""
-    x, weight, bias, *_, transposed, _, groups = call.args[:9]
+    x, weight, bias = call.args[:3]
+    transposed = call.args[6]
+    groups = call.args[8]
     batch, channels, *space = s.of(x)
     outer, inner, *kernel = s.of(weight)
     for dim in (*space, *kernel):
@@ -60,18 +62,22 @@ def convolution(s: Axes, call: Call) -> Dims:
     if transposed:
         read, produced = outer, inner
     group = s.unify(groups_of_x, groups_of_weight, either)
-    s.contract(channels_of_group, read, s.weight(x), s.weight(weight))
+    x_weight = s.weight(x)
+    kernel_weight = s.weight(weight)
+    s.contract(channels_of_group, read, x_weight, kernel_weight)
     s.produce(weight, [groups_of_weight, produced])
 
     new_channels = (*group, *produced)
-    is_depthwise = weight.shape[1] == 1 and weight.shape[0] <= groups  # each channel is a group of its own
-    if groups > 1 and not is_depthwise:
+    rows, columns = weight.shape[:2]
+    is_depthwise = columns == 1 and rows <= groups  # each channel is a group of its own
+    has_wide_groups = groups > 1 and not is_depthwise
+    if has_wide_groups:
         s.algebra.mark(group, Mark.GROUPS)
     else:
         s.algebra.mark(new_channels, Mark.CHANNELS)
     joined = s.join([new_channels], bias)
-    new_shape = call.outs[0].shape
-    new_space = s.fixed(new_shape[2:])
+    _, _, *new_shape = call.outs[0].shape
+    new_space = s.fixed(new_shape)
     return [[batch, *joined, *new_space]]
 
 
@@ -83,7 +89,8 @@ def trilinear(s: Axes, call: Call) -> Dims:
     operands = []  # (dimensions, how much of a weight) of each of the three
     for n, ref in enumerate(call.refs, 1):
         dims = s.of(ref)
-        for d in given[f"expand{n}"]:
+        missing = given[f"expand{n}"]
+        for d in missing:
             dims.insert(d, ())
         weight = s.weight(ref)
         operands.append((dims, weight))
@@ -93,7 +100,10 @@ def trilinear(s: Axes, call: Call) -> Dims:
     result = []
     first_dims, _ = operands[0]
     for d in range(len(first_dims)):
-        operands_with_d = [(dims[d], weight) for dims, weight in operands if dims[d]]
+        operands_with_d = []
+        for dims, weight in operands:
+            if dims[d]:
+                operands_with_d.append((dims[d], weight))
         if d in summed:
             _sum_of_products(s, operands_with_d)
             continue
@@ -117,17 +127,17 @@ def _sum_of_products(s: Axes, operands: list[tuple[Dim, int]]) -> None:
 
 @rule("_cdist_forward", "_euclidean_dist")
 def distance(s: Axes, call: Call) -> Dims:
-    """b i k, b j k -> b i j: a norm of differences over k, where zeros leave it alone"""
-    *a_batch, i, a_inner = s.of(call.refs[0])
-    *b_batch, j, b_inner = s.of(call.refs[1])
+    """b i k, b j k -> b i j: the norm of differences over k; zeros leave a norm alone"""
+    a, b = call.refs[:2]
+    *a_batch, i, a_inner = s.of(a)
+    *b_batch, j, b_inner = s.of(b)
     inner = s.unify(a_inner, b_inner)
     power = call.given.get("p", 2)
     if power < 0:  # a zero more would make such a norm 0
         s.pin(inner, reasons.NORM)
     else:
         s.pin_where(inner, reasons.NORM, zero=False)
-    pairs = zip(a_batch, b_batch, strict=True)
-    batch = [s.unify(a, b, never) for a, b in pairs]
+    batch = s.unify_all(a_batch, b_batch, never)
     result = not_zero([*batch, i, j])
     return [result]
 
@@ -152,15 +162,19 @@ def recurrent(s: Axes, call: Call) -> Dims:
         state = s.unify(state, units)
     _, input_columns = s.of(w_input)
     _, state_columns = s.of(w_state)
-    s.contract(features, input_columns, s.weight(x), s.weight(w_input))
-    s.contract(state, state_columns, 0, s.weight(w_state))
+    x_weight = s.weight(x)
+    input_weight = s.weight(w_input)
+    state_weight = s.weight(w_state)
+    s.contract(features, input_columns, x_weight, input_weight)
+    s.contract(state, state_columns, 0, state_weight)
 
     every_step = [time, batch, state]
     last_states = []  # of the hidden state and of the cell
     for out in call.outs[1:3]:
-        layers_and_batch = s.fixed(out.shape[:-1])
+        *outer_shape, _ = out.shape
+        layers_and_batch = s.fixed(outer_shape)
         last_states.append([*layers_and_batch, state])
-    _, _, _, *others = stay(s, call)
+    others = stay(s, call)[3:]
     return [every_step, *last_states, *others]
 
 
@@ -190,7 +204,8 @@ def attention(s: Axes, call: Call) -> Dims:
     heads = (*kv_heads, *sharers_of_result)
     s.algebra.mark(heads, Mark.HEADS)
     s.contract(q_inner, k_inner, 0, 0)
-    for dim in (k_positions, v_positions):
+    summed_positions = (k_positions, v_positions)
+    for dim in summed_positions:
         s.pin(dim, reasons.ATTENTION)
     scores = [batch, heads, q_positions, k_positions]
     for mask in masks:
@@ -204,7 +219,8 @@ def attention(s: Axes, call: Call) -> Dims:
 def solve_triangular(s: Axes, call: Call) -> Dims:
     """b n n, b n k -> b n k with ones on the diagonal: one triangular system for each of b"""
     given = call.given
-    if not (given["unitriangular"] and given["left"]):
+    has_ones = given["unitriangular"]
+    if not (has_ones and given["left"]):  # zeros on the diagonal would leave no solution
         return unknown(s, call)
     matrix, right_side = call.args
     *matrix_batch, rows, columns = s.of(matrix)
@@ -213,8 +229,7 @@ def solve_triangular(s: Axes, call: Call) -> Dims:
         s.produce(ref)
     for dim in (rows, columns, unknowns):
         s.pin(dim, reasons.SYSTEM)
-    pairs = zip(side_batch, matrix_batch, strict=True)
-    batch = [s.unify(of_side, of_matrix, first) for of_side, of_matrix in pairs]
+    batch = s.unify_all(side_batch, matrix_batch, first)
     return [[*batch, unknowns, systems]]
 
 
@@ -227,7 +242,8 @@ def multiplications(call: Call) -> list[Factors]:
     Matrix products, convolutions and attention count, biases and elementwise operations don't.
     """
     rule = RULES.get(call.name)
-    if rule is mm or call.name == "_grouped_mm":
+    is_matrix_product = rule is mm or call.name == "_grouped_mm"
+    if is_matrix_product:
         return _of_matrices(call)
     if rule is convolution:
         return _of_convolution(call)
@@ -240,7 +256,9 @@ def multiplications(call: Call) -> list[Factors]:
 
 def _of_matrices(call: Call) -> list[Factors]:
     """Each element of a is multiplied by a row of b."""
-    a, b = call.refs[:2] if call.name == "_grouped_mm" else call.refs[-2:]  # a bias comes first, offsets come last
+    a, b = call.refs[-2:]  # after a bias
+    if call.name == "_grouped_mm":
+        a, b = call.refs[:2]  # before the offsets
     ndim = len(b.shape)
     factors = _all_dims(a)
     if ndim > 1:  # a vector has no columns
@@ -255,16 +273,19 @@ def _of_convolution(call: Call) -> list[Factors]:
     is_transposed = call.args[6]
     image = x if is_transposed else call.outs[0]  # a transposed one multiplies once per input position
     positions = _all_dims(image, but=1)
-    return [[*positions, *_all_dims(weight)]]
+    kernel = _all_dims(weight)
+    return [[*positions, *kernel]]
 
 
 def _of_recurrent(call: Call) -> list[Factors]:
     """Every step multiplies its input and the state before it."""
     x, w_input, w_state = call.refs[:3]
     rows = (w_input, 0)
-    of_input = [*_all_dims(x), rows]
+    inputs = _all_dims(x)
+    of_input = [*inputs, rows]
     steps = _all_dims(x, but=2)
-    of_state = [*steps, *_all_dims(w_state)]
+    rows_and_columns = _all_dims(w_state)
+    of_state = [*steps, *rows_and_columns]
     return [of_input, of_state]
 
 
@@ -272,7 +293,8 @@ def _of_attention(call: Call) -> list[Factors]:
     """Scores are queries by keys; the result is scores by values."""
     q, k, v = call.refs[:3]
     k_positions = (k, 2)
-    of_scores = [*_all_dims(q), k_positions]
+    queries = _all_dims(q)
+    of_scores = [*queries, k_positions]
     q_positions = _all_dims(q, but=3)
     columns = (v, 3)
     of_values = [*q_positions, k_positions, columns]

@@ -41,7 +41,7 @@ def elementwise(s: Axes, call: Call) -> Dims:
     refs = call.refs
     zero = ZEROS.get(call.name, never)
     is_where = call.name == "where"
-    if is_where:  # the condition comes last: it decides nothing about zeros
+    if is_where:  # the condition goes to the end, as it decides nothing about zeros
         condition, *choices = refs
         refs = [*choices, condition]
     if call.name == "copy":  # the result holds what is copied, not what was there
@@ -106,7 +106,7 @@ def cross(s: Axes, call: Call) -> Dims:
 
 @rule("tril", "triu")
 def triangle(s: Axes, call: Call) -> Dims:
-    """zeros above or below the diagonal of a matrix, which stay there if its rows and columns go together"""
+    """zeros above or below the diagonal of a matrix: they stay in their places if rows and columns go together"""
     *batch, rows, columns = s.of(call.args[0])
     go_together = len(rows) == len(columns)
     for row_leaf, column_leaf in zip(rows, columns, strict=False):
@@ -144,7 +144,7 @@ def fake_quantize(s: Axes, call: Call) -> Dims:
 
 @rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
 def loss(s: Axes, call: Call) -> Dims:
-    """elementwise where nothing is reduced, else a number that a zero more would change"""
+    """elementwise if nothing is reduced; a reduced loss is a number that one more zero would change"""
     is_reduced = call.given["reduction"] != 0
     has_weights = len(call.refs) != 2  # beside the prediction and the target
     if is_reduced or has_weights:

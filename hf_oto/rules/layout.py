@@ -30,19 +30,22 @@ def view(s: Axes, call: Call) -> Dims:
 
 @rule("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "select", "unbind")
 def strided(s: Axes, call: Call) -> Dims:
-    """dimensions that change places, appear with size 1, disappear or grow from size 1 to one along which all is
-    equal: the strides of an example show which dimension is where"""
-    ref = call.args[0]
-    dim_of_stride = dict(enumerate(s.of(ref), 1))
+    """dimensions that change places, appear with size 1, disappear, or grow from size 1 to hold copies: the strides of
+    an example show which dimension is where"""
+    ref, *arguments = call.args
+    dims = s.of(ref)
     # dimension d of the example has the stride d + 1, which tells where it is in the result
-    example = torch.empty_strided(ref.shape, [*dim_of_stride], device="meta")
-    moved = call.op(example, *call.args[1:], **call.kwargs)
+    dim_of_stride = dict(enumerate(dims, 1))
+    strides = list(dim_of_stride)
+    example = torch.empty_strided(ref.shape, strides, device="meta")
+    moved = call.op(example, *arguments, **call.kwargs)
     if not isinstance(moved, torch.Tensor):  # `unbind` gives several results, all alike
         moved = moved[0]
 
     strides_found = set()
     result = []
-    for n, stride in zip(moved.shape, moved.stride(), strict=True):
+    sizes_and_strides = zip(moved.shape, moved.stride(), strict=True)
+    for n, stride in sizes_and_strides:
         if n <= 1:  # torch may give such a dimension any stride
             result.append(())
         elif stride == 0:
@@ -75,13 +78,16 @@ def slice_(s: Axes, call: Call) -> Dims:
     ref, d, start, stop, step = call.given.values()
     n = ref.shape[d]
     dims = s.of(ref)
-    index = np.arange(n)[start:stop:step]
-    is_one_of_every_step = n % step == 0 and len(index) == n // step
+    positions = np.arange(n)
+    index = positions[start:stop:step]
+    num_steps = n // step
+    has_whole_steps = n % step == 0
+    is_one_of_every_step = has_whole_steps and len(index) == num_steps
     if step > 1 and is_one_of_every_step:  # `step` positions in a row go together, as one position of the result
-        dims[d], inner = s.factors(dims[d], n // step, step)
+        dims[d], inner = s.factors(dims[d], num_steps, step)
         s.pin(inner, reasons.FIXED)
         return [dims]
-    if step > 1:
+    if step > 1:  # steps that don't fill the dimension are no factor of it
         s.pin(dims[d], reasons.STRIDE)
     result = s.take(ref, d, index)
     return [result]
@@ -93,16 +99,20 @@ def slice_(s: Axes, call: Call) -> Dims:
 def split(s: Axes, call: Call) -> Dims:
     """pieces of a dimension"""
     ref, _, d = call.given.values()
-    lengths = [out.shape[d] for out in call.outs]
-    ends = np.cumsum(lengths)
-    positions = np.arange(ref.shape[d])
-    pieces = np.split(positions, ends[:-1])
-    return [s.take(ref, d, piece) for piece in pieces]
+    result = []
+    start = 0
+    for out in call.outs:
+        stop = start + out.shape[d]
+        piece = np.arange(start, stop)
+        dims = s.take(ref, d, piece)
+        result.append(dims)
+        start = stop
+    return result
 
 
 @rule("cat", "stack")
 def cat(s: Axes, call: Call) -> Dims:
-    """dimensions laid one after the other; those of `stack` are new and of size 1, and what they make can't be cut"""
+    """dimensions laid one after the other; `stack` lays new ones of size 1, and the result of that can't be cut"""
     refs, d = call.given.values()
     ndim = len(call.outs[0].shape)
     d %= ndim
@@ -119,8 +129,7 @@ def cat(s: Axes, call: Call) -> Dims:
         operands.append(dims)
     result, *others = operands
     for dims in others:
-        pairs = zip(result, dims, strict=True)
-        result = [s.unify(a, b) for a, b in pairs]
+        result = s.unify_all(result, dims)
     laid_out = _cat(s, pieces)
     result.insert(d, laid_out)
     return [result]
@@ -134,7 +143,7 @@ def _cat(s: Axes, parts: Sequence[Dim]) -> Dim:
 
 @rule("roll", "flip")
 def roll(s: Axes, call: Call) -> Dims:
-    """positions rotated, or (`flip`) reversed; those that a rotation by a number moves over the end must all stay"""
+    """positions rotated or reversed (`flip`); a rotation is by a number, so what it moves over the end must stay"""
     ref = call.args[0]
     rolled_dims = call.given["dims"]
     if not rolled_dims:  # torch then rolls the flattened tensor
@@ -145,16 +154,19 @@ def roll(s: Axes, call: Call) -> Dims:
             _reverse_(s, ref, result, d)
         return [result]
     shifts = call.args[1]
+    why = s.why(reasons.WRAPS)
     for d, shift in zip(rolled_dims, shifts, strict=True):
         n = ref.shape[d]
-        index = np.arange(n)
         if shift % n == 0:
             continue
-        over_the_end = index[-shift:] if shift > 0 else index[:-shift]
-        leaf = s.algebra.merge(result[d])
-        s.algebra.pin_ids(leaf.ids[over_the_end], s.why(reasons.WRAPS))
-        rolled = np.roll(index, shift)
-        result[d] = s.algebra.take(result[d], rolled)
+        dim = result[d]
+        leaf = s.algebra.merge(dim)
+        # a shift below 0 moves the first positions over the end
+        over_the_end = leaf.ids[-shift:] if shift > 0 else leaf.ids[:-shift]
+        s.algebra.pin_ids(over_the_end, why)
+        positions = np.arange(n)
+        rolled = np.roll(positions, shift)
+        result[d] = s.algebra.take(dim, rolled)
     return [result]
 
 
@@ -162,7 +174,8 @@ def _reverse_(s: Axes, ref: Ref, dims: list[Dim], d: int) -> None:
     """Reverses dimension d in the list of a tensor's dimensions."""
     positions = np.arange(ref.shape[d])
     backwards = positions[::-1]
-    dims[d] = s.algebra.take(dims[d], backwards)
+    reverse = s.algebra.take(dims[d], backwards)
+    dims[d] = reverse
 
 
 @rule("rot90")
@@ -170,7 +183,10 @@ def rot90(s: Axes, call: Call) -> Dims:
     """a plane turned by quarters: a flip, then a transposition"""
     ref, quarters, plane = call.given.values()
     result = s.of(ref)
-    a, b = (d % len(result) for d in plane)
+    ndim = len(result)
+    a, b = plane
+    a %= ndim
+    b %= ndim
     if quarters % 4 in (2, 3):
         _reverse_(s, ref, result, a)
     if quarters % 4 in (1, 2):
@@ -182,17 +198,20 @@ def rot90(s: Axes, call: Call) -> Dims:
 
 @rule("constant_pad_nd")
 def pad(s: Axes, call: Call) -> Dims:
-    """positions added at both ends; taken away (amounts below 0) they would be others after a cut"""
+    """positions added at both ends; amounts below 0 take positions away by number, which a cut would change"""
     ref, amounts, value = call.given.values()
     if min(amounts) < 0:
         return unknown(s, call)
     result = s.of(ref)
     if value != 0:
         result = not_zero(result)
-    amounts_of_dims = zip(amounts[::2], amounts[1::2], strict=True)
-    for d, ends in enumerate(amounts_of_dims, 1):  # torch counts from the last dimension on
+    before = amounts[::2]
+    after = amounts[1::2]
+    ends_of_dims = zip(before, after, strict=True)
+    for d, ends in enumerate(ends_of_dims, 1):  # torch counts from the last dimension on
         start, end = s.fixed(ends)
-        result[-d] = _cat(s, [start, result[-d], end])
+        parts = [start, result[-d], end]
+        result[-d] = _cat(s, parts)
     return [result]
 
 
@@ -202,11 +221,14 @@ def windows(s: Axes, call: Call) -> Dims:
     ref, d = call.args[:2]
     *shape, window_size = call.outs[0].shape
     d %= len(shape)
+    num_windows = shape[d]
     result = s.of(ref)
+    # windows may overlap, so that one position lies at several places of them
     s.pin(result[d], reasons.SPATIAL)
-    result[d] = s.algebra.fixed(shape[d])
-    window = s.algebra.fixed(window_size)
-    return [[*result, window]]
+    windows_dim, window = s.fixed([num_windows, window_size])
+    result[d] = windows_dim
+    result.append(window)
+    return [result]
 
 
 @rule("diagonal")
@@ -216,13 +238,15 @@ def diagonal(s: Axes, call: Call) -> Dims:
     given = call.given
     dims = s.of(ref)
     ndim = len(dims)
-    rows = given["dim1"] % ndim
-    columns = given["dim2"] % ndim
-    if given["offset"] or size(dims[rows]) != size(dims[columns]):
+    at = [given["dim1"] % ndim, given["dim2"] % ndim]
+    rows, columns = (dims[d] for d in at)
+    is_square = size(rows) == size(columns)
+    if given["offset"] or not is_square:  # a row would go with a column of another number
         return unknown(s, call)
     s.produce(ref)
-    on_the_diagonal = s.unify(dims[rows], dims[columns], either)
-    result = [dim for d, dim in enumerate(dims) if d not in (rows, columns)]
+    # an element of the diagonal is zero if its row or its column is
+    on_the_diagonal = s.unify(rows, columns, either)
+    result = [dim for d, dim in enumerate(dims) if d not in at]
     result.append(on_the_diagonal)
     return [result]
 
@@ -252,7 +276,9 @@ def glu(s: Axes, call: Call) -> Dims:
     first_half, second_half = np.split(positions, 2)
     result = s.take(ref, d, first_half)
     gate = s.take(ref, d, second_half)
-    result[d] = s.unify(result[d], gate[d], first)
+    # the gate is a sigmoid, which is not zero where its half is
+    gated = s.unify(result[d], gate[d], first)
+    result[d] = gated
     return [result]
 
 
@@ -283,8 +309,9 @@ def pixel_unshuffle(s: Axes, call: Call) -> Dims:
     for dim in (h, w):
         s.pin(dim, reasons.PLANE)
     shifts = s.algebra.fixed(r**2)
+    new_channels = (*channels, *shifts)
     plane = _plane_of_result(s, call)
-    return [[*batch, (*channels, *shifts), *plane]]
+    return [[*batch, new_channels, *plane]]
 
 
 @rule("im2col")
@@ -295,19 +322,21 @@ def im2col(s: Axes, call: Call) -> Dims:
     for dim in (h, w):
         s.pin(dim, reasons.SPATIAL)
     kernel_height, kernel_width = kernel_size
-    kernel = s.algebra.fixed(kernel_height * kernel_width)
-    num_places = call.outs[0].shape[-1]
-    places = s.algebra.fixed(num_places)
-    return [[*batch, (*channels, *kernel), places]]
+    kernel_positions = kernel_height * kernel_width
+    *_, num_places = call.outs[0].shape
+    kernel, places = s.fixed([kernel_positions, num_places])
+    columns = (*channels, *kernel)
+    return [[*batch, columns, places]]
 
 
 @rule("col2im")
 def col2im(s: Axes, call: Call) -> Dims:
     """b (c k) n -> b c h w: values that are put at the same place are summed"""
-    *batch, columns, places = s.of(call.args[0])
+    ref = call.args[0]
+    *batch, columns, places = s.of(ref)
     kernel_height, kernel_width = call.given["kernel_size"]
     kernel_positions = kernel_height * kernel_width
-    num_channels = call.outs[0].shape[-3]
+    *_, num_channels, _, _ = call.outs[0].shape
     channels, kernel = s.factors(columns, num_channels, kernel_positions)
     s.pin(kernel, reasons.KERNEL)
     s.pin(places, reasons.SPATIAL)
@@ -329,7 +358,7 @@ def channel_shuffle(s: Axes, call: Call) -> Dims:
 
 @rule("view_as_real", "view_as_complex")
 def as_complex(s: Axes, call: Call) -> Dims:
-    """the two parts of complex numbers were, or after `view_as_real` are, a last dimension"""
+    """the two parts of complex numbers as a last dimension (`view_as_real`), and back"""
     dims = s.of(call.args[0])
     if call.name == "view_as_real":
         parts = s.algebra.fixed(2)

@@ -28,7 +28,8 @@ def index_(s: Axes, call: Call) -> Dims:
     indexed = _indexed_dims(indices)
     start = indexed[0]
     mask_ndim = len(indices[start].shape)
-    is_mask = len(indexed) == 1 and len(shape) == len(dims) - mask_ndim + 1
+    has_shape_of_mask = len(shape) == len(dims) - mask_ndim + 1  # its true elements become one dimension
+    is_mask = len(indexed) == 1 and has_shape_of_mask
     if is_mask:  # a mask covers as many dimensions as it has
         indexed = list(range(start, start + mask_ndim))
     others = []
@@ -38,7 +39,7 @@ def index_(s: Axes, call: Call) -> Dims:
         else:
             others.append(dim)
     if len(others) > 1 and s.weight(ref):
-        # one matrix of several, an expert's: only the call that uses it says which dimension it produces
+        # the matrix of one expert of several: only the call that uses it says which dimension it produces
         for dim in others:
             s.algebra.mark(dim, Mark.EXPERTS)
     else:
@@ -133,7 +134,7 @@ def write(s: Axes, call: Call) -> Dims:
 
 @rule("index_put", "_index_put_impl")
 def index_put(s: Axes, call: Call) -> Dims:
-    """x[i, j, ...] = y: the dimensions after the last that is indexed go together"""
+    """x[i, j, ...] = y: the dimensions after the last indexed one go together"""
     ref, indices, value = call.args[:3]
     dims = s.of(ref)
     value_dims = s.of(value)
@@ -159,14 +160,13 @@ def index_put(s: Axes, call: Call) -> Dims:
     value_rest = value_dims[start_of_value_rest:]
     for dim in (*numbered, *value_numbered):
         s.pin(dim, reasons.NUMBERED)
-    pairs = zip(rest, value_rest, strict=True)
-    rest = [s.unify(a, b) for a, b in pairs]
+    rest = s.unify_all(rest, value_rest)
     return [[*numbered, *rest]]
 
 
 @rule("masked_scatter")
 def masked_scatter(s: Axes, call: Call) -> Dims:
-    """x[mask] = y, row by row: exact along the last dimension where the mask is seen to be the same all along it"""
+    """x[mask] = y: whole rows are written where the mask is the same in a row, and then the columns go together"""
     ref, mask, value = call.args
     covers_all = mask.shape == ref.shape
     has_whole_rows = value.shape[-1:] == ref.shape[-1:]
@@ -180,6 +180,7 @@ def masked_scatter(s: Axes, call: Call) -> Dims:
     for operand in (ref, value):
         s.produce(operand)
     columns = s.unify(columns, value_columns)
+    # the mask is the same in a row, so it says nothing about where the columns are zero
     columns = s.unify(columns, mask_columns, first)
     return [[*rows, columns]]
 
@@ -199,6 +200,7 @@ def embedding_bag(s: Axes, call: Call) -> Dims:
     table = call.args[0]
     rows, columns = s.of(table)
     s.pin(rows, reasons.NUMBERED)
+    # a sum, average or maximum of zeros is zero, so the columns go on as they are
     s.produce(table, [columns])
     result, *others = stay(s, call)
     bags, _ = result
@@ -207,7 +209,7 @@ def embedding_bag(s: Axes, call: Call) -> Dims:
 
 @rule("embedding_renorm")
 def embedding_renorm(s: Axes, call: Call) -> Dims:
-    """v d -> v d: rows that are looked up by number, made shorter; zeros leave their norms alone"""
+    """v d -> v d: rows that are looked up by number and scaled down to a norm; zeros leave the norm alone"""
     rows, columns = s.of(call.args[0])
     s.pin(rows, reasons.NUMBERED)
     return [[rows, columns]]
@@ -215,7 +217,7 @@ def embedding_renorm(s: Axes, call: Call) -> Dims:
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
 def packed(s: Axes, call: Call) -> Dims:
-    """b t ... -> n ..., sequences without their padding, or (`_pad_packed_sequence`) back"""
+    """b t ... -> n ...: sequences without their padding; `_pad_packed_sequence` puts it back"""
     num_step_dims, num_new_step_dims = 2, 1
     if call.name == "_pad_packed_sequence":
         num_step_dims, num_new_step_dims = 1, 2
@@ -225,7 +227,7 @@ def packed(s: Axes, call: Call) -> Dims:
     for dim in step_dims:
         s.pin(dim, reasons.STEPS)
     padding_value = call.given.get("padding_value", 0)
-    if padding_value != 0:
+    if padding_value != 0:  # padding lies in the place of the zeros, too
         rest = not_zero(rest)
     result, *others = stay(s, call)
     new_step_dims = result[:num_new_step_dims]

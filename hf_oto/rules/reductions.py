@@ -1,8 +1,8 @@
 """Norms, reductions, and functions that run along a dimension or over the image plane.
 
 Worked example: of 16 channels 4 are removed, and these are zero. Their sum and their norm are those of the other 12,
-so a sum or norm leaves the axis free. A mean divides by 12 in the place of 16, which scales.py makes up for. A
-maximum may be one of the zeros, so it pins.
+so a sum or norm leaves the axis free. A mean divides by 12 in the place of 16, and scales.py makes up for this. A
+maximum may be one of the zeros, so a maximum pins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .state import Axes, Dims, either, first, not_zero, rule
 
 @rule("native_layer_norm")
 def layer_norm(s: Axes, call: Call) -> Dims:
-    """normalised over the last dimensions: their mean and variance would change"""
+    """normalised over the last dimensions: a cut would change their mean and variance"""
     x, shape, weight, bias = call.args[:4]
     others, normed = _split_dims(s.of(x), len(shape))
     for dim in normed:
@@ -37,7 +37,7 @@ def _split_dims(dims: list[Dim], num_last: int) -> tuple[list[Dim], list[Dim]]:
 
 @rule("_fused_rms_norm")
 def rms_norm(s: Axes, call: Call) -> Dims:
-    """divided by the root of an average over the last dimensions; scales.py sees to the number of positions"""
+    """divided by the root of an average over the last dimensions; scales.py makes up for the number of positions"""
     x, shape, weight = call.args[:3]
     others, normed = _split_dims(s.of(x), len(shape))
     for dim in normed:
@@ -66,12 +66,12 @@ def batch_norm(s: Axes, call: Call) -> Dims:
 
 @rule("native_group_norm")
 def group_norm(s: Axes, call: Call) -> Dims:
-    """b (g c) x: each group by its own statistics, so that whole groups go"""
+    """b (g c) x: each group by its own statistics, so that only whole groups may go"""
     x, weight, bias, _, channels, _, groups, _ = call.args
     batch, dim, *space = s.of(x)
     channels_of_group = channels // groups
     outer, inner = s.factors(dim, groups, channels_of_group)
-    s.pin(inner, reasons.GROUP_NORM)
+    s.pin(inner, reasons.GROUP_NORM)  # a group's statistics run over all its channels
     s.algebra.mark(outer, Mark.GROUPS)
     dim = _affine(s, (*outer, *inner), weight, bias)
     result = [batch, dim, *space]
@@ -81,7 +81,7 @@ def group_norm(s: Axes, call: Call) -> Dims:
 
 def _affine(s: Axes, channels: Dim, weight: Ref | None, bias: Ref | None, *statistics: Ref | None) -> Dim:
     """Channels times weight plus bias: a zero weight and bias silence a channel, whatever was normalised."""
-    has_weight = weight is not None
+    has_weight = weight is not None  # without one, what was normalised stays whatever the bias is
     channels = with_zero(channels, has_weight)
     for vector in (weight, bias, *statistics):
         (channels,) = s.join([channels], vector, first)
@@ -132,8 +132,8 @@ REASON_OF_REDUCTION = {
     *"any argmax argmin logsumexp median nanmedian kthvalue mode".split(),
 )
 def reduction(s: Axes, call: Call) -> Dims:
-    """over some dimensions, where zeros leave a sum or norm alone; zeros change an average only by the number of
-    positions, and scales.py makes up for that"""
+    """over some dimensions, where zeros leave a sum or norm alone; they change only the number of positions of an
+    average, and scales.py makes up for that"""
     ref = call.args[0]
     is_total = _is_total(call)
     if is_total:
@@ -214,7 +214,7 @@ def along(s: Axes, call: Call) -> Dims:
     *"replication_pad2d replication_pad3d".split(),
 )
 def spatial(s: Axes, call: Call) -> Dims:
-    """b c x -> b c y: pooling and resizing within the image plane, and back by the places that a maximum came from"""
+    """b c x -> b c y: pooling and resizing within the image plane; unpooling puts values where the maxima were"""
     ndim = next(n for n in (1, 2, 3) if f"{n}d" in call.name)  # of the image plane
     dims = s.of(call.args[0])
     others, plane = _split_dims(dims, ndim)
@@ -223,8 +223,7 @@ def spatial(s: Axes, call: Call) -> Dims:
     if "unpool" in call.name:
         dims_of_places = s.of(call.args[1])
         others_of_places, _ = _split_dims(dims_of_places, ndim)
-        pairs = zip(others, others_of_places, strict=True)
-        others = [s.unify(a, b, first) for a, b in pairs]
+        others = s.unify_all(others, others_of_places, first)
     if "grid" in call.name:
         _, *grid = s.of(call.args[1])  # (batch, *image plane, coordinates)
         for dim in grid:

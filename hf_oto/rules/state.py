@@ -72,14 +72,17 @@ class Axes:
         """
         if ref.value not in self.dims:
             self.dims[ref.value] = self.fixed(ref.shape)
+        dims = self.dims[ref.value]
         num_missing = ndim - len(ref.shape)
-        return [()] * num_missing + self.dims[ref.value]
+        missing = [()] * num_missing
+        return missing + dims
 
     def new(self, n: int, zero: bool = False, marks: int = 0) -> Dim:
         """A dimension of n fresh ids."""
         if n <= 1:
             return ()
-        return (self.algebra.new(n, zero, marks),)
+        leaf = self.algebra.new(n, zero, marks)
+        return (leaf,)
 
     def fixed(self, shape: Sequence[int]) -> list[Dim]:
         """Dimensions that can't be cut."""
@@ -101,7 +104,8 @@ class Axes:
 
     def pin(self, dim: Dim, reason: Reason) -> None:
         """Pins a dimension for a reason in the layer that is running."""
-        self.algebra.pin(dim, self.why(reason))
+        why = self.why(reason)
+        self.algebra.pin(dim, why)
 
     def pin_where(self, dim: Dim, reason: Reason, *, zero: bool) -> None:
         """Pins those factors of a dimension that are zero, or those that are not, at removed positions."""
@@ -117,15 +121,18 @@ class Axes:
         Args:
             zero: whether the result is zero at a position, given whether the first and the second operand are.
         """
-        if a and b:
-            if size(a) != size(b):
-                raise ValueError(f"sizes {size(a)} and {size(b)} don't match")
+        # an operand that broadcasts holds the same at every position, removed ones too: it is not zero there
+        if not a:
+            pairs = zip(with_zero(b, False), b, strict=True)
+        elif not b:
+            pairs = zip(a, with_zero(a, False), strict=True)
+        else:
+            size_a, size_b = size(a), size(b)
+            if size_a != size_b:
+                raise ValueError(f"sizes {size_a} and {size_b} don't match")
             pairs = self._aligned(a, b)
             if pairs is None:
-                return self.algebra.fixed(size(a))
-        else:
-            # an operand that broadcasts holds the same at every position, removed ones too: it is not zero there
-            pairs = zip(a or with_zero(b, False), b or with_zero(a, False), strict=True)
+                return self.algebra.fixed(size_a)
         leaves = []
         for x, y in pairs:
             is_zero = zero(x.zero, y.zero)
@@ -134,10 +141,19 @@ class Axes:
 
     def _aligned(self, a: Dim, b: Dim) -> list[tuple[Leaf, Leaf]] | None:
         """The factors of two unified dimensions in pairs; None if their factors don't fit."""
-        aligned = self.algebra.align(a, b, self.why(reasons.MEETS))
+        why = self.why(reasons.MEETS)
+        aligned = self.algebra.align(a, b, why)
         if aligned is None:
             return None
         return list(zip(*aligned, strict=True))
+
+    def unify_all(self, dims: list[Dim], others: list[Dim], zero: ZeroRule = both) -> list[Dim]:
+        """`unify` for each pair of two equally long lists."""
+        result = []
+        for a, b in zip(dims, others, strict=True):
+            dim = self.unify(a, b, zero)
+            result.append(dim)
+        return result
 
     def join(self, dims: list[Dim], ref: Any, zero: ZeroRule = both) -> list[Dim]:
         """`unify` with another operand, which broadcasts to `dims`; an operand that is no tensor changes nothing."""
@@ -145,7 +161,7 @@ class Axes:
             return dims
         self.produce(ref)
         operand = self.of(ref, len(dims))
-        return [self.unify(a, b, zero) for a, b in zip(dims, operand, strict=True)]
+        return self.unify_all(dims, operand, zero)
 
     def contract(self, a: Dim, b: Dim, a_weight: int, b_weight: int) -> None:
         """The summed dimension of a product: the weight's side consumes what the other side produces.
@@ -159,14 +175,17 @@ class Axes:
         if pairs is None:
             return
         for x, y in pairs:
-            weight, data = y, x
+            weight, data = y, x  # of two activations, either may be called the weight
             if a_weight > b_weight:
                 weight, data = x, y
             # two activations, or a weight that can't be made zero (a buffer, exp(weight)): the sum would change
-            if not (x.zero or y.zero):
+            can_be_zero = x.zero or y.zero
+            if not can_be_zero:
                 self.pin((x,), reasons.SUMMED)
-            if a_weight or b_weight:
+            has_weight = a_weight or b_weight
+            if has_weight:
                 marks = Mark.CONSUMER
+                # the weight then has to be zero itself where the position is removed
                 if not data.zero:
                     marks |= Mark.NOT_ZERO
                 self.algebra.mark((weight,), marks)
@@ -175,20 +194,22 @@ class Axes:
                 self.algebra.mark((data,), Mark.PRODUCER)
 
     def produce(self, ref: Ref, dims: Sequence[Dim] | None = None) -> None:
-        """Marks dimensions of a tensor that comes from parameters, all if none are given, as produced by these."""
+        """Marks dimensions, all if none are given, as produced by the parameters that the tensor comes from."""
         if not self.weight(ref):
             return
         if dims is None:
             dims = self.of(ref)
         for dim in dims:
             self.algebra.mark(dim, Mark.PRODUCER)
-            if self._is_normed(dim):
+            is_normed = self._is_normed(dim)
+            if is_normed:
                 self.pin(dim, reasons.NORM)
 
     def _is_normed(self, dim: Dim) -> bool:
         for leaf in dim:
             marks = self.algebra.marks[leaf.ids]  # (size of the leaf,)
-            if (marks & Mark.NORMED).any():
+            normed = marks & Mark.NORMED
+            if normed.any():
                 return True
         return False
 
@@ -197,35 +218,47 @@ class Axes:
     def share(self, call: Call) -> None:
         """Notes which results share memory with an argument.
 
-        Where a call writes something else over zeros of an argument, none of the tensors that share its memory is
-        zero there from now on.
+        A call may write other values over the zeros of an argument. From then on no tensor that shares its memory
+        counts as zero at removed positions.
         """
         schema = call.op._schema
         returns_alias = any(returned.alias_info for returned in schema.returns)
         for argument in schema.arguments:
-            old = call.given[argument.name] if argument.alias_info else None
+            info = argument.alias_info
+            if not info:
+                continue
+            old = call.given[argument.name]
             if not isinstance(old, Ref):
                 continue
-            sharers = self.aliases.setdefault(old.value, {old.value})
+            alone = {old.value}
+            sharers = self.aliases.setdefault(old.value, alone)
             if returns_alias:
                 for ref in call.outs:
                     self.aliases[ref.value] = sharers
                     sharers.add(ref.value)
-            # an operation may write and return nothing: no dimensions say then what was written
-            if argument.alias_info.is_write and call.outs:
-                self._overwrite(old, call.outs[0], sharers)
+            # an operation that writes may return nothing, and then no dimensions say what it wrote
+            if info.is_write and call.outs:
+                new, *_ = call.outs
+                self._overwrite(old, new, sharers)
 
     def _overwrite(self, old: Ref, new: Ref, sharers: set[int]) -> None:
         """Writes a tensor over an old one, and so over all tensors that share its memory."""
         if new.shape != old.shape:
             return
         loses_zeros = False
-        for before, after in zip(self.of(old), self.of(new), strict=True):
-            loses_zeros = loses_zeros or (_is_zero(before) and not _is_zero(after))
+        dims_before = self.of(old)
+        dims_after = self.of(new)
+        pairs = zip(dims_before, dims_after, strict=True)
+        for before, after in pairs:
+            if _is_zero(before) and not _is_zero(after):
+                loses_zeros = True
         if not loses_zeros:
             return
-        for value in sharers & self.dims.keys():
-            self.dims[value] = not_zero(self.dims[value])
+        # a sharer may have another shape, so nothing says which of its dimensions was written
+        known_sharers = sharers & self.dims.keys()
+        for value in known_sharers:
+            dims = self.dims[value]
+            self.dims[value] = not_zero(dims)
 
     # positions -------------------------------------------------------------------------------------
 
@@ -236,7 +269,8 @@ class Axes:
         if len(index) == 0:
             dims[d] = self.algebra.fixed(0)
         elif not np.array_equal(index, all_positions):
-            dims[d] = self.algebra.take(dims[d], index)
+            whole = dims[d]
+            dims[d] = self.algebra.take(whole, index)
         return dims
 
 

@@ -1,7 +1,7 @@
 """The walk over a trace that applies the rules.
 
-`without_repeats` first takes out what train mode did just as eval mode did; `apply_rules` then goes through the calls
-once, in their order, and fills `Axes`.
+`without_repeats` first takes out the calls of train mode that eval mode made too. `apply_rules` then goes through the
+calls once, in their order, and fills `Axes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def without_repeats(trace: Trace) -> Trace:
-    """The trace without those calls of train mode that eval mode made too, of the same tensors: they say nothing new.
+    """The trace without those calls of train mode that eval mode made on the same tensors: they say nothing new.
 
     The remaining calls of train mode take the results of eval mode in the place of those that are left out.
     """
@@ -37,7 +37,9 @@ def without_repeats(trace: Trace) -> Trace:
     known_values = {ref.value for ref in trace.sources.values()}
     for call in trace.calls:
         known_values |= {ref.value for ref in call.outs}
-    unmatched: dict[Any, deque[Call]] = {}  # what a call of eval mode says -> the calls that no twin was found of yet
+    unmatched: dict[
+        Any, deque[Call]
+    ] = {}  # meaning -> the calls of eval mode that no call of train mode has repeated yet
     for call in calls_of_eval:
         meaning = _meaning(call, known_values)
         unmatched.setdefault(meaning, deque()).append(call)
@@ -106,13 +108,14 @@ class _Twins(NamedTuple):
             return expr
         if kind == "span":
             value, *bounds = operands
-            return (kind, self.of_value(value), *bounds)
+            twin = self.of_value(value)
+            return (kind, twin, *bounds)
         left, right = operands
         return (kind, self._of_expr(left), self._of_expr(right))
 
 
 def _meaning(call: Call, known_values: set[int]) -> Any:
-    """What a call says to the algebra, as something to compare."""
+    """What a call says to the algebra, in a form that can be compared."""
     if RULES.get(call.name) is batch_norm:  # it says the same of its own statistics and of the batch's
         operands = _frozen(call.refs, known_values)
         return batch_norm, operands
@@ -122,7 +125,7 @@ def _meaning(call: Call, known_values: set[int]) -> Any:
 
 
 def _frozen(value: Any, known_values: set[int]) -> Any:
-    """Arguments as something to compare; a tensor from outside the trace (an input) is compared by its shape alone."""
+    """Arguments in a form that can be compared; a tensor from outside the trace (an input) is its shape alone."""
     if isinstance(value, Ref):
         is_known = value.value in known_values
         return value.value if is_known else value.shape
@@ -212,7 +215,7 @@ def _weight_of_result(s: Axes, call: Call) -> int:
     weights = [s.weight(ref) for ref in call.refs]
     if all(weight == 2 for weight in weights):
         return 2
-    # the first operand is looked up in by an index that comes from the data, or is itself a part that they chose
+    # an index from the data chooses parts of the first operand; a lone operand is such a part, or activations
     is_lookup = call.name in ("index", "index_select", "gather")
     chooses_parts = is_lookup or len(weights) == 1
     if not chooses_parts:
@@ -224,7 +227,7 @@ def _tie_parts(s: Axes, equation: Equation) -> None:
     """Ties the equal parts of an axis that the model's code divides by a number, part = axis // number.
 
     If the code makes a tensor as large as a part, and this tensor is a part of the axis, then all parts have to stay
-    equally large: their positions of equal place go together.
+    equally large: positions at the same place of each part go together.
     """
     left, right, s.layer = equation
     operation, *operands = left
@@ -241,7 +244,8 @@ def _tie_parts(s: Axes, equation: Equation) -> None:
     part_size = len(part_ids)
     if not 0 < part_size < len(whole_ids):
         return
-    if not whole_ids.any() or len(whole_ids) % part_size:
+    has_whole_parts = len(whole_ids) % part_size == 0
+    if not has_whole_parts or not whole_ids.any():
         return
     parts = whole_ids.reshape(-1, part_size)  # (number, size of a part)
     is_the_part = (parts == part_ids).all(1)  # (number,)
