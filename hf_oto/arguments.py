@@ -12,7 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .choice import the_target
+from .targets import the_target
 
 TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
 # beginnings of arguments that are about the machine, the files or the Hub, not about the training
