@@ -62,7 +62,7 @@ class Member:
     start: int = 0
     outer: int = 1
     inner: int = 1
-    index: np.ndarray | None = field(default=None, compare=False)
+    index: np.ndarray | None = field(default=None, compare=False)  # arrays compare entry by entry
 
     def positions(self, size: int) -> np.ndarray:
         """The positions along `dim` of every ZIG of an axis of `size`, shape (size, k).
@@ -312,6 +312,7 @@ class ZIGPartition:
             members = [_member_as_data(member) for member in axis.members]
             scales = []
             for scale in axis.scales:
+                # JSON knows no fractions
                 numerator, denominator = scale.power.as_integer_ratio()
                 scales.append([scale.param, numerator, denominator, scale.offset])
             axes.append(vars(axis) | {"members": members, "scales": scales})
