@@ -52,7 +52,7 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
     tied_axes: set[str] = set()
     for tie in _candidates(model, partition):
         if not tied_axes.isdisjoint(tie.axes):
-            continue  # an axis can follow one number only
+            continue  # an axis belongs to one tie only
         if model.device.type == "meta" or _builds_the_cut_model(model, partition, tie, inputs):
             ties.append(tie)
             tied_axes.update(tie.axes)
@@ -218,7 +218,7 @@ def _numbers(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, 
             yield from _numbers(value, (*path, name))
         elif name.startswith("_"):
             continue  # what transformers notes for itself
-        elif type(value) is int:
+        elif type(value) is int:  # a bool is an int, but no width
             yield (*path, name), value
         elif isinstance(value, (list, tuple)):
             for i, entry in enumerate(value):
