@@ -1,4 +1,4 @@
-"""Zeros stay zero: if a ZIG that is zero moves, the move is found in the same step and undone after every later step.
+"""Zeros stay zero: a ZIG that is zero and moves is found in the same step, and zeroed in this and every later step.
 
 A loss alone moves no such ZIG: what reads the ZIG is zero too, and so are the gradients of the ZIG. But it is moved by
 noise on the gradients, by a penalty on the distance to other weights, by a teacher of hidden states, and by a momentum
