@@ -79,7 +79,11 @@ def _changes_shapes(model: nn.Module, forwards: list[Forward], shapes: ShapesOfM
 
 
 def _changes_shapes_of_fakes(model: nn.Module, forwards: list[Forward], shapes: ShapesOfMode, cut: Cut) -> str | None:
-    """Says the same of the cut model on FakeTensors, which have shapes and no values."""
+    """Says whether the outputs of the cut model, run on FakeTensors, have other shapes in some mode.
+
+    Args:
+        shapes: those of the full model.
+    """
     fakes = Fakes(model)
     with restored(model) as kept:  # the cut and the replaced tensors are undone in the end
         # Meta tensors are cut several times as fast as FakeTensors.

@@ -179,7 +179,7 @@ def _living_equations(traced: Trace, unified: Axes) -> list[Equation]:
 
 
 class _Solution(NamedTuple):
-    """The partition that the algebra gives as it is now, with every id of the algebra in it."""
+    """The partition that the algebra gives as it is now, and where each id of the algebra lies in it."""
 
     partition: ZIGPartition
     zig_of: np.ndarray  # (ids,), -1 for no ZIG
