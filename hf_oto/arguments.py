@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from transformers import (
@@ -12,16 +13,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from .choice import the_target
+from .targets import the_target
 
 TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
-# beginnings of arguments that are about the machine, the files or the Hub, not about the training
+# beginnings of the names of arguments that are about the machine, the files or the Hub, not about the training
 OF_THE_PLACE = tuple("output_ log report_ run_ save_ hub_ push_ disable_ debug accelerator_ use_cpu".split())
+# shown in any case, since a run can't be made again without them
+ALWAYS_SHOWN = {"learning_rate", "max_steps", "per_device_train_batch_size", "seed"}
 
 
 @dataclass
 class OTOArguments:
-    """What to prune. It goes before any class of training arguments, as `OTOMixin` goes before any trainer:
+    """What to prune. Inherit from it before any class of training arguments, as from `OTOMixin` before any trainer:
     `@dataclass class MyArguments(OTOArguments, SomeTrainingArguments): pass`.
 
     Args:
@@ -33,8 +36,8 @@ class OTOArguments:
         target_macs (`float`, *optional*):
             Instead: fraction of the multiply-accumulates, in (0, 1], that is left in the end.
         target_per_axis (`dict[str, float]` or JSON, *optional*):
-            Instead: fraction of the ZIGs of each axis that is removed, by regular expression on its name in the
-            printed partition; axes that none matches stay whole.
+            Instead: fraction of the ZIGs of each axis that is removed, by regular expression on the name of the axis
+            in the printed partition. An axis whose name none of them matches stays whole.
         pruning_mode (`str`, *optional*, defaults to `"scheduled"`):
             `"scheduled"` reaches the target whatever the learning rate; `"paper"` is OTOv2's own update
             (arXiv 2303.06862), which reaches it only if the learning rate and the number of steps allow.
@@ -47,18 +50,18 @@ class OTOArguments:
             What is left of every axis is a multiple of this, in channels or units (scheduled mode): 8 for widths from
             64 on, 1 for others.
         uniform (`bool`, *optional*, defaults to `False`):
-            Layers that one number of the stock config describes keep equal widths, and what no number describes stays
-            whole: the compact model is then a stock one, with other numbers and no record (scheduled mode).
+            Layers whose width is one number of the stock config keep equal widths, and layers whose width is no such
+            number stay whole. So the compact model is a stock one, with other numbers and no record (scheduled mode).
         shrink (`bool`, *optional*, defaults to `True`):
             Whether ZIGs are cut out as soon as they are zero, so that the rest of the run trains a smaller model; else
             they are cut out at the end. Callbacks that keep copies of weights need an `on_compact` method for that
             (see `OTOMixin`).
         protect (`list[str]`, *optional*):
-            Regular expressions; a parameter is not pruned if one matches anywhere in its name or the name of a module
-            it is in.
+            Regular expressions. A parameter is not pruned if one of them matches anywhere in its name, or in the name
+            of a module that the parameter is in.
 
     Raises:
-        ValueError: an argument is out of range, no regular expression, or one of two targets.
+        ValueError: an argument is out of range or no regular expression, or several targets are given.
     """
 
     target_group_sparsity: float | None = field(
@@ -88,8 +91,9 @@ class OTOArguments:
         self._check()
 
     def _check(self) -> None:
-        """Raises ValueError where an argument of ours can't be meant, by its name and value."""
-        the_target({name: vars(self)[name] for name in TARGETS})
+        """Raises ValueError, with name and value, if an argument of ours makes no sense."""
+        targets = {name: vars(self)[name] for name in TARGETS}
+        the_target(targets)  # raises
         if self.pruning_mode not in ("scheduled", "paper"):
             raise ValueError(f"pruning_mode is {self.pruning_mode!r}: it must be 'scheduled' or 'paper'")
         if self.pruning_mode == "paper" and self.uniform:
@@ -103,12 +107,16 @@ class OTOArguments:
             raise ValueError(f"group_divisible is {self.group_divisible}: it must be at least 1")
         if isinstance(self.protect, str):  # its letters would each be taken for an expression
             raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
-        for name, patterns in (("protect", self.protect), ("target_per_axis", self.target_per_axis)):
-            for pattern in patterns or ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+        _check_patterns("protect", self.protect or ())
+        _check_patterns("target_per_axis", self.target_per_axis or ())
+
+
+def _check_patterns(name: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
 
 
 def _parsed(name: str, text: str) -> Any:
@@ -118,13 +126,20 @@ def _parsed(name: str, text: str) -> Any:
         raise ValueError(f"{name} is {text!r}, which is no JSON: {error}") from error
 
 
-DEFAULTS = {f.name: f.default if f.default_factory is MISSING else () for f in fields(OTOArguments)}
+def _default(argument: Field) -> Any:
+    """The value of an argument that nobody gives."""
+    if argument.default_factory is MISSING:
+        return argument.default
+    return argument.default_factory()
+
+
+# the empty tuple in the place of an empty list, as the values are shared
+DEFAULTS = {each.name: () if each.default is MISSING else each.default for each in fields(OTOArguments)}
 
 
 @dataclass
 class OTOTrainingArguments(OTOArguments, TrainingArguments):
-    """`TrainingArguments` and what to prune; see `OTOArguments`. A plain `TrainingArguments` works too and then means
-    the defaults."""
+    """`TrainingArguments` and what to prune; see `OTOArguments`. With plain `TrainingArguments` the defaults hold."""
 
 
 @dataclass
@@ -133,17 +148,21 @@ class OTOSeq2SeqTrainingArguments(OTOArguments, Seq2SeqTrainingArguments):
 
 
 def as_code(args: TrainingArguments, max_steps: int) -> str:
-    """The arguments that make another run the same, as code: a few always, and what differs from its default."""
+    """The arguments that make another run the same, as code: ALWAYS_SHOWN, and what differs from its default."""
     values = args.to_dict() | {"max_steps": max_steps}
     shown = {name: setting(args, name) for name in TARGETS if setting(args, name) is not None}
-    if isinstance(args, OTOArguments):  # what says no target has no field for the default one
-        shown = dict([the_target(shown)])
-    for f in fields(args):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        value = values.get(f.name, default)  # some are left out, where they are no data
-        differs = value != default and (value or default) and not f.name.startswith(OF_THE_PLACE)
-        if differs or f.name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed"):
-            shown[f.name] = value
+    if isinstance(args, OTOArguments):  # a Trainer's own arguments have no field for the default target
+        kind, target = the_target(shown)
+        shown = {kind: target}
+    for argument in fields(args):
+        name = argument.name
+        default = _default(argument)
+        value = values.get(name, default)  # to_dict leaves out what is no data
+        # None, False and an empty list mean the same
+        differs = value != default and (value or default)
+        is_of_training = not name.startswith(OF_THE_PLACE)
+        if (differs and is_of_training) or name in ALWAYS_SHOWN:
+            shown[name] = value
     lines = "".join(f"    {name}={value!r},\n" for name, value in shown.items())
     return f'{type(args).__name__}(\n    "out",\n{lines})'
 

@@ -1,7 +1,7 @@
 """The calls of a model's forward on which everything is found and proven: given, recorded, or made from the config.
 
-A call is data, the arguments as they came: the trace, the rehearsal, the certificate and the measurements, which all
-come later, can make it as often as they like.
+A call is data, the arguments as they came. The trace, the rehearsal, the certificate and the measurements come later,
+and can make the call as often as they like.
 
 Worked example: the batch {"input_ids": ids} is Forward(kwargs={"input_ids": ids}), one call of the model itself, and
 `Forward((pixels,), path="vision_tower")` is a call of a part of it.
@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .evaluating import evaluating
 from .modeling_oto import OTOError
 from .restore import CALLABLES, held, slots_of
+
+CopyTensor = Callable[[Tensor], Tensor]
 
 
 class Forward(NamedTuple):
@@ -38,18 +40,18 @@ class Forward(NamedTuple):
     kwargs: Mapping[str, Any] = types.MappingProxyType({})
     path: str = ""
 
-    def run(self, model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
-        """Makes the call, with arguments of its own: forwards take keys out of them and write into them.
+    def run(self, model: nn.Module, tensor: CopyTensor = torch.clone) -> Any:
+        """Makes the call with a copy of the arguments: forwards take keys out of them and write into them.
 
         Args:
-            tensor: makes what is passed in the place of a tensor.
+            tensor: makes, from a tensor, what is passed in its place.
         """
         args, kwargs = own_copy((self.args, dict(self.kwargs)), tensor)
         module = model.get_submodule(self.path)
         return module(*args, **kwargs)
 
 
-Call = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | Forward  # named arguments, those by position, or one
+Call = Mapping[str, Any] | tuple[Any, ...] | Tensor | Forward  # named arguments, those by position, or one
 Inputs = Call | Sequence[Call]  # one batch, or several calls in a list
 
 
@@ -57,7 +59,7 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
     """The calls that inputs stand for: one batch is the arguments of one call, by name, or by position in a tuple.
 
     Raises:
-        ValueError: there is no call, or something that can't be the arguments of a call.
+        ValueError: `inputs` holds no call, or something that can't be the arguments of a call.
 
     Example:
         >>> as_forwards({"input_ids": [1, 2]})
@@ -70,7 +72,8 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
     for forward in forwards:
         for value in (*forward.args, *forward.kwargs.values()):
             if isinstance(value, Iterator):
-                raise ValueError(f"inputs hold a {type(value).__name__}, which can be read once only: pass a list")
+                kind = type(value).__name__
+                raise ValueError(f"inputs hold a {kind}, which can be read once only: pass a list")
     return forwards
 
 
@@ -79,21 +82,22 @@ def _as_forward(call: Call) -> Forward:
         return call
     if isinstance(call, Mapping):
         return Forward(kwargs=dict(call))
-    if isinstance(call, torch.Tensor):
+    if isinstance(call, Tensor):
         return Forward(args=(call,))
-    if type(call) is tuple:
+    if type(call) is tuple:  # a named tuple may be a batch of some loader, whose fields are no positions
         return Forward(args=call)
+    kind = type(call).__name__
     raise ValueError(
-        f"inputs hold a {type(call).__name__}: pass the arguments of forward, a dict by name or a tuple by position, "
+        f"inputs hold a {kind}: pass the arguments of forward, a dict by name or a tuple by position, "
         "or a list of such for several calls"
     )
 
 
-def own_copy(value: Any, tensor: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+def own_copy(value: Any, tensor: CopyTensor = torch.clone) -> Any:
     """A copy that shares nothing which a forward might change.
 
-    Tensors, containers, and objects that hold such (a cache, an encoded batch) are copied; modules, and what can't be
-    copied, are shared.
+    Tensors, containers, and objects that hold tensors or containers (a cache, an encoded batch) are copied. Modules,
+    and what can't be copied, are shared.
 
     Args:
         tensor: makes the copy of a tensor.
@@ -107,21 +111,22 @@ NEVER_COPIED = (nn.Module, type, enum.Enum, types.ModuleType, types.FunctionType
 class _Copies:
     """The copies that belong to one call of `own_copy`: an object that is met twice is copied once.
 
-    A class, as a closure that calls itself lives until the garbage collector comes, and tensors with it.
+    This is a class, because a closure that calls itself lives until the garbage collector comes, with all its tensors.
     """
 
-    def __init__(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, copy_tensor: CopyTensor) -> None:
         self._copy_tensor = copy_tensor
         self._copies: dict[int, Any] = {}  # id of the original -> its copy
 
     def of(self, value: Any) -> Any:
         """The copy of a value."""
-        if id(value) not in self._copies:
-            self._copies[id(value)] = self._copied(value)
-        return self._copies[id(value)]
+        key = id(value)
+        if key not in self._copies:
+            self._copies[key] = self._copied(value)
+        return self._copies[key]
 
     def _copied(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
         if isinstance(value, torch.Generator):
             return value.clone_state()
@@ -130,12 +135,14 @@ class _Copies:
         if type(value) in (list, deque, set):
             return type(value)(self.of(item) for item in value)
         if isinstance(value, types.MappingProxyType):
-            return types.MappingProxyType({key: self.of(item) for key, item in value.items()})
+            copies = {key: self.of(item) for key, item in value.items()}
+            return types.MappingProxyType(copies)
         if isinstance(value, np.ndarray):
             return value.copy()
         if isinstance(value, NEVER_COPIED):
             return value
-        if isinstance(value, (dict, list)) or hasattr(value, "__dict__") or slots_of(value):
+        holds_items = isinstance(value, (dict, list))
+        if holds_items or hasattr(value, "__dict__") or slots_of(value):
             return self._object(value)
         return value
 
@@ -148,7 +155,7 @@ class _Copies:
         return type(value)(items)
 
     def _object(self, value: Any) -> Any:
-        """A copy of an object and of all that it holds: items, if it is a container too, attributes and slots."""
+        """A copy of an object and of all that it holds: attributes, slots, and the items of a list or dict."""
         try:
             twin = copy.copy(value)
         except Exception:  # an object that holds a lock or a stream, say, is shared
@@ -159,7 +166,8 @@ class _Copies:
             for key, item in value.items():
                 twin[key] = self.of(item)
         if hasattr(twin, "__dict__"):
-            for name, item in list(vars(twin).items()):
+            attributes = list(vars(twin).items())
+            for name, item in attributes:
                 object.__setattr__(twin, name, self.of(item))  # frozen dataclasses refuse setattr
         for slot, item in slots_of(value):
             slot.__set__(twin, self.of(item))
@@ -168,17 +176,19 @@ class _Copies:
 
 @contextlib.contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Forward]]:
-    """While open, notes the calls of the model's forward, as they come, in the list that it gives.
+    """While open, notes the calls of the model's forward, as they come, in the list that it yields.
 
-    Only the outermost call counts, whichever module it is of: where code goes past the model's own forward, the calls
-    of the parts that it uses are noted one by one.
+    Only an outermost call is noted, whichever module is called. If code goes past the model's own forward, the calls
+    of the parts that the code uses are noted one by one.
     """
     forwards: list[Forward] = []
     running: list[nn.Module] = []
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not running:
-            forwards.append(Forward(own_copy(args), own_copy(kwargs), path))
+            # copied now, as the forward may write into its arguments
+            forward = Forward(own_copy(args), own_copy(kwargs), path)
+            forwards.append(forward)
         running.append(module)
 
     def leave(*_: Any) -> None:
@@ -198,19 +208,23 @@ CACHES = "transformers"  # the package whose objects that are no mapping are cac
 HOLDS_NO_TENSOR = (int, float, str, bytes, nn.Module, type, enum.Enum, types.ModuleType)
 
 
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order, those that objects in it hold, too.
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order, with those that objects in the output hold.
 
-    Transformers' caches count as no outputs.
+    Transformers' caches are no outputs.
     """
-    tensors: list[torch.Tensor] = []
+    tensors: list[Tensor] = []
     _collect(output, tensors, {})
     return tensors
 
 
-def _collect(value: Any, tensors: list[torch.Tensor], seen: dict[int, Any]) -> None:
-    """Adds the tensors in a value to `tensors`; `seen` keeps the objects that were entered alive, by their ids."""
-    if isinstance(value, torch.Tensor):
+def _collect(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> None:
+    """Adds the tensors in a value to `tensors`.
+
+    Args:
+        seen: id -> object, of the objects that were entered. It keeps them alive, so that no id is used twice.
+    """
+    if isinstance(value, Tensor):
         tensors.append(value)
     elif isinstance(value, (list, tuple, deque)):
         for item in value:
@@ -222,11 +236,17 @@ def _collect(value: Any, tensors: list[torch.Tensor], seen: dict[int, Any]) -> N
         return
     elif isinstance(value, CALLABLES):
         _collect(held(value), tensors, seen)
-    elif id(value) not in seen and type(value).__module__.partition(".")[0] != CACHES:
+    elif id(value) not in seen and _package(value) != CACHES:
         seen[id(value)] = value
-        attributes = list(getattr(value, "__dict__", {}).values())
-        _collect(attributes, tensors, seen)
+        attributes = getattr(value, "__dict__", {})
+        _collect([*attributes.values()], tensors, seen)
         _collect([item for _, item in slots_of(value)], tensors, seen)
+
+
+def _package(value: Any) -> str:
+    """The package that has the class of an object."""
+    package, _, _ = type(value).__module__.partition(".")
+    return package
 
 
 def described(forwards: Sequence[Forward]) -> str:
@@ -235,7 +255,8 @@ def described(forwards: Sequence[Forward]) -> str:
     for forward in forwards:
         named = {name: _shown(value) for name, value in forward.kwargs.items()}
         if forward.args:
-            calls.append(f"{forward.path} {[_shown(value) for value in forward.args]} {named}")
+            by_position = [_shown(value) for value in forward.args]
+            calls.append(f"{forward.path} {by_position} {named}")
         else:
             calls.append(str(named))
     return "; ".join(calls)
@@ -243,23 +264,25 @@ def described(forwards: Sequence[Forward]) -> str:
 
 def _shown(value: Any) -> Any:
     """An argument in an error message: a shape, a short value, or the name of a type."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, (int, float, str, type(None))):
         return value
     return type(value).__name__
 
 
-def input_tensors(forwards: Sequence[Forward]) -> list[torch.Tensor]:
+def input_tensors(forwards: Sequence[Forward]) -> list[Tensor]:
     """The tensors that the calls take."""
-    leaves = tree_iter([(forward.args, dict(forward.kwargs)) for forward in forwards])
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    arguments = [(forward.args, dict(forward.kwargs)) for forward in forwards]
+    leaves = tree_iter(arguments)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def outermost_pretrained(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """The Transformers models in a model that are part of no other one, by path: itself, if it is one."""
+    """The Transformers models in a model that are part of no other one, by path: the model itself, if it is one."""
     outermost: dict[str, PreTrainedModel] = {}
     for path, module in model.named_modules():
+        # the path of the model itself is "", and everything is inside of it
         is_inside = any(not outer or path.startswith(f"{outer}.") for outer in outermost)
         if isinstance(module, PreTrainedModel) and not is_inside:
             outermost[path] = module
@@ -274,55 +297,61 @@ ADVICE = (
 
 def raise_if_out_of_memory(error: Exception, advice: str = ADVICE) -> None:
     """Raises an error again, with advice, if memory ran out: such an error says nothing about the model."""
-    # On a CPU torch raises a plain RuntimeError, which accelerate knows by its text.
-    ran_out_on_cpu = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
+    text = f"{error}\n{advice}"
     # The very type of the error may take other arguments, as numpy's does.
     for kind in (torch.OutOfMemoryError, MemoryError):
         if isinstance(error, kind):
-            raise kind(f"{error}\n{advice}") from error
-    if ran_out_on_cpu:
-        raise RuntimeError(f"{error}\n{advice}") from error
+            raise kind(text) from error
+    # On a CPU torch raises a plain RuntimeError, which accelerate knows by its text.
+    if isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error))):
+        raise RuntimeError(text) from error
 
 
 # made from the config ------------------------------------------------------------------------------
 
 
-def make_inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Small batches made from a Transformers config, of text, images or sound, one after the other to try.
+INPUTS_MADE = ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 
-    The first ones have all that the forward takes, so that every tower runs; images have their places in the text
-    where the model wants that. The last one has the model's main input alone.
+
+def make_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Small batches of text, images or sound, made from a Transformers config, to be tried one after the other.
+
+    The first batches have all that the forward takes, so that every tower runs. Images have their places in the text
+    if the model wants that. The last batch has the model's main input alone.
 
     Raises:
-        OTOError: what the model reads is none of these.
+        OTOError: the model reads something else.
     """
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Tensor] = {}
     main_input = ""
     if isinstance(model, PreTrainedModel):
         main_input = model.main_input_name
         accepted = inspect.signature(model.forward).parameters
         device = torch.device("cpu") if model.device.type == "meta" else model.device
-        for name in ("input_ids", "pixel_values", "input_values", "input_features", "decoder_input_ids"):
+        for name in INPUTS_MADE:
             value = _made(name, model.config) if name in accepted else None
-            if value is not None:
-                dtype = model.dtype if value.is_floating_point() else value.dtype
-                made[name] = value.to(device, dtype)
+            if value is None:
+                continue
+            dtype = model.dtype if value.is_floating_point() else value.dtype
+            made[name] = value.to(device, dtype)
     if {"input_ids", "pixel_values"} <= made.keys():
         yield from _with_images(model, made)
     if made:
         yield made
     if main_input not in made:
+        class_name = type(model).__name__
         raise OTOError(
-            f"can't make a batch for {type(model).__name__} from its config: pass inputs, the arguments of its forward"
+            f"can't make a batch for {class_name} from its config: pass inputs, the arguments of its forward"
         )
-    yield {name: value for name, value in made.items() if name in (main_input, "decoder_input_ids")}
+    with_decoder = (main_input, "decoder_input_ids")  # an encoder-decoder runs on both or on the main input alone
+    yield {name: value for name, value in made.items() if name in with_decoder}
     yield {main_input: made[main_input]}
 
 
-def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def _with_images(model: PreTrainedModel, made: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Batches whose texts begin with a token for every feature of their image.
 
-    The images are encoded to count their features, in each of the forms that models take images in.
+    The features are counted by encoding the images, in each of the forms that models take images in.
     """
     image_token = _in_config(model.config, "image_token_id")
     encode = getattr(model, "get_image_features", None)
@@ -341,8 +370,8 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
             continue
         features = tensors_of(getattr(encoded, "pooler_output", encoded))
         width = model.get_input_embeddings().weight.shape[1]
-        num_features = sum(t.numel() for t in features) // width  # of both images
-        text = made["input_ids"]
+        num_features = sum(feature.numel() for feature in features) // width  # of both images
+        text = made["input_ids"]  # (2, length)
         text = torch.where(text == image_token, text - 1, text)  # no random token may stand for an image
         places = text.new_full((2, num_features // 2), image_token)
         ids = torch.cat([places, text], 1)
@@ -352,7 +381,7 @@ def _with_images(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> Itera
         yield batch
 
 
-def _forms_of_images(config: PreTrainedConfig, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def _forms_of_images(config: PreTrainedConfig, pixels: Tensor) -> list[dict[str, Tensor]]:
     """The same two images, (2, channels, height, width), as the arguments that models of different kinds take."""
     sizes = torch.tensor([pixels.shape[-2:]] * 2, device=pixels.device)
     forms = [
@@ -363,17 +392,19 @@ def _forms_of_images(config: PreTrainedConfig, pixels: torch.Tensor) -> list[dic
     patch_size = _in_config(config, "patch_size")
     if isinstance(patch_size, int):
         # Patches in rows, and a grid of (time, height, width) for each image, whose sides are multiples of the merge.
-        side = 2 * (_in_config(config, "spatial_merge_size") or 1)
+        merged_side = _in_config(config, "spatial_merge_size") or 1
+        side = 2 * merged_side
         frames = _in_config(config, "temporal_patch_size") or 1
-        values_of_patch = pixels.shape[1] * frames * patch_size**2
-        grid = torch.tensor([[1, side, side]] * 2, device=pixels.device)
+        num_channels = pixels.shape[1]
+        values_of_patch = num_channels * frames * patch_size**2
+        grid = torch.tensor([[1, side, side]] * 2, device=pixels.device)  # (images, 3)
         patches = pixels.new_ones(2 * side**2, values_of_patch)
         forms.insert(0, {"pixel_values": patches, "image_grid_thw": grid})
     return forms
 
 
 def _in_config(config: PreTrainedConfig, key: str) -> Any:
-    """What a config or one of its parts says, None if none does."""
+    """The value of a key in a config, or else in the first of its parts that has one; None if none has."""
     parts = [config]
     for name in config.sub_configs:
         part = vars(config).get(name)
@@ -386,8 +417,9 @@ def _in_config(config: PreTrainedConfig, key: str) -> Any:
     return None
 
 
-def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
-    """One input of two examples, None if the config doesn't say how large it is."""
+def _made(name: str, config: PreTrainedConfig) -> Tensor | None:
+    """One input of two examples, None if the config doesn't say how large the input is."""
+    # the same batch in every process
     generator = torch.Generator().manual_seed(0)
     if name.endswith("input_ids"):
         vocab_size = _in_config(config, "vocab_size")
@@ -398,10 +430,12 @@ def _made(name: str, config: PreTrainedConfig) -> torch.Tensor | None:
     if name == "pixel_values":
         size = _in_config(config, "image_size") or 64
         sides = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (_in_config(config, "num_channels") or 3, *sides)
+        num_channels = _in_config(config, "num_channels") or 3
+        shape = (num_channels, *sides)
     if name == "input_features":
         positions = _in_config(config, "max_source_positions") or 50
-        shape = (_in_config(config, "num_mel_bins"), 2 * positions)  # the encoder halves the number of frames
+        frames = 2 * positions  # the encoder halves their number
+        shape = (_in_config(config, "num_mel_bins"), frames)
     if not all(shape):
         return None
     return torch.randn(2, *shape, generator=generator)

@@ -1,12 +1,12 @@
 """The certificate: zero ZIGs are invisible, and the cut model computes what the zeroed full one does.
 
 Nothing here knows the rules that found the ZIGs: the calls are made, and their outputs are compared. Every operation
-is computed in double, whatever the model's dtype: there right cuts differ by 1e-15 and the smallest wrong ones by
-1e-3, while in bfloat16 rounding alone is larger than many a wrong cut.
+is computed in double, whatever the model's dtype. In double, right cuts differ by 1e-15 and the smallest wrong cuts by
+1e-3. In bfloat16 rounding alone would be larger than many a wrong cut.
 
 Worked example: in Linear(3, 8) - ReLU - Linear(8, 2) the cut removes units 4 to 7. With rows 4 to 7 of the first
 weight and bias zero, the outputs are the same whether columns 4 to 7 of the second weight are zero or noise
-(`invariance`), and the same as those of Linear(3, 4) - ReLU - Linear(4, 2) with the other rows and columns (`cut`).
+(`invariance`). Linear(3, 4) - ReLU - Linear(4, 2), with the other rows and columns, has the same outputs, too (`cut`).
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition, random_half
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-9  # relative, of what is computed in double
-TOLERANCE_OF_FLOAT32 = 1e-5  # exact models stay below 1.4e-6; for coarser dtypes it grows as they round more
+TOLERANCE_OF_FLOAT32 = 1e-5  # exact models stay below 1.4e-6; coarser dtypes get more, as they round more
 
-# Models whose forward fails in double (it asks for dtypes, say): these are compared in their own arithmetic.
+# Models whose forward fails in double (because it asks for dtypes, say) are compared in their own arithmetic.
 ONLY_AS_THEY_ARE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Certificate(NamedTuple):
-    """What was compared, each relative to the outputs' size.
+    """The differences that were found, each relative to the outputs' size.
 
     Attributes:
         invariance: how far the outputs move when what reads the zero ZIGs is filled with noise.
-        cut: how far the cut model is from the zeroed full one.
-        tolerance: up to this value both count as zero.
-        rounding: how far the two are from each other in the model's own arithmetic.
+        cut: how far the outputs of the cut model are from those of the zeroed full one.
+        tolerance: up to this value `invariance` and `cut` count as zero.
+        rounding: what `cut` is in the model's own arithmetic.
     """
 
     invariance: float
@@ -66,12 +66,12 @@ class Certificate(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether both are within the tolerance; NaN is not."""
+        """Whether `invariance` and `cut` are within the tolerance; NaN is not."""
         return self.invariance <= self.tolerance and self.cut <= self.tolerance
 
 
 def certify(model: nn.Module, cut: Cut, inputs: Inputs) -> Certificate:
-    """Compares the zeroed full model with itself, when noise fills what reads the zeros, and with the cut model.
+    """Compares the zeroed full model with the cut model, and with itself while noise fills what reads the zeros.
 
     The model is changed for the moment and put back bit by bit. No second model is ever held: the memory needed is
     that of the model, of what the cut keeps, and of the outputs.
@@ -96,19 +96,20 @@ def certify(model: nn.Module, cut: Cut, inputs: Inputs) -> Certificate:
 def check_zero_invariance(
     model: nn.Module, partition: ZIGPartition, inputs: Inputs, plan: PruningPlan | None = None
 ) -> float:
-    """Zeroes ZIGs, then fills what reads them once with zeros and once with noise; nothing may change.
+    """Zeroes ZIGs, then fills what reads them once with zeros and once with noise; the outputs may not change.
 
-    Two runs prove every group of the plan at once, independent of the rules that found them. The model is put back
-    bit by bit. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.) Where the consumers are
+    Two runs prove every group of the plan at once, independent of the rules that found the groups. The model is put
+    back bit by bit. (The definition of a zero-invariant group: OTOv2, arXiv 2303.06862, Def. 1.) If the consumers are
     part of a ZIG, the consumers are zero and the producers are noise. A norm over a whole weight (spectral norm) then
-    sees that noise, so the outputs may move there although the cut is exact.
+    sees that noise, so that the outputs may move although the cut is exact.
 
     Args:
         inputs: as in `partition_zigs`.
         plan: the ZIGs to test; None: a random half of every axis.
 
     Returns:
-        the largest difference of the outputs, relative to their size, computed in double: below 1e-9 if it holds.
+        the largest difference of the outputs, relative to their size, computed in double: below 1e-9 if every group
+            is zero-invariant.
 
     Example:
         >>> from hf_oto import partition_zigs
@@ -128,7 +129,7 @@ def check_zero_invariance(
 
 
 def cut_difference(model: nn.Module, cut: Cut, inputs: Inputs) -> tuple[float, float]:
-    """How far the cut model is from the zeroed full one, computed in double, and the tolerance for that."""
+    """How far the cut model is from the zeroed full one, computed in double, and the tolerance of this distance."""
     forwards = as_forwards(inputs)
     with zeroed(model, cut):
         exact, _ = exact_outputs(model, forwards)
@@ -136,12 +137,12 @@ def cut_difference(model: nn.Module, cut: Cut, inputs: Inputs) -> tuple[float, f
     return largest_difference(exact, exact_of_cut), tolerance
 
 
-def outputs_differ(a: nn.Module, b: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """How far the outputs of two models are from each other, computed in double, and the tolerance for that."""
+def outputs_differ(model: nn.Module, other: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """How far the outputs of two models are from each other, computed in double, and the tolerance of that."""
     forwards = as_forwards(inputs)
-    first, tolerance = exact_outputs(a, forwards)
-    second, _ = exact_outputs(b, forwards)
-    return largest_difference(first, second), tolerance
+    outputs, tolerance = exact_outputs(model, forwards)
+    other_outputs, _ = exact_outputs(other, forwards)
+    return largest_difference(outputs, other_outputs), tolerance
 
 
 def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tuple[list[torch.Tensor], float]:
@@ -152,36 +153,48 @@ def _cut_outputs(model: nn.Module, cut: Cut, forwards: Sequence[Forward]) -> tup
         return exact_outputs(model, forwards, trial.scales)
 
 
+class _Kept(NamedTuple):
+    """A slice of a weight as it was before it was written over."""
+
+    weight: torch.Tensor
+    dim: int
+    index: torch.Tensor  # (k,), positions along `dim`
+    before: torch.Tensor | None  # None: zeros, which need no memory
+
+
 class _Overwritten:
     """Slices of weights that are written over, and how they were."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._kept: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None]] = []  # None: zeros
+        self._generator = torch.Generator().manual_seed(0)  # the same noise in every certificate
+        self._kept: list[_Kept] = []
 
     def write_(self, parameter: torch.Tensor, dim: int, index: np.ndarray, noise: bool) -> None:
-        """Makes slices zero, or fills them with noise; zeros, as after training, are not written again."""
+        """Makes slices zero, or fills them with noise; slices that are zero already are not zeroed again."""
         weight = parameter.data  # through .data a graph that holds the weight for its backward stays whole
         where = torch.from_numpy(index).to(weight.device)
         before = weight.index_select(dim, where)
         was_zero = not before.any()
         if was_zero and not noise:
             return
-        self._kept.append((weight, dim, where, None if was_zero else before))
+        kept = _Kept(weight, dim, where, None if was_zero else before)
+        self._kept.append(kept)  # before the write, which may be interrupted
         if noise:
+            # drawn on the CPU, so that a model gets the same noise on every device
             values = torch.randn(before.shape, generator=self._generator)
             weight.index_copy_(dim, where, values.to(weight))
         else:
             weight.index_fill_(dim, where, 0)
 
     def put_back_(self) -> None:
-        """Makes the slices what they were; the last write is undone first, as slices may overlap."""
+        """Makes the slices what they were."""
         with uninterrupted():
-            for weight, dim, where, before in reversed(self._kept):
+            # the last write first, as slices may overlap
+            for weight, dim, index, before in reversed(self._kept):
                 if before is None:
-                    weight.index_fill_(dim, where, 0)
+                    weight.index_fill_(dim, index, 0)
                 else:
-                    weight.index_copy_(dim, where, before)
+                    weight.index_copy_(dim, index, before)
 
 
 @contextlib.contextmanager
@@ -189,11 +202,11 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
     """While open, what the cut removes is zero in the weights and, if `noise`, the other side is filled at random.
 
     Args:
-        producers_too: whether noise goes into producers too, on axes whose consumers have to be zero.
+        producers_too: whether producers are filled with noise, too, on axes whose consumers have to be zero.
     """
     slices = []
     for axis, member, index in cut.partition.slices(cut.removed):
-        if member.role != "statistic":
+        if member.role != "statistic":  # those belong to neither side
             slices.append((axis, member, index))
     tensors = cut.partition.tensors(model)
     overwritten = _Overwritten()
@@ -216,11 +229,13 @@ def _is_free(axis: PrunableAxis, member: Member, producers_too: bool) -> bool:
     """Whether a slice may hold anything, since the other side is zero."""
     if axis.zero_path or not producers_too:
         return member not in axis.group
-    return member.role == "producer" and any(m.role == "consumer" for m in axis.members)
+    # without a zero path producers are free only if there are consumers, which are zero then
+    has_consumers = any(each.role == "consumer" for each in axis.members)
+    return member.role == "producer" and has_consumers
 
 
 def own_outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor]:
-    """The floating-point outputs of all calls in eval mode; forwards always draw the same random numbers."""
+    """The floating-point outputs of all calls in eval mode; every time the forwards draw the same random numbers."""
     with evaluating(model), WeightsKept(model):
         experts_at_once_(model)
         return _outputs(model, forwards)
@@ -235,7 +250,8 @@ def exact_outputs(
         scales: of weights that are still to be scaled, see `WideArithmetic`.
     """
     if model in ONLY_AS_THEY_ARE:
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | {torch.float32}
+        dtypes = {torch.float32}  # a forward may compute in float32, whatever the dtypes of its weights
+        dtypes.update(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         tolerance = max(_tolerance(dtype) for dtype in dtypes)
         return own_outputs(model, forwards), tolerance
     wide = WideArithmetic(_arithmetic(model), scales)
@@ -251,13 +267,14 @@ def exact_outputs(
 
 def _arithmetic(model: nn.Module) -> torch.dtype:
     """The widest dtype that every device of the model computes in."""
-    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
     if all(wide_dtype(device) == torch.float64 for device in devices):
         return torch.float64
     return torch.float32
 
 
 def _tolerance(dtype: torch.dtype) -> float:
+    """Up to which difference outputs count as equal that were computed in a dtype."""
     if dtype == torch.float64:
         return TOLERANCE
     return TOLERANCE_OF_FLOAT32 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
@@ -275,14 +292,15 @@ def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor
 
 # comparing -----------------------------------------------------------------------------------------
 
-PIECE = 2**22  # entries of an output that are compared at a time: logits of a large vocabulary are as large as layers
+# Entries of an output that are compared at a time. Logits of a large vocabulary are as large as layers.
+PIECE = 2**22
 
 
 def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     """The largest difference between two lists of outputs, relative to the `_spread` of each output.
 
-    A scalar has no spread. It may be a loss, a small difference of large numbers beside it, so its difference is
-    relative to the largest spread of all outputs. Entries that are not finite in both are not compared.
+    A scalar has no spread. It may be a loss, which is a small difference of large numbers. So the difference of a
+    scalar is relative to the largest spread of all outputs. Entries that are infinite or NaN are not compared.
 
     Returns:
         inf where shapes or infinities differ; nan where nothing at all is finite.
@@ -309,7 +327,8 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
     relative = []
     for x, spread, difference in zip(first, spreads, differences, strict=True):
         scale = spread if x.dim() else largest_spread
-        relative.append(difference / max(scale or 0.0, 1e-3))
+        scale = max(scale or 0.0, 1e-3)  # outputs that are zero, but for rounding, have no spread either
+        relative.append(difference / scale)
     return max(relative)
 
 
@@ -318,7 +337,7 @@ def _as_dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest difference of finite entries; inf where others are finite in x than in y."""
+    """The largest difference of finite entries; inf if x and y are not finite in the same places."""
     largest = 0.0
     for part, other in zip(_pieces(x), _pieces(y), strict=True):
         finite = torch.isfinite(part)
@@ -342,7 +361,7 @@ def _largest(x: torch.Tensor) -> float:
 
 
 def _spread(x: torch.Tensor) -> float | None:
-    """How far finite entries are from their mean, None where no entry is finite.
+    """How far finite entries are from their mean at most, None if no entry is finite.
 
     An offset common to all entries is no spread, so that it hides no difference. The spread is at least 1e-4 of the
     largest entry, so that rounding of a large offset is no difference.
@@ -354,14 +373,14 @@ def _spread(x: torch.Tensor) -> float | None:
         sums.append(part.sum())
     if count == 0:
         return None
-    mean = sum(sums) / count if count > 1 else 0
+    mean = sum(sums) / count if count > 1 else 0  # of a single entry the spread is the entry itself
     largest = max(_largest(part) for part in _finite_pieces(x))
     farthest = max(_largest(part - mean) for part in _finite_pieces(x))
     return max(farthest, 1e-4 * largest)
 
 
 def refuse_random(model: nn.Module, inputs: Inputs) -> None:
-    """Refuses a model of which nothing can be certified: its outputs differ from run to run, or are not numbers.
+    """Refuses a model that can't be certified, because its outputs differ from run to run, or are not numbers.
 
     A model whose forward fails in double is noted in `ONLY_AS_THEY_ARE`.
 
@@ -376,9 +395,9 @@ def refuse_random(model: nn.Module, inputs: Inputs) -> None:
     except Exception as error:
         raise_if_out_of_memory(error)
         if model in ONLY_AS_THEY_ARE:
-            raise OTOError(
-                f"{name}, with nothing cut out, fails on {described(forwards)}: {type(error).__name__}: {error}"
-            ) from error
+            calls = described(forwards)
+            kind = type(error).__name__
+            raise OTOError(f"{name}, with nothing cut out, fails on {calls}: {kind}: {error}") from error
         logger.warning(
             "%s does not compute in double (%s: %s): it is certified in its own dtype, more coarsely",
             name, type(error).__name__, error,

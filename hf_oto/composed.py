@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .modeling_oto import OTOError
 
@@ -22,36 +22,40 @@ class AroundOptimizer(torch.optim.Optimizer):
         base: the inner optimizer.
     """
 
-    # a fused kernel that unscales gradients also skips steps and doesn't tell us: GradScaler has to do both itself
+    # A fused kernel that unscales gradients also skips steps and doesn't tell us: GradScaler has to do both itself.
     _step_supports_amp_scaling = False
 
-    def _put_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-        """Takes a base optimizer, and names its parameters as the model does; in the place of torch's own `__init__`.
+    def _put_around(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Takes a base optimizer, and names its parameters as the model does.
+
+        This is called in the place of torch's own `__init__`, which would make groups and state.
 
         Raises:
             OTOError: the base trains no parameter of the model.
         """
+        # By id, because == compares the entries of tensors.
         names = {id(p): name for name, p in model.named_parameters()}
-        if not any(id(p) in names for group in base.param_groups for p in group["params"]):
-            raise OTOError(
-                f"{type(base).__name__} trains no parameter of {type(model).__name__} in its step: make it with "
-                "model.parameters()"
-            )
+        _check_trained(base, model, names)
         num_foreign = 0  # parameters of a loss, say
         for group in base.param_groups:
-            group["param_names"] = []
+            param_names = []
             for p in group["params"]:
-                if id(p) not in names:
+                name = names.get(id(p))
+                if name is None:
                     num_foreign += 1
-                group["param_names"].append(names.get(id(p), f"not in the model: {num_foreign}"))
+                    name = f"not in the model: {num_foreign}"
+                param_names.append(name)
+            group["param_names"] = param_names
         self.base = base
-        super().__setstate__({})  # makes what torch's own __init__ makes, but for groups and state
+        # Makes what torch's own __init__ makes, but for groups and state.
+        super().__setstate__({})
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         """The parameters as they are now; they are never kept, because FSDP replaces them in the groups."""
         params: dict[str, Tensor] = {}
         for group in self.param_groups:
-            params.update(zip(group["param_names"], group["params"], strict=True))
+            named = zip(group["param_names"], group["params"], strict=True)
+            params.update(named)
         return params
 
     @property
@@ -79,15 +83,22 @@ class AroundOptimizer(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """The base optimizer's; some have methods of their own, `train` and `eval` say."""
-        if name.startswith("__") or "base" not in vars(self):
+        is_special = name.startswith("__")
+        # pickle and copy ask for attributes before there is a base; to look it up here would never end.
+        if is_special or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.base, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; its parameters train and are not pruned."""
         group = without_names(param_group)
-        num_so_far = sum(len(g["params"]) for g in self.param_groups)
-        group["params"] = [(f"added: {num_so_far + i}", p) for i, p in enumerate(group["params"])]
+        number = sum(len(earlier["params"]) for earlier in self.param_groups)
+        # torch takes a group with names only if all groups have some, as ours do.
+        named = []
+        for p in group["params"]:
+            named.append((f"added: {number}", p))
+            number += 1
+        group["params"] = named
         self.base.add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -101,6 +112,8 @@ class AroundOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base optimizer's."""
         self.base.load_state_dict(state_dict)
+
+    # The hooks of states, too, have to see the base: it is the one that makes and loads them.
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """The base optimizer's."""
@@ -119,15 +132,37 @@ class AroundOptimizer(torch.optim.Optimizer):
         return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks, as torch has it, and without the `step` that a scheduler puts on the instance."""
-        kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
-        kept.pop("step", None)
+        """The attributes that are pickled and copied.
+
+        Hooks are left out, as torch leaves them out, and so is the `step` that a scheduler puts on the instance.
+        """
+        kept = {}
+        # What is left out calls this very object, and would not call its copy.
+        for name, value in vars(self).items():
+            is_of_hooks = name.startswith("_optimizer_")
+            if not is_of_hooks and name != "step":
+                kept[name] = value
         return kept
+
+
+def _check_trained(base: torch.optim.Optimizer, model: nn.Module, names: Mapping[int, str]) -> None:
+    """Checks that an optimizer trains a parameter of the model.
+
+    Args:
+        names: id -> name of the parameters of the model.
+    """
+    for group in base.param_groups:
+        for p in group["params"]:
+            # One is enough: others may be frozen, or belong to a loss.
+            if id(p) in names:
+                return
+    fact = f"{type(base).__name__} trains no parameter of {type(model).__name__} in its step"
+    raise OTOError(f"{fact}: make it with model.parameters()")
 
 
 def made(
     cls: type[torch.optim.Optimizer],
-    model: torch.nn.Module,
+    model: nn.Module,
     lr: float | None,
     params: Iterable[Any] | None,
     settings: Mapping[str, Any],
@@ -139,15 +174,27 @@ def made(
         params: parameters or groups of them; None: all parameters of the model that require gradients.
         settings: the other arguments of the class.
     """
-    given = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-    are_groups = given and isinstance(given[0], Mapping)
-    groups = given if are_groups else [{"params": given}]
-    return cls([without_names(group) for group in groups], lr=1e-3 if lr is None else lr, **settings)
+    if params is None:
+        params = [p for p in model.parameters() if p.requires_grad]
+    if lr is None:
+        lr = 1e-3
+    groups = list(params)
+    are_groups = bool(groups) and isinstance(groups[0], Mapping)
+    if not are_groups:
+        groups = [{"params": groups}]
+    # torch refuses names in some groups only, and `_put_around` gives names to all parameters.
+    unnamed = [without_names(group) for group in groups]
+    return cls(unnamed, lr=lr, **settings)
 
 
 def without_names(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group without names; it may have one parameter, parameters, or pairs of name and parameter."""
     given = group["params"]
-    given = [given] if isinstance(given, Tensor) else given
-    params = [p[1] if isinstance(p, tuple) else p for p in given]
+    if isinstance(given, Tensor):
+        given = [given]
+    params = []
+    for p in given:
+        if isinstance(p, tuple):
+            p = p[1]
+        params.append(p)
     return {**group, "params": params}

@@ -1,6 +1,6 @@
 """The way back: a compact model becomes the stock model of the same outputs, with zeros where something was cut.
 
-The record of the compact model says which positions went, step by step; the last step is undone first.
+The record of the compact model says which positions each step has cut; the last step is undone first.
 
 Worked example: of a weight of 5 rows, one for each ZIG, the rows in the bits 0b10110 were kept. The 3 rows that are
 left become rows 1, 2 and 4 again, and rows 0 and 3 are zeros.
@@ -12,13 +12,19 @@ import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_oto import OTOError, RecordedCut, check_cuts, cuts_of, named_tensors, require, validate
+from .zigs import strided_positions
+
+Tensors = dict[str, Tensor]  # by name
+Dimension = tuple[str, int]  # (weight, dim)
 
 
 @torch.no_grad()
@@ -47,33 +53,53 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         (4, 16)
     """
     if not isinstance(model, PreTrainedModel):
-        raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {type(model).__name__}")
+        class_name = type(model).__name__
+        raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {class_name}")
     cuts: list[RecordedCut] = []
     if "oto" in vars(model.config):
-        validate(model.config.oto)
-        cuts = cuts_of(model.config.oto)
-    config = copy.deepcopy(model.config)
-    for ours in ("oto", "auto_map"):
-        vars(config).pop(ours, None)
-    dense = stock_model(model, config)
-    state = model.state_dict(keep_vars=True)
-    # Tied tensors have several names; a record has the first of them, which is set last here.
-    first_name = {id(tensor): name for name, tensor in reversed(state.items())}
-    tensors = {name: state[name].detach() for name in first_name.values()}
-    dense_shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+        record = model.config.oto
+        validate(record)
+        cuts = cuts_of(record)
+    dense = stock_model(model, _stock_config(model.config))
+    dense_shapes: dict[str, torch.Size] = {}
+    for name, tensor in dense.state_dict().items():
+        dense_shapes[name] = tensor.shape
+    compact_state = model.state_dict(keep_vars=True)  # the tensors themselves, so that tied ones have one id
+    first_name: dict[int, str] = {}  # id of a tensor -> its name in the record, the first of its names
+    for name, tensor in compact_state.items():
+        first_name.setdefault(id(tensor), name)
+    tensors: Tensors = {}
+    for name in first_name.values():
+        tensor = compact_state[name]
+        tensors[name] = tensor.detach()
     _undo_(tensors, cuts, dense_shapes)
-    dense_state = {name: tensors[first_name[id(tensor)]] for name, tensor in state.items()}
+    dense_state: Tensors = {}
+    for name, tensor in compact_state.items():
+        recorded_name = first_name[id(tensor)]
+        dense_state[name] = tensors[recorded_name]
     dense.load_state_dict(dense_state)
-    _copy_buffers_(dense, model, left_out=state.keys())
+    _copy_buffers_(dense, model, left_out=compact_state.keys())
     return dense
+
+
+def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the config of a compact model without what hf_oto has added to it."""
+    stock_config = copy.deepcopy(config)
+    values = vars(stock_config)
+    values.pop("oto", None)
+    values.pop("auto_map", None)
+    return stock_config
 
 
 def _copy_buffers_(dense: PreTrainedModel, model: PreTrainedModel, left_out: Collection[str]) -> None:
     """Gives a dense model the other buffers, those that are in no checkpoint, such as rotary frequencies."""
     buffers = dict(model.named_buffers())
-    for name, buffer in dense.named_buffers():
-        if name not in left_out and name in buffers and buffers[name].shape == buffer.shape:
-            buffer.copy_(buffers[name])
+    for name, dense_buffer in dense.named_buffers():
+        if name in left_out or name not in buffers:
+            continue
+        buffer = buffers[name]
+        if buffer.shape == dense_buffer.shape:
+            dense_buffer.copy_(buffer)
 
 
 def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -81,92 +107,129 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
     Args:
         model: gives the class, the dtypes, `requires_grad`, and the modes of the modules.
-        config: of the new model.
+        config: the config of the new model.
     """
+    model_class = type(model)
+    stock_class = getattr(model_class, "_oto_stock", model_class)
     with torch.random.fork_rng():  # weights nobody keeps must not move what training draws next
-        stock_class = getattr(type(model), "_oto_stock", type(model))
         stock = stock_class(config)
     stock = stock.to(model.device)
     originals = named_tensors(model)
     for name, tensor in named_tensors(stock).items():
-        if name in originals:
-            tensor.requires_grad_(originals[name].requires_grad)
-            tensor.data = tensor.data.to(originals[name].dtype)
+        if name not in originals:
+            continue
+        original = originals[name]
+        tensor.requires_grad_(original.requires_grad)
+        tensor.data = tensor.data.to(original.dtype)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
-    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    # a module that has several names has a mode under each of them
+    modes: dict[str, bool] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modes[name] = module.training
     for name, module in stock.named_modules(remove_duplicate=False):
         module.training = modes.get(name, model.training)
     return stock
 
 
-def _undo_(tensors: dict[str, torch.Tensor], cuts: list[RecordedCut], dense: dict[str, torch.Size]) -> None:
+def _undo_(tensors: Tensors, cuts: list[RecordedCut], dense_shapes: dict[str, torch.Size]) -> None:
     """Replaces cut tensors by what they were before all cuts, with zeros in the places that were cut.
 
     Args:
         tensors: name -> tensor of the compact model.
         cuts: in the order they were made.
-        dense: name -> shape in the stock model.
+        dense_shapes: name -> shape in the stock model.
 
     Raises:
-        OTOError: the cuts don't fit the tensors; nothing long has been allocated then.
+        OTOError: the cuts don't fit the tensors. No large tensor has been allocated by then.
     """
-    left = check_cuts(cuts, dense)
-    for name in tensors.keys() & dense.keys():
-        expected = tuple(left.get((name, dim), size) for dim, size in enumerate(dense[name]))
+    sizes_after_cuts = check_cuts(cuts, dense_shapes)
+    for name in tensors.keys() & dense_shapes.keys():
+        expected_sizes = []
+        for dim, dense_size in enumerate(dense_shapes[name]):
+            dimension = (name, dim)
+            size = sizes_after_cuts.get(dimension, dense_size)
+            expected_sizes.append(size)
+        expected = tuple(expected_sizes)
         actual = tuple(tensors[name].shape)
         require(actual == expected, f"{name} has shape {actual}; the stock model's, after all cuts, is {expected}")
-    steps = [list(step) for _, step in groupby(cuts, key=lambda cut: cut.step)]
-    for step in reversed(steps):
-        _undo_step_(tensors, step)
+    steps = []
+    for _, cuts_of_step in groupby(cuts, key=attrgetter("step")):
+        steps.append(list(cuts_of_step))
+    for cuts_of_step in reversed(steps):
+        _scale_back_(tensors, cuts_of_step)
+        _fill_(tensors, cuts_of_step)
 
 
-def _undo_step_(tensors: dict[str, torch.Tensor], cuts: Iterable[RecordedCut]) -> None:
-    """Undoes cuts that were made together: scales weights back, then fills the places that were cut."""
-    factors: dict[str, tuple[float, int]] = {}  # weight -> (factor, offset)
-    lost: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)  # (weight, dim) -> positions that were cut
-    fill: dict[tuple[str, int], int] = {}  # (weight, dim) -> 0, or 1 where zeros would not do (a variance)
+def _scale_back_(tensors: Tensors, cuts: Iterable[RecordedCut]) -> None:
+    """Undoes the scaling of weights by cuts that were made together."""
+    factors: dict[str, float] = {}
+    offsets: dict[str, int] = {}
     for cut in cuts:
-        is_lost = _lost_zigs(cut)
-        for name, dim, fill_value, *layout in cut.members:
-            positions = _positions(cut.size, layout)
-            lost[name, dim].append(positions[is_lost].reshape(-1))
-            fill[name, dim] = fill_value
-        for name, over, under, offset in cut.scales:
-            earlier_factor, _ = factors.get(name, (1.0, 0))
-            factors[name] = earlier_factor * (cut.size / cut.kept) ** (over / under), offset
-    for name, (factor, offset) in factors.items():
+        for name, numerator, denominator, offset in cut.scales:
+            ratio = cut.size / cut.kept
+            power = numerator / denominator
+            earlier_factor = factors.get(name, 1.0)
+            factors[name] = earlier_factor * ratio**power
+            offsets[name] = offset
+    for name, factor in factors.items():
+        # a damaged record may have a factor that no cut makes
         is_possible = name in tensors and 0 < factor < np.inf
         require(is_possible, f"{name} cannot be scaled by {factor}")
-        tensors[name] = _scaled_back(tensors[name], factor, offset)
-    for (name, dim), positions_of_cuts in lost.items():
         tensor = tensors[name]
-        positions = np.concatenate(positions_of_cuts)
+        tensors[name] = _scaled_back(tensor, factor, offsets[name])
+
+
+def _scaled_back(tensor: Tensor, factor: float, offset: int) -> Tensor:
+    """What a weight was before it was scaled; computed in float32 at least."""
+    wide_dtype = torch.promote_types(tensor.dtype, torch.float32)
+    scaled = tensor.to(wide_dtype) + offset
+    before = scaled / factor - offset
+    return before.to(tensor.dtype)
+
+
+def _fill_(tensors: Tensors, cuts: Iterable[RecordedCut]) -> None:
+    """Gives weights back the places that cuts made together have taken, filled with zeros or ones."""
+    lost_at: dict[Dimension, list[np.ndarray]] = defaultdict(list)
+    fill_values: dict[Dimension, int] = {}  # 0, or 1 where zeros would not do (a variance)
+    for cut in cuts:
+        is_lost = _lost_zigs(cut)  # (size,)
+        for name, dim, fill_value, *layout in cut.members:
+            positions = _positions(cut.size, layout)  # (size, positions of one ZIG)
+            dimension = (name, dim)
+            lost = positions[is_lost].reshape(-1)  # (n,)
+            lost_at[dimension].append(lost)
+            fill_values[dimension] = fill_value
+    for dimension, lost_to_cuts in lost_at.items():
+        name, dim = dimension
+        tensor = tensors[name]
+        lost = np.concatenate(lost_to_cuts)
+        num_kept = tensor.shape[dim]
+        num_dense = num_kept + len(lost)
+        kept = np.setdiff1d(np.arange(num_dense), lost)
+        # a position that two cuts take is counted twice in num_dense
+        require(len(kept) == num_kept, f"its cuts of {name}[{dim}] overlap")
         shape = list(tensor.shape)
-        shape[dim] += len(positions)
-        stay = np.setdiff1d(np.arange(shape[dim]), positions)
-        require(len(stay) == tensor.shape[dim], f"its cuts of {name}[{dim}] overlap")
-        where = torch.from_numpy(stay).to(tensor.device)
-        tensors[name] = tensor.new_full(shape, fill[name, dim]).index_copy_(dim, where, tensor)
+        shape[dim] = num_dense
+        dense = tensor.new_full(shape, fill_values[dimension])
+        index = torch.from_numpy(kept).to(tensor.device)
+        dense.index_copy_(dim, index, tensor)
+        tensors[name] = dense
 
 
 def _lost_zigs(cut: RecordedCut) -> np.ndarray:
     """Whether each ZIG was cut, (size,)."""
-    num_bytes = -(-cut.size // 8)
-    kept = np.frombuffer(cut.bits.to_bytes(num_bytes, "little"), np.uint8)
-    return np.unpackbits(kept, bitorder="little", count=cut.size) == 0
-
-
-def _scaled_back(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
-    """What a weight was before it was scaled; computed in float32 at least."""
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return ((wide + offset) / factor - offset).to(tensor.dtype)
+    num_bytes = (cut.size + 7) // 8  # rounded up
+    kept_bytes = cut.bits.to_bytes(num_bytes, "little")
+    packed = np.frombuffer(kept_bytes, np.uint8)  # (num_bytes,)
+    is_kept = np.unpackbits(packed, bitorder="little", count=cut.size)  # (size,)
+    return is_kept == 0
 
 
 def _positions(size: int, layout: list[Any]) -> np.ndarray:
     """The positions of every ZIG along the dimension of a member, (size, positions of one)."""
     if len(layout) == 1:
-        return np.array(layout[0])
+        (index,) = layout
+        return np.array(index)
     start, outer, inner = layout
-    block = np.arange(outer * size * inner).reshape(outer, size, inner)
-    return start + block.transpose(1, 0, 2).reshape(size, -1)
+    return strided_positions(size, start, outer, inner)

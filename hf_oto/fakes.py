@@ -16,15 +16,18 @@ class Fakes:
     """Makes the stand-ins for one model.
 
     Attributes:
-        mode: has to be open while the model runs on them.
+        mode: the context that has to be open while the model runs on the stand-ins.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = named_tensors(model)
         # Meta tensors say no device; they are taken to lie where the first of the model's other tensors does.
-        real_devices = [tensor.device for tensor in tensors.values() if not tensor.is_meta]
-        self._device = real_devices[0] if real_devices else torch.device("cpu")
+        self._device = torch.device("cpu")
+        for tensor in tensors.values():
+            if not tensor.is_meta:
+                self._device = tensor.device
+                break
         self._devices: dict[str, torch.device] = {}
         for name, tensor in tensors.items():
             self._devices[name] = self._device_of(tensor)
@@ -33,8 +36,10 @@ class Fakes:
         """A stand-in for every parameter and buffer that the model has now, by the id of the original."""
         stand_ins: dict[int, torch.Tensor] = {}
         for name, tensor in named_tensors(model).items():
-            if id(tensor) not in stand_ins:  # tied tensors share one stand-in
-                stand_ins[id(tensor)] = self._fake(tensor, self._devices[name])
+            key = id(tensor)
+            if key not in stand_ins:  # tied tensors share one stand-in
+                device = self._devices[name]
+                stand_ins[key] = self._fake(tensor, device)
         return stand_ins
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -42,9 +47,13 @@ class Fakes:
         return self._fake(tensor, self._device_of(tensor))
 
     def _device_of(self, tensor: torch.Tensor) -> torch.device:
-        return self._device if tensor.is_meta else tensor.device
+        if tensor.is_meta:
+            return self._device
+        return tensor.device
 
     def _fake(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        fake = FakeTensor(self.mode, torch.empty_like(tensor, device="meta"), device)
-        fake._is_param = isinstance(tensor, nn.Parameter)  # which is what isinstance(fake, nn.Parameter) asks
+        shape_alone = torch.empty_like(tensor, device="meta")
+        fake = FakeTensor(self.mode, shape_alone, device)
+        # isinstance(fake, nn.Parameter) reads this attribute
+        fake._is_param = isinstance(tensor, nn.Parameter)
         return fake

@@ -1,6 +1,6 @@
 """What torch's operations are like: which of them write, look something up, or multiply a large matrix.
 
-Wide arithmetic (wide.py, narrow.py) asks this of every operation. Everything here is read off schemas, or stands in a
+Wide arithmetic (wide.py, narrow.py) asks this about every operation. The answers are read off schemas, or stand in a
 table with the reason.
 """
 
@@ -17,18 +17,28 @@ OWN = ("aten", "prims", "prim", "higher_order")  # namespaces of operations that
 
 SMALLER = (torch.float32, torch.float16, torch.bfloat16)  # from the finest on
 
-# These do no arithmetic: what they choose can be widened afterwards.
+# These do no arithmetic: the values that they choose can be widened afterwards.
 CHOOSING = {"embedding", "index", "index_select", "gather", "take", "masked_select", "clone", "_to_copy"}
 
-MAKING = (torch.tensor, torch.full, torch.scalar_tensor)  # of numbers, in the default dtype
+MAKING = (torch.tensor, torch.full, torch.scalar_tensor)  # tensors from numbers, in the default dtype
 
-# Functions that compare dtypes before any operation runs, so that their arguments have to be widened before -> the
-# arguments, by position or name, that are not: large weights.
+# Some functions compare dtypes before any operation runs, so their arguments have to be widened before the function
+# does. CHECKING names such functions -> the arguments, by position or name, that stay as they are: large weights.
+WEIGHT = (1, "weight")
 CHECKING: dict[Any, tuple] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (1, "weight")),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (1, "weight")),
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), ()),
-    **dict.fromkeys((F.scaled_dot_product_attention, F.rms_norm, torch.rms_norm), ()),
+    F.conv1d: WEIGHT,
+    F.conv2d: WEIGHT,
+    F.conv3d: WEIGHT,
+    F.conv_transpose1d: WEIGHT,
+    F.conv_transpose2d: WEIGHT,
+    F.conv_transpose3d: WEIGHT,
+    torch.lstm: (),
+    torch.gru: (),
+    torch.rnn_tanh: (),
+    torch.rnn_relu: (),
+    F.scaled_dot_product_attention: (),
+    F.rms_norm: (),
+    torch.rms_norm: (),
 }
 
 
@@ -39,8 +49,9 @@ class Split(NamedTuple):
     """How a product is computed piece by piece.
 
     Attributes:
-        dims: argument -> the dimension of it that is split, counted from the end where it may be broadcast.
-        along: the dimension of the result that these are.
+        dims: position of an argument -> its dimension that is split, counted from the end where the argument may
+            broadcast.
+        along: the dimension of the result that the split dimensions become.
     """
 
     dims: dict[int, int]
@@ -48,15 +59,18 @@ class Split(NamedTuple):
 
 
 def _split_of_convolution(args: Sequence) -> Split | None:
-    """Output channels are split: dimension 0 of the weight, or 1 of that of a transposed convolution."""
-    is_transposed, groups = args[6], args[8]
-    if groups != 1:
+    """Output channels are split: dimension 0 of the weight, or dimension 1 where the convolution is transposed."""
+    is_transposed = args[6]
+    groups = args[8]
+    if groups != 1:  # each piece of the output channels would read other input channels
         return None
-    return Split({1: 1 if is_transposed else 0, 2: 0}, along=1)
+    output_dim = 1 if is_transposed else 0
+    return Split({1: output_dim, 2: 0}, along=1)
 
 
 aten = torch.ops.aten
-SPLITS: dict[Any, dict[int, Split | Callable[[Sequence], Split | None]]] = {  # operation -> the large argument -> how
+How = Split | Callable[[Sequence], Split | None]  # or a function that says how for these arguments
+SPLITS: dict[Any, dict[int, How]] = {  # operation -> position of the large argument -> how
     # (n, k), (k, m) -> (n, m)
     aten.mm.default: {
         0: Split({0: 0}, along=0),
@@ -90,7 +104,9 @@ SPLITS: dict[Any, dict[int, Split | Callable[[Sequence], Split | None]]] = {  # 
 def split_of(func: Any, args: Sequence, large: int) -> Split | None:
     """How a product is computed by pieces of one of its arguments, None if it can't be."""
     how = SPLITS[func][large]
-    return how if isinstance(how, Split) else how(args)
+    if isinstance(how, Split):
+        return how
+    return how(args)
 
 
 # schemas -------------------------------------------------------------------------------------------
@@ -101,9 +117,9 @@ class Operation(NamedTuple):
 
     Attributes:
         name: without namespace and overload.
-        is_view: its result shares memory with what it is given.
+        is_view: whether its result shares memory with an argument.
         writes: (position, name) of the arguments it writes into.
-        only_writes: it returns nothing else.
+        only_writes: whether it returns only what it writes into.
     """
 
     name: str
@@ -126,13 +142,15 @@ def operation(func: Any) -> Operation:
     name = schema.name.split("::")[1]
     writes = []
     for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        info = argument.alias_info  # None where the argument is neither written nor returned
+        if info is not None and info.is_write:
             writes.append((position, argument.name))
     shared = [result.alias_info for result in schema.returns]
     is_view = any(info is not None and not info.is_write for info in shared)
-    if name in ("lift", "lift_fresh"):  # by their schema views, of a constant that nobody else has
+    if name in ("lift", "lift_fresh"):  # their schema says view, but nobody else has the constant that they view
         is_view = False
-    only_writes = bool(writes) and all(info is not None for info in shared)
+    returns_shared_only = all(info is not None for info in shared)
+    only_writes = bool(writes) and returns_shared_only
     return Operation(name, is_view, tuple(writes), only_writes)
 
 
@@ -151,7 +169,8 @@ class OperationCall(NamedTuple):
     @property
     def tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that it takes, in lists too."""
-        return tensors_in((*self.args, *self.kwargs.values()))
+        values = (*self.args, *self.kwargs.values())
+        return tensors_in(values)
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
@@ -169,5 +188,8 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory left: on a CPU that is a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether an error says that there is no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch raises a plain RuntimeError where a CPU's memory is spent
+    return "can't allocate memory" in str(error)

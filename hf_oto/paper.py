@@ -1,7 +1,7 @@
 """OTOv2's own rule: warm up, choose the redundant ZIGs once, then penalty and half-space projection.
 
-It is arXiv 2303.06862, Sec. 3.2, with the salience and the constants of the authors' release. All the norm that the
-penalty can remove from a ZIG is the sum of learning rate times lambda over the steps: small learning rates miss the
+It is arXiv 2303.06862, Sec. 3.2, with the salience and the constants of the authors' release. The penalty can remove
+no more norm from a ZIG than the sum of learning rate times lambda over the steps. So small learning rates miss the
 target.
 
 Worked example: with SGD, a learning rate of 0.1 and the released lambda of 0.001, a ZIG x on which the loss does not
@@ -10,12 +10,13 @@ pull is shortened by 0.1 * 0.001 a step. From the norm 1 to 0 it would take 10,0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .dhspg import DHSPG
 from .salience import inner
@@ -36,11 +37,11 @@ class Penalty:
 
     Attributes:
         lam: lambda, the weight of the penalty on the norm of a redundant group.
-        amplify: where a step would make a group grow, its lambda is this many times the smallest with which the group
-            shrinks.
+        amplify: if a step would make a group grow, the lambda of the group is this many times the smallest lambda with
+            which the group shrinks.
         bound: the largest lambda, in multiples of `lam`.
-        epsilon: a group becomes zero when a step takes it out of the half-space {z: <z, x> >= epsilon |x|^2}; in
-            [0, 1).
+        epsilon: a group becomes zero when a step takes it out of the half-space {z: <z, x> >= epsilon |x|^2}, where x
+            is the group before the step; in [0, 1).
     """
 
     lam: float
@@ -56,11 +57,20 @@ class Penalty:
         return cls(lam=1e-2, amplify=20.0, bound=1e3, epsilon=epsilon)
 
 
+class Products(NamedTuple):
+    """Of the weights x and the descent direction d of each group, arrays of shape (num_zigs,)."""
+
+    xd: Tensor  # <x, d>
+    xx: Tensor  # |x|^2
+    dd: Tensor  # |d|^2
+
+
 class PaperDHSPG(DHSPG):
     """OTOv2's DHSPG (arXiv 2303.06862, Sec. 3.2) around any base optimizer; see `DHSPG` for what both share.
 
-    After the warm-up, as many ZIGs as the target asks for are redundant. From then on every step shortens those that
-    are not zero yet by a penalty on their norms, and makes zero those that it takes out of their half-spaces.
+    After the warm-up, as many ZIGs as the target asks for are redundant. From then on every step shortens those
+    redundant ZIGs that are not zero yet, by a penalty on their norms. A ZIG that a step takes out of its half-space
+    becomes zero.
 
     Args:
         model, partition, base, lr, target_group_sparsity, total_steps, process_group, base_kwargs: as for `DHSPG`.
@@ -95,7 +105,9 @@ class PaperDHSPG(DHSPG):
 
     def _scheduled(self, total_steps: int, window: Any, num_events: Any) -> Schedule:
         warm_up_and_rest = super()._scheduled(total_steps, (self._start, 1.0), 1)
-        return Schedule(warm_up_and_rest.events[:1])  # the choice; ZIGs become zero when they leave their half-spaces
+        # The choice is the only event: ZIGs become zero when they leave their half-spaces.
+        choice = warm_up_and_rest.events[:1]
+        return Schedule(choice)
 
     def _has_pruned(self, now: int) -> bool:
         return self.target_reached
@@ -111,15 +123,19 @@ class PaperDHSPG(DHSPG):
         if self._is_warm_up(now):
             return
         params = self.parameters_by_name()
-        for s, index, _ in rows_of(self._redundant(now), self._group, params):
-            p = local(params[s.param])
-            self._weights_before.append(Part(s, index, p.index_select(s.dim, index)))
+        redundant = self._redundant(now)
+        for slice_, index, _ in rows_of(redundant, self._group, params):
+            parameter = local(params[slice_.param])
+            x = parameter.index_select(slice_.dim, index)
+            self._weights_before.append(Part(slice_, index, x))
 
     def _redundant(self, now: int) -> Tensor:
-        """The groups that are redundant, or at the choice may be, and aren't zero yet, bool (num_zigs,)."""
+        """The redundant groups that aren't zero yet, bool (num_zigs,); at the choice any group may be redundant."""
+        not_zero = ~self.made_zero
         if now == self.schedule.events[0]:
-            return ~self.made_zero
-        return (self._own["redundant"].cpu() > 0) & ~self.made_zero
+            return not_zero
+        is_redundant = self._own["redundant"].cpu() > 0
+        return is_redundant & not_zero
 
     def _after_step(self, now: int) -> None:
         """Chooses the redundant groups after the warm-up, and from then on shortens or zeroes them."""
@@ -131,23 +147,25 @@ class PaperDHSPG(DHSPG):
         if not redundant.any():
             return
         directions = self._directions(weights_before)
-        pairs = list(zip(weights_before, directions, strict=True))
-        # of each group: <x, d>, |x|^2 and |d|^2, each (num_zigs,)
         xd, xx, dd = self._sums(
-            (x._replace(values=inner(x.values, d)) for x, d in pairs),
-            (x._replace(values=inner(x.values, x.values)) for x in weights_before),
-            (x._replace(values=inner(d, d)) for x, d in pairs),
+            _inner_products(weights_before, directions),
+            _inner_products(weights_before, weights_before),
+            _inner_products(directions, directions),
         )
+        products = Products(xd, xx, dd)
         if now == self.schedule.events[0]:
-            self._own["redundant"] = self._most_redundant(redundant, xd, xx, dd).to(torch.uint8)
+            chosen = self._most_redundant(products)
+            self._own["redundant"] = chosen.to(torch.uint8)
             return
-        lam = penalties(xd, xx, dd, self.penalty)
-        products = self._penalise_(weights_before, torch.nan_to_num(lam / xx.sqrt(), posinf=0.0))
-        leaves_half_space = self._sums(products)[0] < self.penalty.epsilon * xx
+        pull = penalties(products, self.penalty) / xx.sqrt()  # (num_zigs,)
+        pull = torch.nan_to_num(pull, posinf=0.0)  # a group of no norm is not pulled
+        products_with_before = self._penalise_(weights_before, pull)
+        (after_and_before,) = self._sums(products_with_before)  # <x_hat, x>, (num_zigs,)
+        leaves_half_space = after_and_before < self.penalty.epsilon * xx
         self._freeze(self._agreed(redundant & leaves_half_space))
 
     def _penalise_(self, weights_before: Sequence[Part], pull: Tensor) -> list[Part]:
-        """Subtracts learning rate * pull * x from the weights, with x the weights before the step.
+        """Subtracts learning rate * pull * x from the weights, where x are the weights before the step.
 
         Args:
             pull: lambda / |x| of every group, (num_zigs,).
@@ -158,71 +176,90 @@ class PaperDHSPG(DHSPG):
         rates = self._learning_rates()
         params = self.parameters_by_name()
         products = []
-        for s, index, x in weights_before:
-            p = local(params[s.param])
-            shape = [-1 if d == s.dim else 1 for d in range(x.dim())]
-            owner = s.owner[index.cpu()].long()  # (k,)
+        for slice_, index, x in weights_before:
+            rate = rates[slice_.param]
+            parameter = local(params[slice_.param])
+            owner = slice_.owner[index.cpu()].long()  # (k,), ZIGs alone: no position of `index` is of no ZIG
+            shape = [1] * x.dim()
+            shape[slice_.dim] = -1
             pull_of_row = pull[owner].view(shape).to(x.device, x.dtype)
-            x_hat = p.index_select(s.dim, index) - rates[s.param] * (pull_of_row * x)
-            p.index_copy_(s.dim, index, x_hat)
-            products.append(Part(s, index, inner(x_hat, x)))
+            x_half = parameter.index_select(slice_.dim, index)
+            x_hat = x_half - rate * (pull_of_row * x)
+            parameter.index_copy_(slice_.dim, index, x_hat)
+            products.append(Part(slice_, index, inner(x_hat, x)))
         return products
 
-    def _directions(self, weights_before: Sequence[Part]) -> list[Tensor]:
-        """The descent directions d that the base optimizer has taken, whatever it is.
+    def _directions(self, weights_before: Sequence[Part]) -> list[Part]:
+        """The descent directions d of a step of the base optimizer, whatever it is.
 
         The step was x_half = x - rate * d, so d is (x - x_half) / rate.
         """
         rates = self._learning_rates()
         params = self.parameters_by_name()
         directions = []
-        for s, index, x in weights_before:
-            x_half = local(params[s.param]).index_select(s.dim, index)
+        for slice_, index, x in weights_before:
+            rate = rates[slice_.param]
+            parameter = local(params[slice_.param])
+            x_half = parameter.index_select(slice_.dim, index)
             step = x - x_half
-            directions.append(step / rates[s.param] if rates[s.param] else step)
+            # with a learning rate of 0 the step is all that is known
+            direction = step / rate if rate else step
+            directions.append(Part(slice_, index, direction))
         return directions
 
     def _learning_rates(self) -> dict[str, float]:
         rates = {}
         for group in self.param_groups:
             for name in group["param_names"]:
-                rates[name] = float(group["lr"])
+                rates[name] = float(group["lr"])  # it may be a tensor
         return rates
 
-    def _most_redundant(self, candidates: Tensor, xd: Tensor, xx: Tensor, dd: Tensor) -> Tensor:
+    def _most_redundant(self, products: Products) -> Tensor:
         """As many of the groups as the target asks for, bool (num_zigs,)."""
-        axis_of = torch.from_numpy(self.limits.axis_of)
-        score = redundancy(xd, xx, dd, self._elements[axis_of])
-        seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")  # (axes,)
-        score = score.masked_fill(~seen[axis_of], -torch.inf)
+        axis_of = torch.from_numpy(self.limits.axis_of)  # (num_zigs,)
+        score = redundancy(products, self._elements[axis_of])  # (num_zigs,)
+        is_seen = torch.tensor(self._seen_axes(), dtype=torch.bool, device="cpu")  # (axes,)
+        # an axis without a gradient has said nothing yet
+        score = score.masked_fill(~is_seen[axis_of], -torch.inf)
         count = round(self.budget.dense - self.budget.goal)
-        chosen = torch.zeros_like(candidates)
-        chosen[torch.argsort(score, descending=True, stable=True)[:count]] = True
+        order = torch.argsort(score, descending=True, stable=True)
+        chosen = torch.zeros_like(score, dtype=torch.bool)
+        chosen[order[:count]] = True
         return self._agreed(chosen & (score > -torch.inf))
 
 
-def redundancy(xd: Tensor, xx: Tensor, dd: Tensor, elements: Tensor) -> Tensor:
+def _inner_products(first: Sequence[Part], second: Sequence[Part]) -> Iterator[Part]:
+    """The products of the same parts of two vectors, element by element, to be added up ZIG by ZIG."""
+    for part, other in zip(first, second, strict=True):
+        products = inner(part.values, other.values)
+        yield part._replace(values=products)
+
+
+def redundancy(products: Products, elements: Tensor) -> Tensor:
     """How redundant each group is: the mean of cos(x, d) and of 1 / (|x| / elements), each L2-normalised.
 
     Args:
-        xd, xx, dd: <x, d>, |x|^2 and |d|^2 of each group, (n,), with weights x and descent direction d.
-        elements: the number of parameters of each group, (n,).
+        elements: the number of parameters of each group, (num_zigs,).
     """
-    cosine = torch.nan_to_num(xd / (xx * dd).sqrt(), posinf=0.0, neginf=0.0)
-    smallness = 1 / (xx.sqrt() / elements + 1e-6)
-    normalize = torch.nn.functional.normalize
+    xd, xx, dd = products
+    cosine = xd / (xx * dd).sqrt()
+    cosine = torch.nan_to_num(cosine, posinf=0.0, neginf=0.0)  # where d is 0, or x
+    magnitude = xx.sqrt() / elements
+    smallness = 1 / (magnitude + 1e-6)
     return 0.5 * normalize(cosine, dim=0) + 0.5 * normalize(smallness, dim=0)
 
 
-def penalties(xd: Tensor, xx: Tensor, dd: Tensor, penalty: Penalty) -> Tensor:
-    """Lambda of each group, (n,): the given one, or a larger one where the step alone would make the norm grow.
-
-    Args:
-        xd, xx, dd: <x, d>, |x|^2 and |d|^2 of each group, (n,), with weights x and descent direction d.
-    """
-    lowest = -xd / xx.sqrt()  # with more than this the norm shrinks
-    highest = -dd * xx.sqrt() / xd  # with less than this the loss still descends
-    raised = (penalty.amplify * lowest).clamp(penalty.lam, penalty.bound * penalty.lam)
-    raised = torch.where(raised >= highest, (lowest + highest) / 2, raised)
+def penalties(products: Products, penalty: Penalty) -> Tensor:
+    """Lambda of each group, (num_zigs,): that of `penalty`, or a larger one if the step alone makes the norm grow."""
+    xd, xx, dd = products
+    norm = xx.sqrt()
+    lowest = -xd / norm  # with a larger lambda the norm shrinks
+    highest = -dd * norm / xd  # with a smaller lambda the loss still descends
+    raised = penalty.amplify * lowest
+    raised = raised.clamp(penalty.lam, penalty.bound * penalty.lam)
+    # with too large a lambda the loss would grow: halfway between both bounds it doesn't
+    halfway = (lowest + highest) / 2
+    raised = torch.where(raised >= highest, halfway, raised)
     would_grow = xd < 0
-    return torch.where(would_grow, raised, torch.full_like(xd, penalty.lam))
+    given = torch.full_like(xd, penalty.lam)
+    return torch.where(would_grow, raised, given)

@@ -1,4 +1,4 @@
-"""What a compact model is against the dense one: what each takes, and a table of it."""
+"""A compact model beside the dense one: measurements of both, and a table of them."""
 
 from __future__ import annotations
 
@@ -25,53 +25,87 @@ from .trace import persistent_buffers, trace
 
 def macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of the forwards on `inputs`: matrix products, convolutions, attention."""
-    calls = trace(model, as_forwards(inputs), modes=[False]).calls
-    return sum(math.prod(ref.shape[d] for ref, d in dims) for call in calls for dims in multiplications(call))
+    count = 0
+    forwards = as_forwards(inputs)
+    # In evaluation mode alone: it is the one that `measure` times.
+    traced = trace(model, forwards, modes=[False])
+    for call in traced.calls:
+        for dims in multiplications(call):
+            # An operation multiplies once for every position of these dimensions.
+            count += math.prod(ref.shape[dim] for ref, dim in dims)
+    return count
 
 
 def measure(*models: nn.Module | Trial, inputs: Inputs, seconds: float = 1.0) -> list[dict[str, Any]]:
-    """What each model takes, without gradients: `params`; `macs`; `bytes` of its weights in a file; the `latency` of
-    its forwards in seconds, the median, and the `quartiles`; and `measured_on` what.
+    """Measures what each model takes, without gradients.
 
     The models run in turn, so that what else the machine does slows all of them alike.
 
     Args:
         models: models, or a change that is put on its model while that is measured.
         inputs: one batch, the keyword arguments of forward, or several calls.
-        seconds: for how long each model runs. Of every model 3 to 50 runs are timed, after two more that warm it up.
+        seconds: for how long each model runs. Of every model 3 to 50 runs are timed, each after two that warm up.
+
+    Returns:
+        For each model `params`; `macs`; the `bytes` of its weights in a file; the median `latency` of its forwards in
+        seconds; the first and third of the `quartiles` of that; and what it was `measured_on`.
     """
     forwards = as_forwards(inputs)
-    opened = [m if isinstance(m, Trial) else contextlib.nullcontext(m) for m in models]
-    latencies: list[list[float]] = [[] for _ in models]
-    start = benchmark.timer()
-    while (turns := len(latencies[0])) < 3 or (turns < 50 and benchmark.timer() - start < seconds * len(models)):
-        for context, of_model in zip(opened, latencies, strict=True):
-            with context as model, evaluating(model):
-                of_model.append(_latency(model, forwards))
+    opened = [model if isinstance(model, Trial) else contextlib.nullcontext(model) for model in models]
+    latencies = _latencies(opened, forwards, seconds)
     measured = []
     for context, of_model in zip(opened, latencies, strict=True):
         with context as model:
+            # The median, because a run that something else has slowed would raise the mean.
             low, median, high = statistics.quantiles(of_model)
-            measured.append(
-                {
-                    "params": size(model)["params"],
-                    "macs": macs(model, forwards),
-                    "bytes": size(model)["bytes"],
-                    "latency": median,
-                    "quartiles": [low, high],
-                    "measured_on": _where(model, forwards),
-                }
-            )
+            size_of_model = size(model)
+            of_all = {
+                "params": size_of_model["params"],
+                "macs": macs(model, forwards),
+                "bytes": size_of_model["bytes"],
+                "latency": median,
+                "quartiles": [low, high],
+                "measured_on": _where(model, forwards),
+            }
+            measured.append(of_all)
     return measured
 
 
+def _latencies(
+    opened: Sequence[contextlib.AbstractContextManager], forwards: Sequence[Forward], seconds: float
+) -> list[list[float]]:
+    """For each model the seconds of its runs.
+
+    Args:
+        opened: contexts, in each of which there is one model.
+        seconds: for how long each model runs.
+    """
+    latencies: list[list[float]] = [[] for _ in opened]
+    budget = seconds * len(opened)
+    start = benchmark.timer()
+    for turn in range(50):
+        # Quartiles need three runs, however long those take.
+        is_over = benchmark.timer() - start >= budget
+        if turn >= 3 and is_over:
+            break
+        for context, of_model in zip(opened, latencies, strict=True):
+            with context as model, evaluating(model):
+                latency = _latency(model, forwards)
+                of_model.append(latency)
+    return latencies
+
+
 def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
-    """Seconds of the forwards. Each run has copies of their arguments, which it may write to, made before the clock
-    starts: `timeit(1)` warms up with two runs."""
+    """Seconds of the forwards.
+
+    Each run has its own copies of their arguments, because a forward may write to them. The copies are made before the
+    clock starts, two of them, because `timeit(1)` warms up with two runs.
+    """
 
     def run(copies: Sequence[Forward]) -> None:
         for forward in copies:
-            model.get_submodule(forward.path)(*forward.args, **forward.kwargs)
+            module = model.get_submodule(forward.path)
+            module(*forward.args, **forward.kwargs)
 
     timer = benchmark.Timer(
         "run(copies.pop())",
@@ -83,34 +117,46 @@ def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
 
 
 def size(model: nn.Module) -> dict[str, int]:
-    """Its `params`, and the `bytes` of its weights in a file."""
-    saved = {id(t): t for t in [*model.parameters(), *persistent_buffers(model).values()]}.values()
-    return {
-        "params": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(t.numel() * t.element_size() for t in saved),
-    }
+    """The number of `params` of a model, and the `bytes` of its weights in a file."""
+    params = list(model.parameters())
+    buffers = persistent_buffers(model).values()
+    # A buffer that has several names is written once.
+    saved = {id(tensor): tensor for tensor in [*params, *buffers]}
+    num_bytes = 0
+    for tensor in saved.values():
+        num_bytes += tensor.numel() * tensor.element_size()
+    num_params = sum(p.numel() for p in params)
+    return {"params": num_params, "bytes": num_bytes}
 
 
 def _where(model: nn.Module, forwards: Sequence[Forward]) -> str:
     """What a latency was measured on: the largest input, and the device."""
-    largest = max((tuple(t.shape) for t in input_tensors(forwards)), key=math.prod, default=())
+    shapes = [tuple(tensor.shape) for tensor in input_tensors(forwards)]
+    largest = max(shapes, key=math.prod, default=())
+    batch = " x ".join(map(str, largest))
     device = next(model.parameters()).device
-    place = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
-    return f"a batch of {' x '.join(map(str, largest))}, {place}"
+    place = str(device)
+    if device.type == "cpu":
+        place = f"CPU, threads: {torch.get_num_threads()}"
+    return f"a batch of {batch}, {place}"
 
 
 def scores(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation among what is logged, those that are numbers."""
-    no = ("_runtime", "_per_second", "_preparation_time")
-    numbers = {k: v for k, v in logs.items() if isinstance(v, Real)}
-    return {k: v for k, v in numbers.items() if k.startswith("eval_") and not k.endswith(no)}
+    """The metrics of an evaluation that are numbers, among all that is logged."""
+    of_time = ("_runtime", "_per_second", "_preparation_time")
+    metrics = {}
+    for key, value in logs.items():
+        is_of_evaluation = key.startswith("eval_") and not key.endswith(of_time)
+        if is_of_evaluation and isinstance(value, Real):
+            metrics[key] = value
+    return metrics
 
 
 # text ----------------------------------------------------------------------------------------------
 
 
 def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The measurements of two models side by side, one line each; keys that both have, known ones with their units.
+    """The measurements of two models side by side: a line for every key that both have, known ones with their units.
 
     Example:
         >>> print(table({"params": 2000000, "accuracy": 0.99}, {"params": 500000, "accuracy": 0.985}))
@@ -119,34 +165,68 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         accuracy      0.9900    0.9850
     """
     rows = _rows(before, after)
-    a, b, c = (max(least, *(len(row[i]) for row in rows)) for i, least in enumerate((0, 8, 8)))
-    return "\n".join(f"{row[0]:{a}}  {row[1]:>{b}}  {row[2]:>{c}}  {row[3]:>6}".rstrip() for row in rows)
+    columns = list(zip(*rows, strict=True))
+    label_width = max(map(len, columns[0]))
+    # At least 8, so that the tables of most models look alike.
+    before_width = max(8, *map(len, columns[1]))
+    after_width = max(8, *map(len, columns[2]))
+    lines = []
+    for label, of_before, of_after, ratio in rows:
+        line = f"{label:{label_width}}  {of_before:>{before_width}}  {of_after:>{after_width}}  {ratio:>6}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = [("", "dense", "compact", "ratio")]
-    for key in before:
-        if key in after and key != "measured_on":
-            label, show = _SHOWN.get(key, (key, lambda x: f"{x:.4f}"))
-            has_ratio = key in _SHOWN and key != "quartiles" and before[key]  # a model may have no MACs
-            ratio = f"{100 * after[key] / before[key]:.0f} %" if has_ratio else ""
-            rows.append((label, show(before[key]), show(after[key]), ratio))
+    for key, value in before.items():
+        if key not in after or key == "measured_on":
+            continue
+        label, show = _SHOWN.get(key, (key, _score))
+        new_value = after[key]
+        ratio = ""
+        # Only sizes and times are compared as ratios, and quartiles are two numbers.
+        has_ratio = key in _SHOWN and key != "quartiles"
+        if has_ratio and value:  # a model may have no MACs
+            ratio = f"{100 * new_value / value:.0f} %"
+        rows.append((label, show(value), show(new_value), ratio))
     return rows
 
 
-def _count(n: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.1f}{unit}"
-    return f"{n:.0f}"
+def _score(value: float) -> str:
+    return f"{value:.4f}"
 
 
+def _count(number: float) -> str:
+    for unit, size_of_unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size_of_unit:
+            return f"{number / size_of_unit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    return f"{_count(number)}B"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{_in_ms(seconds)} ms"
+
+
+def _range(ends: Sequence[float]) -> str:
+    return "-".join(map(_in_ms, ends)) + " ms"
+
+
+def _in_ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
+
+
+# The key of a measurement -> its label, and how its value is shown.
 _SHOWN = {
     "params": ("parameters", _count),
     "macs": ("MACs", _count),
-    "bytes": ("file size", lambda n: f"{_count(n)}B"),
-    "latency": ("latency", lambda s: f"{s * 1e3:.1f} ms"),
-    "quartiles": ("quartiles", lambda ends: "-".join(f"{s * 1e3:.1f}" for s in ends) + " ms"),
+    "bytes": ("file size", _bytes),
+    "latency": ("latency", _milliseconds),
+    "quartiles": ("quartiles", _range),
 }
 
 
@@ -154,17 +234,28 @@ class Report(dict):
     """What `OTOTrainer.report` is: a dict that prints as a table, in a notebook too. See `OTOMixin` for its keys."""
 
     def __str__(self) -> str:
-        return "\n".join([table(self["before"], self["after"]), *self._notes()])
+        rows = table(self["before"], self["after"])
+        return "\n".join([rows, *self._notes()])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        # Names of metrics are the user's, and may hold any text.
+        text = html.escape(str(self))
+        return f"<pre>{text}</pre>"
 
     def _notes(self) -> list[str]:
-        zeroed, compact = self["metrics"]["zeroed"], self["metrics"]["compact"]
-        full = {k: f"{zeroed[k]:.4f} full with zeros, " if k in zeroed else "" for k in compact}
-        both = (f"{k}: {full[k]}{compact[k]:.4f} compact" for k in compact)
+        """The lines under the table."""
+        notes = []
+        # Models that could not be run have no latencies.
+        if "measured_on" in self["after"]:
+            notes.append(f"measured on {self['after']['measured_on']}")
         difference = f"max output difference, zeroed full against compact: {self['max_output_difference']:.1e}"
         if "max_output_difference_in_own_dtype" in self:
             difference += f" in double, {self['max_output_difference_in_own_dtype']:.1e} as it runs"
-        where = [f"measured on {self['after']['measured_on']}"] if "measured_on" in self["after"] else []
-        return [*where, difference, *both]
+        notes.append(difference)
+        zeroed = self["metrics"]["zeroed"]
+        for key, value in self["metrics"]["compact"].items():
+            note = f"{key}: "
+            if key in zeroed:
+                note += f"{zeroed[key]:.4f} full with zeros, "
+            notes.append(f"{note}{value:.4f} compact")
+        return notes

@@ -1,4 +1,4 @@
-"""What torch's functions say of the sizes that they are given: a short function for each, and one table.
+"""What torch's functions say about the sizes that they are given: a short function for each, and one table.
 
 Each rule gives pairs (a size as it was passed, the expression that it must equal); tagging.py makes equations of them.
 
@@ -17,30 +17,33 @@ from .sizes import Expr, Ref, plain, span
 
 Pairs = Iterator[tuple[int | Expr, Expr]]  # (a size as passed, what it must equal)
 
-# Every rule takes `ref`, which gives the `Ref` of a tensor, then `out`, what the function returned, then the arguments
-# of torch's function under torch's own names; the types of these are torch's, and not written down again.
+# Every rule takes `ref` first, which gives the `Ref` of a tensor, and `out`, which the function returned. Then come
+# the arguments of torch's function under torch's own names; their types are torch's, and not written down again.
 
 
 def _shape(ref, out, sizes, first_dim=0) -> Pairs:
     """The sizes are those of `out`, from one dimension on; -1 stands for a size that torch finds out itself."""
     for dim, size in enumerate(sizes, first_dim):
-        if isinstance(size, int) and size != -1:
+        is_given = isinstance(size, int) and size != -1
+        if is_given:
             yield size, span(ref(out), dim)
 
 
 def _ints(sizes: Sequence[Any]) -> Sequence[int]:
     """Sizes that may be passed one by one or in one sequence: view(2, 3) is view((2, 3))."""
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        return sizes[0]
-    return sizes
+    if len(sizes) != 1:
+        return sizes
+    (only,) = sizes
+    return only if isinstance(only, (tuple, list)) else sizes
 
 
 def _view(ref, out, input, *sizes, shape=(), size=(), **_) -> Pairs:
-    return _shape(ref, out, _ints(sizes) or shape or size)
+    sizes = _ints(sizes) or shape or size
+    return _shape(ref, out, sizes)
 
 
 def _made(ref, out, *sizes, **named) -> Pairs:
-    """As `_view`, of functions that take no tensor."""
+    """As `_view`, for functions that take no tensor."""
     return _view(ref, out, None, *sizes, **named)
 
 
@@ -53,23 +56,26 @@ def _new_full(ref, out, input, size, *_, **__) -> Pairs:
 
 
 def _unflatten(ref, out, input, dim, sizes) -> Pairs:
-    return _shape(ref, out, sizes, dim % input.dim())
+    first_dim = dim % input.dim()
+    return _shape(ref, out, sizes, first_dim)
 
 
 def _normalized(ref, out, input, normalized_shape, *_, **__) -> Pairs:
     """Norms over the last dimensions."""
-    return _shape(ref, out, normalized_shape, -len(normalized_shape))
+    first_dim = -len(normalized_shape)
+    return _shape(ref, out, normalized_shape, first_dim)
 
 
 def _affine_grid(ref, out, theta, size, *_, **__) -> Pairs:
     """The size is (n, c, *spatial), of which the channels c decide nothing; the grid is (n, *spatial, 2 or 3)."""
-    return _shape(ref, out, [size[0], *size[2:]])
+    batch, _, *spatial = size
+    return _shape(ref, out, [batch, *spatial])
 
 
 def _repeat(ref, out, input, *sizes, repeats=(), dims=()) -> Pairs:
     counts = _ints(sizes) or repeats or dims
-    # Dimensions are counted from the end, as the result may have more of them than the input.
-    for dim, count in enumerate(reversed(counts), 1):
+    counts_from_the_end = reversed(counts)  # the result may have more dimensions in front than the input
+    for dim, count in enumerate(counts_from_the_end, 1):
         repeated = span(ref(out), -dim)
         if dim <= input.dim():
             once = span(ref(input), -dim)
@@ -79,18 +85,18 @@ def _repeat(ref, out, input, *sizes, repeats=(), dims=()) -> Pairs:
 
 
 def _repeat_interleave(ref, out, input, repeats, dim=None, **_) -> Pairs:
-    if isinstance(repeats, int) and dim is not None:
+    is_by_number = isinstance(repeats, int)  # else the repeats of each position are the data of a tensor
+    if is_by_number and dim is not None:
         repeated = span(ref(out), dim)
         once = span(ref(input), dim)
         yield repeats, ("//", repeated, once)
 
 
 def _split(ref, out, input, split_size_or_sections, dim=0) -> Pairs:
-    for i, piece in enumerate(out):
-        if isinstance(split_size_or_sections, int):
-            size = split_size_or_sections
-        else:
-            size = split_size_or_sections[i]
+    sizes = split_size_or_sections
+    if isinstance(sizes, int):
+        sizes = [sizes] * len(out)
+    for size, piece in zip(sizes, out, strict=True):
         if piece.shape[dim] == size:  # the last piece may be smaller, and says nothing then
             yield size, span(ref(piece), dim)
 
@@ -99,26 +105,35 @@ def _chunk(ref, out, input, chunks, dim=0) -> Pairs:
     """The chunks stay equal, for the number of chunks is a constant."""
     count = ("const", len(out))
     one_chunk = span(ref(out[0]), dim)
-    yield ("*", count, one_chunk), span(ref(input), dim)
+    all_chunks = ("*", count, one_chunk)
+    yield all_chunks, span(ref(input), dim)
 
 
 def _slices(ref, out, input, index) -> Pairs:
     """The bounds of every slice in `input[index]`."""
     indices = index if isinstance(index, tuple) else (index,)
-    consumed = [_consumed_dims(one) for one in indices]
+    num_consumed = sum(_consumed_dims(one) for one in indices)
     dim = 0  # of `input`, where the next index applies
-    for one, count in zip(indices, consumed, strict=True):
-        if isinstance(one, slice) and one.step in (None, 1):
+    for one in indices:
+        if _is_stretch(one):
             yield from _bounds(ref(input), dim, one.start, one.stop)
-        # An ellipsis stands for all dimensions that the other indices leave.
-        dim += input.dim() - sum(consumed) if one is ... else count
+        if one is ...:  # it stands for all dimensions that the other indices leave
+            dim += input.dim() - num_consumed
+        else:
+            dim += _consumed_dims(one)
+
+
+def _is_stretch(index: Any) -> bool:
+    """Whether an index is a slice of all positions between two bounds."""
+    return isinstance(index, slice) and index.step in (None, 1)
 
 
 def _consumed_dims(index: Any) -> int:
     """How many dimensions one index of several applies to; an ellipsis counts as 0."""
     if index is None or index is ...:
         return 0
-    if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+    is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+    if is_mask:  # it covers as many dimensions as it has
         return index.dim()
     return 1
 
@@ -128,7 +143,7 @@ def _put_slices(ref, out, input, index, value) -> Pairs:
 
 
 def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs:
-    """A bound inside a dimension is what a cut leaves before it; one from the end, what a cut leaves after it."""
+    """A bound counts the positions that a cut leaves before it; a bound from the end counts those left after it."""
     width = source.shape[dim]
     for bound in (start, stop):
         if not isinstance(bound, int):
@@ -137,17 +152,21 @@ def _bounds(source: Ref, dim: int, start: int | None, stop: int | None) -> Pairs
         if 0 < position < width:
             yield bound, span(source, dim, 0, position)
         elif -width < position < 0:
-            yield 0 - bound, span(source, dim, width + position, width)
+            first_after = width + position
+            yield 0 - bound, span(source, dim, first_after, width)
 
 
 def _narrow(ref, out, input, dim, start, length) -> Pairs:
     if isinstance(start, int):
-        yield from _bounds(ref(input), dim % input.dim(), start, start + length)
+        dim %= input.dim()
+        stop = start + length
+        yield from _bounds(ref(input), dim, start, stop)
 
 
 def _groups(ref, out, input, weight, *more, groups=1, **_) -> Pairs:
     """input (b, groups * i, ...), weight (o, i, ...)"""
-    channels = span(ref(input), input.dim() - weight.dim() + 1)
+    channels_dim = input.dim() - weight.dim() + 1  # 0 where the input has no batch
+    channels = span(ref(input), channels_dim)
     channels_of_group = span(ref(weight), 1)
     if len(more) > 4:  # by position: bias, stride, padding, dilation, groups
         groups = more[4]
@@ -162,34 +181,51 @@ def _transposed_groups(ref, out, input, *more, **named) -> Pairs:
 def _group_norm(ref, out, input, num_groups, *_, **__) -> Pairs:
     """Groups keep their width: a cut removes whole groups."""
     channels = span(ref(out), 1)
-    channels_of_group = input.shape[1] // plain(num_groups)
-    yield num_groups, ("//", channels, ("const", channels_of_group))
+    num_plain = plain(num_groups)  # the division of a `Size` would leave an equation of its own
+    channels_of_group = input.shape[1] // num_plain
+    width = ("const", channels_of_group)
+    yield num_groups, ("//", channels, width)
 
 
 def _default_scale(ref, out, query, *_, scale=None, **__) -> Pairs:
-    if scale is None:  # 1 / sqrt(head_dim) is then read off the query
-        yield query.shape[-1], span(ref(query), -1)
+    if scale is None:  # torch then takes 1 / sqrt(head_dim), with the query's last dimension as head_dim
+        head_dim = query.shape[-1]
+        yield head_dim, span(ref(query), -1)
 
 
 def _all_heads(ref, out, query, *args, **named) -> Pairs:
-    """Attention with all its projections in one function takes embed_dim // num_heads as head_dim, so all widths that
-    this is computed from stay whole."""
+    """Attention with all its projections in one function computes head_dim as embed_dim // num_heads, so every width
+    that goes into this division stays whole."""
     in_proj_weight = args[4]
-    whole = [(query, -1), (in_proj_weight, 0)]
+    dims_of_widths = [(query, -1), (in_proj_weight, 0)]
     for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        whole.append((named.get(name), 0))
-    for tensor, dim in whole:
+        weight = named.get(name)
+        dims_of_widths.append((weight, 0))
+    for tensor, dim in dims_of_widths:
         if tensor is not None:
-            yield tensor.shape[dim], span(ref(tensor), dim)
+            width = tensor.shape[dim]
+            yield width, span(ref(tensor), dim)
 
 
 SIZE_RULES: dict[str, Callable[..., Pairs]] = {
-    **dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty"], _view),
-    **dict.fromkeys(["zeros", "ones", "empty", "rand", "randn"], _made),
+    "view": _view,
+    "reshape": _view,
+    "expand": _view,
+    "broadcast_to": _view,
+    "new_zeros": _view,
+    "new_ones": _view,
+    "new_empty": _view,
+    "zeros": _made,
+    "ones": _made,
+    "empty": _made,
+    "rand": _made,
+    "randn": _made,
     "full": _full,
     "new_full": _new_full,
     "unflatten": _unflatten,
-    **dict.fromkeys(["layer_norm", "rms_norm", "_fused_rms_norm"], _normalized),
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "_fused_rms_norm": _normalized,
     "repeat": _repeat,
     "tile": _repeat,
     "repeat_interleave": _repeat_interleave,
@@ -199,10 +235,15 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     "narrow": _narrow,
     "__getitem__": _slices,
     "__setitem__": _put_slices,
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
-    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _transposed_groups),
+    "conv1d": _groups,
+    "conv2d": _groups,
+    "conv3d": _groups,
+    "conv_transpose1d": _transposed_groups,
+    "conv_transpose2d": _transposed_groups,
+    "conv_transpose3d": _transposed_groups,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _default_scale,
     "multi_head_attention_forward": _all_heads,
-    **dict.fromkeys(["affine_grid", "affine_grid_generator"], _affine_grid),
+    "affine_grid": _affine_grid,
+    "affine_grid_generator": _affine_grid,
 }

@@ -1,13 +1,15 @@
-"""Parameters seen as ZIGs: which ZIG every position of a parameter belongs to, whole or on the shards of this rank.
+"""Parameters seen as ZIGs: which ZIG each position of a parameter belongs to, of a whole parameter or of a shard.
 
-Sums over ZIGs, scaling ZIGs and zeroing them need no more than that, and neither does a rank that holds one shard.
+ZIGs are summed up, scaled and zeroed with no more than that, also by a rank that holds one shard.
 
-Worked example: of an axis of 3 heads, 2 channels wide each, and 3 positions that stay, `owner` is 0 0 1 1 2 2 3 3 3
-(3, the number of ZIGs, stands for none). On 2 ranks the first holds 0 0 1 1 2 and the second 2 3 3 3.
+Worked example: a dimension holds an axis of 3 heads, each 2 channels wide, and then 3 positions of no ZIG. Its `owner`
+is 0 0 1 1 2 2 3 3 3, where 3, the number of ZIGs, stands for none. Of 2 ranks the first one holds 0 0 1 1 2, and the
+second one 2 3 3 3.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,9 +22,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from .modeling_oto import OTOError
 from .zigs import Member, PrunableAxis
 
+Tensors = Mapping[str, Tensor]  # by name
+
 
 class Slice(NamedTuple):
-    """One dimension of a parameter, with the ZIG that every position of it belongs to."""
+    """One dimension of a parameter, with the ZIG that each of its positions belongs to."""
 
     param: str
     dim: int
@@ -34,11 +38,11 @@ class Rows(NamedTuple):
 
     slice: Slice
     index: Tensor  # (k,), on the parameter's device
-    positions: list[int]  # the same numbers, to read one at a time without a copy from the device
+    positions: list[int]  # the numbers of `index`, to be read one at a time without a copy from the device
 
     @property
     def key(self) -> tuple[str, int]:
-        """The parameter and its dimension, which tell slices apart."""
+        """The parameter and the dimension, by which slices are told apart."""
         return self.slice.param, self.slice.dim
 
 
@@ -46,7 +50,7 @@ class Part(NamedTuple):
     """A tensor whose elements are to be added up ZIG by ZIG."""
 
     slice: Slice
-    index: Tensor | None  # (k,), the positions of the slice that the values belong to; None: all
+    index: Tensor | None  # (k,), the positions of the slice that the values belong to; None: all positions
     values: Tensor
 
 
@@ -60,14 +64,14 @@ class Layout(NamedTuple):
 def slices_of(
     axes: Sequence[PrunableAxis],
     members: Mapping[str, Sequence[Member]],
-    params: Mapping[str, Tensor],
+    params: Tensors,
     known: dict[bytes, Tensor],
 ) -> tuple[Slice, ...]:
     """Members of axes as slices, one for each parameter dimension.
 
     Args:
         axes: all axes, whose ZIGs are numbered in this order.
-        members: axis name -> those members of it that are wanted.
+        members: axis name -> the members of the axis that are wanted.
         params: parameter name -> parameter, unsharded or as a DTensor.
         known: owner as bytes -> owner. Equal owners, as those of a weight and its bias, are one tensor, in this dict.
     """
@@ -75,15 +79,19 @@ def slices_of(
     owners: dict[tuple[str, int], np.ndarray] = {}  # one dimension may belong to several axes
     start = 0
     for axis in axes:
-        zigs = np.arange(start, start + axis.size)[:, None]  # (size, 1)
-        for m in members.get(axis.name, ()):
-            nobody = np.full(params[m.param].shape[m.dim], num_zigs, np.int32)
-            owner = owners.setdefault((m.param, m.dim), nobody)
-            owner[m.positions(axis.size)] = zigs
-        start += axis.size
+        stop = start + axis.size
+        zigs = np.arange(start, stop)[:, None]  # (size, 1)
+        for member in members.get(axis.name, ()):
+            num_positions = params[member.param].shape[member.dim]
+            nobody = np.full(num_positions, num_zigs, np.int32)
+            owner = owners.setdefault((member.param, member.dim), nobody)
+            positions = member.positions(axis.size)  # (size, k)
+            owner[positions] = zigs
+        start = stop
     slices = []
     for (name, dim), owner in owners.items():
-        shared_owner = known.setdefault(owner.tobytes(), torch.from_numpy(owner))
+        as_tensor = torch.from_numpy(owner)
+        shared_owner = known.setdefault(owner.tobytes(), as_tensor)
         slices.append(Slice(name, dim, shared_owner))
     return tuple(slices)
 
@@ -103,76 +111,92 @@ def slices_left(slices: Iterable[Slice], kept: Mapping[str, Mapping[int, Tensor]
     return tuple(left)
 
 
-def local(t: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor
 
 
-def layout_of(p: Tensor) -> Layout:
+def layout_of(parameter: Tensor) -> Layout:
     """Where a parameter lies, and which ranks hold the other parts of it.
 
     Raises:
-        OTOError: it is placed in another way than FSDP2 and HSDP do it.
+        OTOError: the parameter is placed in another way than FSDP2 and HSDP place parameters.
     """
-    if not isinstance(p, DTensor):
-        return Layout(p.device)
-    others = [x for x in p.placements if type(x) not in (Shard, Replicate)]
-    if others:
-        raise OTOError(
-            f"a parameter of shape {tuple(p.shape)} is placed as {others[0]}: tensor parallel is not supported, "
-            "use FSDP2 or HSDP (fully_shard) alone, or DDP"
-        )
-    sharded_mesh_dims = [i for i, placement in enumerate(p.placements) if isinstance(placement, Shard)]
-    groups = tuple(p.device_mesh.get_group(i) for i in sharded_mesh_dims)
-    return Layout(p.to_local().device, groups)
+    if not isinstance(parameter, DTensor):
+        return Layout(parameter.device)
+    groups = []
+    for i, placement in enumerate(parameter.placements):
+        # exact types: what a subclass means is not known
+        if type(placement) not in (Shard, Replicate):
+            shape = tuple(parameter.shape)
+            raise OTOError(
+                f"a parameter of shape {shape} is placed as {placement}: tensor parallel is not supported, "
+                "use FSDP2 or HSDP (fully_shard) alone, or DDP"
+            )
+        # ranks that replicate hold the same part, which must not be added twice
+        if isinstance(placement, Shard):
+            groups.append(parameter.device_mesh.get_group(i))
+    device = local(parameter).device
+    return Layout(device, tuple(groups))
 
 
-def on_this_rank(slices: Iterable[Slice], params: Mapping[str, Tensor]) -> Iterator[tuple[Slice, Tensor]]:
+def on_this_rank(slices: Iterable[Slice], params: Tensors) -> Iterator[tuple[Slice, Tensor]]:
     """Yields slices with their parameters, both reduced to what this rank holds of them."""
-    for s in slices:
-        p = params[s.param]
-        owner = _owner_on_this_rank(s, p)
-        yield s if owner is s.owner else s._replace(owner=owner), local(p)
+    for slice_ in slices:
+        parameter = params[slice_.param]
+        owner = _owner_on_this_rank(slice_, parameter)
+        if owner is not slice_.owner:
+            slice_ = slice_._replace(owner=owner)
+        yield slice_, local(parameter)
 
 
-def _owner_on_this_rank(s: Slice, p: Tensor) -> Tensor:
+def _owner_on_this_rank(slice_: Slice, parameter: Tensor) -> Tensor:
     """The owners of the positions that this rank holds; a DTensor is divided as by `torch.chunk`."""
-    owner = s.owner
-    if not isinstance(p, DTensor):
+    owner = slice_.owner
+    if not isinstance(parameter, DTensor):
         return owner
-    for i, placement in enumerate(p.placements):
-        if isinstance(placement, Shard) and placement.dim == s.dim:
-            chunks = owner.chunk(p.device_mesh.size(i))
-            rank = p.device_mesh.get_local_rank(i)
-            # there are fewer chunks than ranks where there are fewer positions: the last ranks hold nothing
-            owner = chunks[rank] if rank < len(chunks) else owner[:0]
+    mesh = parameter.device_mesh
+    for i, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard) and placement.dim == slice_.dim:
+            chunks = owner.chunk(mesh.size(i))
+            rank = mesh.get_local_rank(i)
+            # with fewer positions than ranks there are fewer chunks, too: the last ranks hold nothing
+            if rank < len(chunks):
+                owner = chunks[rank]
+            else:
+                owner = owner[:0]
     return owner
 
 
-def rows_of(zigs: Tensor, slices: Iterable[Slice], params: Mapping[str, Tensor]) -> list[Rows]:
+def rows_of(zigs: Tensor, slices: Iterable[Slice], params: Tensors) -> list[Rows]:
     """The positions of a set of ZIGs on this rank, for every slice that has any.
 
     Args:
         zigs: the set, bool (num_zigs,).
     """
-    padded = torch.cat([zigs, zigs.new_zeros(1)])  # the last element is for positions of no ZIG
-    # alive until the end: by the ids of their owners the dict below knows which slices share one
+    no_zig = zigs.new_zeros(1)
+    padded = torch.cat([zigs, no_zig])  # the last element is for positions of no ZIG
+    # The list keeps the owners alive until the end: slices that share an owner are known by its id.
     local_slices = list(on_this_rank(slices, params))
-    index_of_owner: dict[tuple[int, torch.device], tuple[Tensor, list[int]]] = {}
+    indices_of_owner: dict[tuple[int, torch.device], tuple[Tensor, list[int]]] = {}
     rows = []
-    for s, p in local_slices:
-        key = (id(s.owner), p.device)
-        if key not in index_of_owner:
-            index = padded.index_select(0, s.owner).nonzero().squeeze(1)  # (k,)
-            index_of_owner[key] = (index.to(p.device), index.tolist())
-        index, positions = index_of_owner[key]
+    for slice_, parameter in local_slices:
+        key = (id(slice_.owner), parameter.device)
+        if key not in indices_of_owner:
+            is_in_set = padded.index_select(0, slice_.owner)  # (n,)
+            index = is_in_set.nonzero().squeeze(1)  # (k,)
+            positions = index.tolist()
+            indices_of_owner[key] = (index.to(parameter.device), positions)
+        index, positions = indices_of_owner[key]
         if positions:
-            rows.append(Rows(s, index, positions))
+            rows.append(Rows(slice_, index, positions))
     return rows
 
 
 def per_position(values: Tensor, owner: Tensor, dim: int, like: Tensor) -> Tensor:
-    """One number per position, to be multiplied with `like` along `dim`, from one number per ZIG.
+    """Spreads one number per ZIG over positions: a tensor to be multiplied with `like` along `dim`.
 
     Args:
         values: (num_zigs,); a position of no ZIG gets 1.
@@ -182,77 +206,101 @@ def per_position(values: Tensor, owner: Tensor, dim: int, like: Tensor) -> Tenso
     """
     shape = [1] * like.dim()
     shape[dim] = -1
-    padded = torch.cat([values, values.new_ones(1)])
-    return padded.index_select(0, owner).view(shape).to(like.device, like.dtype)
+    no_zig = values.new_ones(1)
+    padded = torch.cat([values, no_zig])
+    factors = padded.index_select(0, owner)  # (n,)
+    return factors.view(shape).to(like.device, like.dtype)
 
 
-def sum_over_zigs(many: Sequence[Iterable[Part]], params: Mapping[str, Tensor], num_zigs: int) -> Tensor:
+def sum_over_zigs(many: Sequence[Iterable[Part]], params: Tensors, num_zigs: int) -> Tensor:
     """Adds up tensors over everything but their ZIGs, over all ranks.
 
     Args:
-        many: for each of the sums, the parts that it is made of.
-        params: the parameters that parts may belong to; the same ones on every rank.
+        many: for each sum, the parts to be added up.
+        params: the parameters that parts may belong to; the same parameters on every rank.
 
     Returns:
         the sums, (len(many), num_zigs), on the CPU, in float32 or a wider dtype.
     """
     dtype = torch.float32
     layouts: dict[str, Layout] = {}
-    for name, p in params.items():
-        real = p.dtype.to_real() if p.dtype.is_complex else p.dtype
-        dtype = torch.promote_types(dtype, real)
-        layouts[name] = layout_of(p)
+    for name, parameter in params.items():
+        real_dtype = parameter.dtype
+        if real_dtype.is_complex:
+            real_dtype = real_dtype.to_real()
+        dtype = torch.promote_types(dtype, real_dtype)
+        layouts[name] = layout_of(parameter)
+    shape = (len(many), num_zigs + 1)  # the last column is for positions of no ZIG
     # all ranks have the same layouts in the same order, whatever they hold: they call all_reduce equally often
     sums: dict[Layout, Tensor] = {}
     for layout in layouts.values():
-        sums[layout] = torch.zeros(len(many), num_zigs + 1, dtype=dtype, device="cpu")
+        sums[layout] = torch.zeros(shape, dtype=dtype, device="cpu")
     for k, parts in enumerate(many):
-        _add_parts_({layout: sums_of_layout[k] for layout, sums_of_layout in sums.items()}, parts, layouts, dtype)
-    total = torch.zeros(len(many), num_zigs + 1, dtype=dtype, device="cpu")
+        row_of_layout = {}
+        for layout, sums_of_layout in sums.items():
+            row_of_layout[layout] = sums_of_layout[k]  # a view
+        _add_parts_(row_of_layout, parts, layouts, dtype)
+    total = torch.zeros(shape, dtype=dtype, device="cpu")
     for layout, sums_of_layout in sums.items():
         if layout.groups:
             sums_of_layout = sums_of_layout.to(layout.device)
             for group in layout.groups:
                 dist.all_reduce(sums_of_layout, group=group)
         total += sums_of_layout.cpu()
-    return total[:, :-1]  # without the positions of no ZIG
+    return total[:, :-1]
 
 
 def _add_parts_(
     sums: Mapping[Layout, Tensor], parts: Iterable[Part], layouts: Mapping[str, Layout], dtype: torch.dtype
 ) -> None:
-    """Adds parts to the sums, (num_zigs + 1,), of the layouts that they lie in."""
-    pairs_of_layout: dict[Layout, list[tuple[Tensor, Tensor]]] = {layout: [] for layout in sums}
-    for s, index, values in parts:
-        others = [dim for dim in range(values.dim()) if dim != s.dim]
+    """Adds every part to the sums, (num_zigs + 1,), of the layout of its parameter."""
+    owners: dict[Layout, list[Tensor]] = defaultdict(list)
+    sums_of_owners: dict[Layout, list[Tensor]] = defaultdict(list)
+    for slice_, index, values in parts:
+        others = other_dims(values, slice_.dim)
+        # without dimensions torch would sum over all of them
         row_sums = values.sum(others, dtype=dtype) if others else values.to(dtype, copy=True)  # (n,)
-        owner = s.owner if index is None else s.owner[index.cpu()]  # (n,)
-        pairs_of_layout[layouts[s.param]].append((owner, row_sums))
-    for layout, pairs in pairs_of_layout.items():
-        if not pairs:
-            continue
-        owners, row_sums = zip(*pairs, strict=True)
+        owner = slice_.owner  # (n,)
+        if index is not None:
+            owner = owner[index.cpu()]
+        layout = layouts[slice_.param]
+        owners[layout].append(owner)
+        sums_of_owners[layout].append(row_sums)
+    for layout, owners_of_layout in owners.items():
+        owner = torch.cat(owners_of_layout)
+        row_sums = torch.cat(sums_of_owners[layout])
         # on the CPU the order of additions is always the same, so that replicas come to the same sums
-        sums[layout].index_add_(0, torch.cat(owners), torch.cat(row_sums).cpu())
+        sums[layout].index_add_(0, owner, row_sums.cpu())
 
 
-def agreed(t: Tensor, params: Iterable[Tensor], replicas: dist.ProcessGroup | None) -> Tensor:
-    """A tensor as the first of the ranks has it that train these parameters together, on the CPU.
+def other_dims(tensor: Tensor, dim: int) -> list[int]:
+    """All dimensions of a tensor but one."""
+    dims = list(range(tensor.dim()))
+    dims.remove(dim)
+    return dims
+
+
+def agreed(tensor: Tensor, params: Iterable[Tensor], replicas: dist.ProcessGroup | None) -> Tensor:
+    """A tensor, on the CPU, as the first of those ranks has it that train some parameters together.
 
     Devices of different kinds round differently, and ranks that decide differently would train different models.
 
     Args:
-        params: the parameters; DTensors know the ranks that train them.
-        replicas: the ranks that hold plain parameters; None where there is one process.
+        params: the parameters. DTensors know the ranks that train them.
+        replicas: the ranks that hold plain parameters; None if there is one process.
     """
     params = list(params)
-    meshes = dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor))
-    groups = [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
+    sharded = [parameter for parameter in params if isinstance(parameter, DTensor)]
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in sharded)  # a set in order, equal on all ranks
+    groups = []
+    for mesh in meshes:
+        groups += [mesh.get_group(i) for i in range(mesh.ndim)]
     if not groups and replicas is not None:
         groups = [replicas]
     for group in groups:
         if dist.get_world_size(group) > 1:
-            sent = t.to(local(params[0]).device)
+            device = local(params[0]).device  # the backend of the group may send from nowhere else
+            sent = tensor.to(device)
             dist.broadcast(sent, group_src=0, group=group)
-            t = sent.cpu()
-    return t
+            tensor = sent.cpu()
+    return tensor

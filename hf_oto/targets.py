@@ -1,11 +1,11 @@
 """What a target means for some axes: how many ZIGs of each may go, and how much has to go in all.
 
-`limits_of` turns floors, multiples and ties into `Limits`, and `budget_of` turns the target into a `Budget`; choice.py
+`limits_of` turns floors, multiples and ties into `Limits`, and `budget_of` turns the target into a `Budget`. choice.py
 chooses the ZIGs by both. These are pure functions of arrays, without a model or an optimizer.
 
 Worked example: an axis of 10 units of which a multiple of 4 has to stay loses 2 units first (8 stay), then 4 more (4
-stay), then none, as at least one has to stay: 6 are removable. If 60 of 100 ZIGs are to be left in all, the budget
-counts ZIGs, and its goal is 60.
+stay), then none, as at least one has to stay. So 6 units are removable. If 60 of 100 ZIGs are to be left in all, the
+budget counts ZIGs, and its goal is 60.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Target(NamedTuple):
     """What a run is to reach."""
 
     kind: str  # the name of the argument
-    value: Any  # a fraction, or fractions by regular expression
+    value: Any  # a fraction; of target_per_axis fractions by regular expression
 
 
 def the_target(targets: Mapping[str, Any]) -> Target:
-    """The one target that is given, by the name of its argument; a group sparsity of 0.5 if none is.
+    """The one target that is given, by the name of its argument; a group sparsity of 0.5 if none is given.
 
     Raises:
-        ValueError: several are given, or one is out of its range.
+        ValueError: several targets are given, or the target is out of its range.
     """
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) > 1:
@@ -52,13 +52,13 @@ def the_target(targets: Mapping[str, Any]) -> Target:
 
 @dataclass(frozen=True)
 class Limits:
-    """What of every axis may go. Arrays are (axes,).
+    """How many ZIGs of every axis may go. Arrays are (axes,).
 
     Attributes:
         sizes: ZIGs of every axis.
         kept_multiple: the number of ZIGs that stay is a multiple of this, unless all of them stay.
         removable: how many ZIGs may go at most.
-        tie: the number of the first of the axes that keep equal fractions; of an axis without a tie, its own number.
+        tie: the number of the first of those axes that keep equal fractions. An axis without a tie has its own number.
     """
 
     sizes: np.ndarray
@@ -72,11 +72,11 @@ class Limits:
         return (self.sizes - 1) % self.kept_multiple + 1
 
     def in_blocks(self, zigs: np.ndarray) -> np.ndarray:
-        """Numbers of ZIGs, (axes,), that fill whole blocks, as numbers of blocks, (axes,)."""
+        """How many blocks a number of ZIGs of every axis, (axes,), fills, (axes,); rounded up."""
         return -(-zigs // self.kept_multiple)
 
     def in_zigs(self, blocks: np.ndarray) -> np.ndarray:
-        """How many ZIGs the first blocks of every axis hold, (axes,), for numbers of blocks, (axes,)."""
+        """How many ZIGs a number of first blocks of every axis, (axes,), holds, (axes,)."""
         of_later_blocks = (blocks - 1) * self.kept_multiple
         return np.where(blocks > 0, self.first_block + of_later_blocks, 0)
 
@@ -98,7 +98,8 @@ class Budget:
         work: what is counted: ZIGs, parameters or MACs.
         goal: how much of the work is left in the end.
         cost_of_zig: how much of the work one ZIG of every axis takes when it is the first to go, (axes,).
-        exact: whether the goal is a number of ZIGs that is met exactly, even if no multiple of one axis stays then.
+        exact: whether the goal is a number of ZIGs that is met exactly, even if one axis then keeps a number of ZIGs
+            that is no multiple.
     """
 
     work: Work
@@ -139,12 +140,13 @@ def limits_of(
     if tied is not None:
         return _tied(axes, sizes, multiple, above_floor, tied)
     removable = np.zeros(len(axes), int)
-    for a, size in enumerate(sizes):
-        first_block = (size - 1) % multiple[a] + 1
-        if above_floor[a] >= first_block:
-            later_blocks = (above_floor[a] - first_block) // multiple[a]
-            removable[a] = first_block + later_blocks * multiple[a]
-    return Limits(sizes, multiple, removable, np.arange(len(axes)))
+    for number, size in enumerate(sizes):
+        first_block = (size - 1) % multiple[number] + 1
+        if above_floor[number] >= first_block:
+            later_blocks = (above_floor[number] - first_block) // multiple[number]
+            removable[number] = first_block + later_blocks * multiple[number]
+    no_ties = np.arange(len(axes))
+    return Limits(sizes, multiple, removable, no_ties)
 
 
 def counts_exactly(target: Target, group_divisible: int | None, tied: Sequence[Sequence[str]] | None) -> bool:
@@ -164,17 +166,15 @@ def _asked_per_axis(
     names = [axis.name for axis in axes]
     for pattern in wanted:
         if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"target_per_axis: {pattern!r} matches no axis, for example {names[0]!r}"
-                if names
-                else f"target_per_axis: {pattern!r} matches no axis, and there is none"
-            )
+            known = f"for example {names[0]!r}" if names else "and there is none"
+            raise ValueError(f"target_per_axis: {pattern!r} matches no axis, {known}")
     asked = []
     for axis, limit in zip(axes, above_floor, strict=True):
-        # the first pattern that matches counts
-        fraction = next((value for pattern, value in wanted.items() if re.search(pattern, axis.name)), 0)
+        matching = [fraction for pattern, fraction in wanted.items() if re.search(pattern, axis.name)]
+        fraction = matching[0] if matching else 0  # the first pattern that matches counts
         count = round(fraction * axis.size)
         if count > limit:
+            # rounded down, so that the fraction that the message names is feasible itself
             feasible = math.floor(1000 * limit / axis.size) / 1000
             raise ValueError(
                 f"target_per_axis is not feasible for {axis.name}: with min_keep={min_keep} "
@@ -187,13 +187,17 @@ def _asked_per_axis(
 def _kept_multiple(axis: PrunableAxis, group_divisible: int | None) -> int:
     """The number of ZIGs of which a multiple has to stay, so that the width that stays is divisible.
 
-    A ZIG may be several channels wide: where the width must be a multiple of 8, a multiple of 4 ZIGs of 2 channels, or
-    any number of heads of 64 channels, may stay.
+    A ZIG may be several channels wide. If the width must be a multiple of 8, then of ZIGs of 2 channels a multiple of
+    4 has to stay, and of heads of 64 channels any number may stay.
     """
-    producer = next(m for m in axis.members if m.role == "producer")
-    channels_of_zig = producer.positions(axis.size).shape[1]
-    divisible = group_divisible or (8 if channels_of_zig * axis.size >= 64 else 1)
-    return math.lcm(axis.multiple, divisible // math.gcd(divisible, channels_of_zig))
+    producer = next(member for member in axis.members if member.role == "producer")
+    _, channels_of_zig = producer.positions(axis.size).shape
+    divisible = group_divisible
+    if not divisible:
+        # hardware likes multiples of 8, but of narrower layers they would leave few widths to choose from
+        divisible = 8 if channels_of_zig * axis.size >= 64 else 1
+    zigs = divisible // math.gcd(divisible, channels_of_zig)
+    return math.lcm(axis.multiple, zigs)
 
 
 def _tied(
@@ -203,7 +207,7 @@ def _tied(
     above_floor: Sequence[int],
     tied: Sequence[Sequence[str]],
 ) -> Limits:
-    """The limits of axes that lose equal fractions of themselves, `tied`; an axis without a tie stays whole.
+    """The limits if the axes in each entry of `tied` lose equal fractions; an axis without a tie stays whole.
 
     Worked example: axes of 12 and of 6 ZIGs can keep k sixths of themselves. If a multiple of 4 has to stay of the
     first one, these are k = 2, 4, 6, so that the axes lose 4 and 2 ZIGs at a time.
@@ -211,22 +215,23 @@ def _tied(
     tie = np.arange(len(axes))
     multiple = multiple.copy()
     removable = np.zeros(len(axes), int)
-    number_of_axis = {axis.name: a for a, axis in enumerate(axes)}
+    number_of_axis = {axis.name: number for number, axis in enumerate(axes)}
     for names in tied:
         tied_axes = [number_of_axis[name] for name in names if name in number_of_axis]
         if len(tied_axes) < len(names):  # one of them doesn't train
             continue
-        num_fractions = math.gcd(*(axes[a].size for a in tied_axes))  # each axis can keep any k / num_fractions
-        steps = []  # k has to be a multiple of each of these
-        for a in tied_axes:
-            zigs_of_fraction = axes[a].size // num_fractions
-            steps.append(int(multiple[a]) // math.gcd(multiple[a], zigs_of_fraction))
-        step = math.lcm(*steps)
-        if num_fractions % step:
+        tied_sizes = sizes[tied_axes].tolist()
+        num_fractions = math.gcd(*tied_sizes)  # each axis can keep any k / num_fractions
+        step = 1  # k has to be a multiple of this
+        for number, size in zip(tied_axes, tied_sizes, strict=True):
+            zigs_of_fraction = size // num_fractions
+            own_multiple = int(multiple[number])
+            step = math.lcm(step, own_multiple // math.gcd(own_multiple, zigs_of_fraction))
+        if num_fractions % step:  # no fraction but the whole is possible for all of them
             continue
         tie[tied_axes] = tied_axes[0]
-        multiple[tied_axes] = [step * axes[a].size // num_fractions for a in tied_axes]
-        num_blocks = min(above_floor[a] // multiple[a] for a in tied_axes)
+        multiple[tied_axes] = [step * size // num_fractions for size in tied_sizes]
+        num_blocks = min(above_floor[number] // multiple[number] for number in tied_axes)
         removable[tied_axes] = multiple[tied_axes] * num_blocks
     return Limits(sizes, multiple, removable, tie)
 
@@ -251,15 +256,18 @@ def budget_of(
         ValueError: the target is not feasible; the message says which one would be.
     """
     if target.kind in FRACTIONS_REMOVED:
-        zigs_of_axes = [[(int(n), ((a, 1),))] for a, n in enumerate(limits.sizes)]  # a term for each axis
-        work = Work.of(zigs_of_axes, len(axes))
+        terms = []  # one for each axis: its size, of which each ZIG takes 1
+        for number, size in enumerate(limits.sizes.tolist()):
+            width = (size, ((number, 1),))
+            terms.append([width])
+        work = Work.of(terms, len(axes))
     else:
         whole = parameters if target.kind == "target_params" else partition.work
         if whole is None:
             raise ValueError("this partition doesn't know its MACs: target_macs needs one of partition_zigs")
         columns = [partition.axes.index(axis) for axis in axes]
         work = whole._replace(lost=whole.lost[:, columns])
-    dense = work.left(0 * limits.sizes)
+    dense = work.left(np.zeros_like(limits.sizes))
     least = work.left(limits.removable)
     if target.kind == "target_per_axis":
         goal = least
@@ -268,12 +276,12 @@ def budget_of(
     else:
         goal = target.value * dense
     if goal < least:
-        removes = target.kind in FRACTIONS_REMOVED
-        if removes:
+        # rounded so that the fraction that the message names is feasible itself
+        if target.kind in FRACTIONS_REMOVED:
             bound = f"at most {math.floor(1000 * (1 - least / dense)) / 1000}"
         else:
             bound = f"at least {math.ceil(1000 * least / dense) / 1000}"
         raise ValueError(f"{target.kind}={target.value} is not feasible: with min_keep={min_keep} it can be {bound}")
-    # salience is divided by this: a ZIG that costs next to nothing is to go last
+    # Salience is divided by this. A ZIG that costs next to nothing is to go last, and nothing is divided by 0.
     cost_of_zig = np.maximum(work.alone, 1e-9 * dense)
     return Budget(work, goal, cost_of_zig, exact)

@@ -1,6 +1,6 @@
 """Widths that a stock config can say: which of its numbers makes which axes, and the stock model in the end.
 
-With `uniform=True` axes that one number makes lose equal shares, so the compact model needs no record.
+With `uniform=True`, axes that one number makes lose equal shares, so that the compact model needs no record.
 
 Worked example: `intermediate_size=3072` makes the 12 axes of 3072 FFN units of a model of 12 layers. They form one
 `Tie` of 3072 steps: after half of each axis has gone, the config with intermediate_size=1536 builds the compact model.
@@ -26,12 +26,14 @@ from .modeling_oto import OTOError
 from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
 Path = tuple[str | int, ...]  # ("vision_config", "hidden_sizes", 2)
+Numbers = Mapping[Path, int]
+Shapes = dict[str, torch.Size]  # of the parameters of a model, by name
 
 
 class Tie(NamedTuple):
-    """Axes that keep the same fraction, a multiple of 1 / `steps`, and the numbers of the config that say which."""
+    """Axes that keep the same fraction, a multiple of 1 / `steps`, and the numbers of the config that say it."""
 
-    numbers: Mapping[Path, int]
+    numbers: Numbers
     axes: tuple[str, ...]
     steps: int
 
@@ -40,24 +42,25 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
     """The ties of a model, found by trying.
 
     Numbers of the config are changed, one or two at a time, and the model is built without weights. The numbers and
-    some axes are a tie if all shapes change as the cut of these axes changes them and, where there are weights, the
-    outputs are those of the cut model.
+    some axes are a tie if the shapes change exactly as a cut of these axes changes them. If the model has weights, its
+    outputs must be those of the cut model, too.
 
     Raises:
         OTOError: the config can't say any width that can be cut.
     """
     ties: list[Tie] = []
-    tied: set[str] = set()  # the axes of these
+    tied_axes: set[str] = set()
     for tie in _candidates(model, partition):
-        if tied & set(tie.axes):
-            continue
+        if not tied_axes.isdisjoint(tie.axes):
+            continue  # an axis belongs to one tie only
         if model.device.type == "meta" or _builds_the_cut_model(model, partition, tie, inputs):
             ties.append(tie)
-            tied |= set(tie.axes)
+            tied_axes.update(tie.axes)
     if not ties:
+        class_name = type(model).__name__
         raise OTOError(
-            f"uniform=True: no number in the config of {type(model).__name__} says a width that can be cut; without "
-            "it every layer gets a width of its own, and the checkpoint a record of them"
+            f"uniform=True: no number in the config of {class_name} says a width that can be cut; without "
+            "uniform=True every layer gets a width of its own, and the checkpoint a record of the widths"
         )
     return tuple(ties)
 
@@ -66,19 +69,27 @@ def _candidates(model: PreTrainedModel, partition: ZIGPartition) -> Iterator[Tie
     """The ties by shape alone: those of one number first, then those of two of the other numbers together."""
     if not isinstance(model, PreTrainedModel) or "oto" in vars(model.config):
         return
-    axis_sizes = {axis.size for axis in partition.axes}
-    numbers: dict[Path, int] = {}
+    untied: dict[Path, int] = {}
     for path, number in _numbers(model.config):
-        # A number that makes an axis counts its ZIGs, their positions, or groups of ZIGs.
-        if number > 1 and any(number % size == 0 or size % number == 0 for size in axis_sizes):
-            numbers[path] = number
-    single_ties = {path: _tie(model, partition, {path: number}) for path, number in numbers.items()}
-    yield from (tie for tie in single_ties.values() if tie is not None)
-    untied = [path for path, tie in single_ties.items() if tie is None]
-    for pair in itertools.combinations(untied, 2):
-        tie = _tie(model, partition, {path: numbers[path] for path in pair})
+        if not _may_make_an_axis(number, partition):
+            continue
+        tie = _tie(model, partition, {path: number})
+        if tie is None:
+            untied[path] = number
+        else:
+            yield tie
+    for pair in itertools.combinations(untied.items(), 2):
+        tie = _tie(model, partition, dict(pair))
         if tie is not None:
             yield tie
+
+
+def _may_make_an_axis(number: int, partition: ZIGPartition) -> bool:
+    """Whether a number may count the ZIGs of some axis, their positions, or groups of them."""
+    if number < 2:
+        return False
+    sizes = {axis.size for axis in partition.axes}
+    return any(number % size == 0 or size % number == 0 for size in sizes)
 
 
 def _builds_the_cut_model(model: PreTrainedModel, partition: ZIGPartition, tie: Tie, inputs: Inputs) -> bool:
@@ -86,22 +97,26 @@ def _builds_the_cut_model(model: PreTrainedModel, partition: ZIGPartition, tie: 
     kept: dict[str, range] = {}
     for axis in partition.axes:
         if axis.name in tie.axes:
-            kept[axis.name] = range(axis.size * (tie.steps // 2) // tie.steps)
+            zigs_of_step = axis.size // tie.steps
+            kept[axis.name] = range(zigs_of_step * (tie.steps // 2))
     plan = PruningPlan(kept)
-    with TrialCut(model, resolve(partition, plan, warn=False)) as small:
+    cut = resolve(partition, plan, warn=False)
+    with TrialCut(model, cut) as small:
         return plain(small, partition, plan, [tie], inputs) is not None
 
 
 def plain(
     small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Inputs
 ) -> PreTrainedModel | None:
-    """A stock model with the weights of a cut one, whose config says its widths; None if it isn't the same model."""
+    """A stock model with the weights of a cut one, whose config says its widths; None if their outputs differ."""
+    size_of_axis = {axis.name: axis.size for axis in partition.axes}
     config = copy.deepcopy(small.config)
     vars(config).pop("oto", None)
     for tie in ties:
-        axis = next(axis for axis in partition.axes if axis.name == tie.axes[0])
-        num_kept = len(plan.kept.get(axis.name, range(axis.size)))
-        _set(config, {path: number * num_kept // axis.size for path, number in tie.numbers.items()})
+        name = tie.axes[0]  # all of them keep the same fraction
+        size = size_of_axis[name]
+        num_kept = len(plan.kept[name]) if name in plan.kept else size
+        _scale_numbers_(config, tie.numbers, Fraction(num_kept, size))
     try:
         stock = stock_model(small, config)
         stock.load_state_dict(small.state_dict())
@@ -111,69 +126,89 @@ def plain(
     return stock if difference <= tolerance else None
 
 
-def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path, int]) -> Tie | None:
+def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Numbers) -> Tie | None:
     """The axes that these numbers make, None if they make something else too, or nothing."""
     axes = _axes_that_shrink(model, partition, numbers)
-    steps = math.gcd(*numbers.values(), *(axis.size // axis.multiple for axis in axes))
-    if not axes or steps < 2 or any(axis.size % axis.multiple for axis in axes):
+    steps = math.gcd(*numbers.values())
+    for axis in axes:
+        if axis.size % axis.multiple:
+            return None
+        steps = math.gcd(steps, axis.size // axis.multiple)
+    if not axes or steps < 2:
         return None
     # Two shares: a number that is no width may fit one of them by chance.
-    for share in {Fraction(steps // 2, steps), Fraction(steps - 1, steps)}:
-        if _shapes(model, numbers, share) != _shapes_after_cut(model, partition, axes, share):
+    for num_steps_kept in {steps // 2, steps - 1}:
+        share = Fraction(num_steps_kept, steps)
+        shapes_after_cut = _shapes_after_cut(model, partition, axes, share)
+        if _shapes(model, numbers, share) != shapes_after_cut:
             return None
-    return Tie(numbers, tuple(axis.name for axis in axes), steps)
+    names = tuple(axis.name for axis in axes)
+    return Tie(numbers, names, steps)
 
 
-def _axes_that_shrink(
-    model: PreTrainedModel, partition: ZIGPartition, numbers: Mapping[Path, int]
-) -> list[PrunableAxis]:
-    """The axes whose weights all shrink when the numbers do, none if a weight comes or goes."""
-    common = math.gcd(*numbers.values())
-    prime = next((p for p in range(2, common + 1) if common % p == 0), None)
-    if prime is None:
+def _axes_that_shrink(model: PreTrainedModel, partition: ZIGPartition, numbers: Numbers) -> list[PrunableAxis]:
+    """The axes whose weights all shrink when the numbers do, none if a weight appears or vanishes."""
+    divisor = _smallest_divisor(math.gcd(*numbers.values()))
+    if divisor is None:
         return []
-    shrunk = _shapes(model, numbers, Fraction(1, prime))
-    dense = {name: p.shape for name, p in model.named_parameters()}
+    shrunk = _shapes(model, numbers, Fraction(1, divisor))
+    dense = {name: parameter.shape for name, parameter in model.named_parameters()}
     if shrunk is None or shrunk.keys() != dense.keys():
         return []
-    if any(len(shrunk[name]) != len(shape) for name, shape in dense.items()):
-        return []
-    smaller = set()
+    smaller: set[tuple[str, int]] = set()  # the dimensions of weights that the numbers make smaller
     for name, shape in dense.items():
+        if len(shrunk[name]) != len(shape):
+            return []
         for dim, size in enumerate(shape):
             if shrunk[name][dim] < size:
                 smaller.add((name, dim))
     axes = []
     for axis in partition.axes:
-        slices = {(member.param, member.dim) for member in axis.members if member.param in dense}
-        if slices <= smaller:
+        # buffers are not among the shapes
+        in_weights = [member for member in axis.members if member.param in dense]
+        if all((member.param, member.dim) in smaller for member in in_weights):
             axes.append(axis)
     return axes
 
 
+def _smallest_divisor(number: int) -> int | None:
+    """The smallest divisor above 1, None for the number 1."""
+    for divisor in range(2, number + 1):
+        if number % divisor == 0:
+            return divisor
+    return None
+
+
 def _shapes_after_cut(
     model: PreTrainedModel, partition: ZIGPartition, axes: Sequence[PrunableAxis], share: Fraction
-) -> dict[str, torch.Size]:
+) -> Shapes:
     """The shapes of a model's parameters when this share of some axes is left."""
-    plan = PruningPlan({axis.name: range(int(axis.size * share)) for axis in axes})
-    cut = Cut(partition, plan.removed(partition), {}, {})
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    for name, lost_in_dims in cut.positions.items():
-        if name in shapes:
-            for dim, lost in lost_in_dims.items():
-                shapes[name][dim] -= len(lost)
-    return {name: torch.Size(shape) for name, shape in shapes.items()}
+    kept = {}
+    for axis in axes:
+        num_kept = int(axis.size * share)
+        kept[axis.name] = range(num_kept)
+    removed = PruningPlan(kept).removed(partition)  # (num_zigs,)
+    lost_positions = Cut(partition, removed, {}, {}).positions
+    shapes: Shapes = {}
+    for name, parameter in model.named_parameters():
+        sizes = list(parameter.shape)
+        for dim, lost in lost_positions.get(name, {}).items():
+            sizes[dim] -= len(lost)
+        shapes[name] = torch.Size(sizes)
+    return shapes
 
 
-def _shapes(model: PreTrainedModel, numbers: Mapping[Path, int], share: Fraction) -> dict[str, torch.Size] | None:
+def _shapes(model: PreTrainedModel, numbers: Numbers, share: Fraction) -> Shapes | None:
     """The shapes of a model whose config has this share of some numbers, None where it can't be built."""
+    model_class = type(model)
     config = copy.deepcopy(model.config)
     try:
-        _set(config, {path: int(number * share) for path, number in numbers.items()})
+        _scale_numbers_(config, numbers, share)
         with torch.device("meta"):
-            return {name: p.shape for name, p in type(model)(config).named_parameters()}
+            built = model_class(config)
     except Exception:  # not every number is a possible one
         return None
+    return {name: parameter.shape for name, parameter in built.named_parameters()}
 
 
 def _numbers(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, int]]:
@@ -182,8 +217,8 @@ def _numbers(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, 
         if isinstance(value, PreTrainedConfig):
             yield from _numbers(value, (*path, name))
         elif name.startswith("_"):
-            continue
-        elif type(value) is int:
+            continue  # what transformers notes for itself
+        elif type(value) is int:  # a bool is an int, but no width
             yield (*path, name), value
         elif isinstance(value, (list, tuple)):
             for i, entry in enumerate(value):
@@ -191,17 +226,19 @@ def _numbers(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, 
                     yield (*path, name, i), entry
 
 
-def _set(config: PreTrainedConfig, numbers: Mapping[Path, int]) -> None:
-    """Sets numbers in a config, in its lists and in its parts, in place."""
+def _scale_numbers_(config: PreTrainedConfig, numbers: Numbers, share: Fraction) -> None:
+    """Sets this share of each number in a config, in its lists and in its parts, rounded down."""
     for path, number in numbers.items():
+        scaled = int(number * share)
         *parts, name = [step for step in path if isinstance(step, str)]
         owner = config
         for part in parts:
             owner = getattr(owner, part)
         index = path[-1]
         if isinstance(index, str):
-            setattr(owner, name, number)
+            setattr(owner, name, scaled)
         else:
+            # a new list, as entries of a tuple can't be set
             entries = list(getattr(owner, name))
-            entries[index] = number
+            entries[index] = scaled
             setattr(owner, name, entries)

@@ -1,29 +1,38 @@
-"""Zeros stay zero: a move of a ZIG that is zero is found in the same step, and from then on undone after every step.
+"""Zeros stay zero: a ZIG that is zero and moves is found in the same step, and zeroed in this and every later step.
 
-A loss alone moves no such ZIG: what reads it is zero too, and so are its gradients. Noise on the gradients, a penalty
-on the distance to other weights, a teacher of hidden states, or a momentum that can't be zeroed, do move it.
+A loss alone moves no such ZIG: what reads the ZIG is zero too, and so are the gradients of the ZIG. But it is moved by
+noise on the gradients, by a penalty on the distance to other weights, by a teacher of hidden states, and by a momentum
+that can't be zeroed.
 
 Worked example: ZIGs 3 and 7 become zero in step 100. In steps 100 and 101 all their weights are looked at. From step
-102 on only one of their positions in each parameter is, because a look at everything in each step would be slow. If
-noise on the gradients moves the ZIGs in step 120, they are zeroed again in this step and in all later ones.
+102 on only one of their positions in each parameter is looked at, because a look at everything in each step would be
+slow. If noise on the gradients moves the ZIGs in step 120, they are zeroed again in step 120 and in all later steps.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .slices import Rows, Slice, local, rows_of
+from .slices import Rows, Slice, Tensors, local, other_dims, rows_of
 
 logger = logging.getLogger(__name__)
 
 LOOK_ELSEWHERE = 50  # steps after which other zeros are looked at
 
-ZeroRows = list[tuple[Rows, Tensor]]  # zero positions of a parameter, and what this rank holds of the parameter
+
+# the positions of a parameter whose ZIGs are zero, and what this rank holds of the parameter
+ZeroRows = tuple[Rows, Tensor]
+
+
+def _weights(rows: Rows, parameter: Tensor) -> Tensor:
+    """A copy of the weights at some positions."""
+    return parameter.index_select(rows.slice.dim, rows.index)
 
 
 class HeldZeros:
@@ -40,11 +49,11 @@ class HeldZeros:
 
     def _forget(self) -> None:
         """Forgets everything that is derived from the mask and the parameters."""
-        self._mask: Tensor | None = None  # the mask that the rows are of
+        self._mask: Tensor | None = None  # the mask that the rows were found for
         self._rows: list[Rows] = []
-        self._full_looks = 0  # how many times more everything is looked at
-        self._views_of: tuple[int, list[int]] = (0, [])  # the turn and the addresses that the views are of
-        self._views: list[Tensor] = []  # one zero ZIG in each parameter
+        self._full_looks = 0  # in how many steps more everything is looked at
+        self._views_of: tuple[int, list[int]] = (0, [])  # the turn and the addresses that the views were made for
+        self._views: list[Tensor] = []  # one zero position in each parameter
 
     def __getstate__(self) -> dict[str, Any]:
         """Without indices and views, which are found again."""
@@ -57,33 +66,40 @@ class HeldZeros:
     @property
     def nbytes(self) -> int:
         """Memory of the indices, in bytes."""
-        indices = {id(rows.index): rows.index for rows in self._rows}
-        return sum(index.numel() * index.element_size() for index in indices.values())
+        indices = {id(rows.index): rows.index for rows in self._rows}  # slices may share an index
+        return sum(index.nbytes for index in indices.values())
 
-    def _zero_rows(self, zero: Tensor, params: Mapping[str, Tensor]) -> ZeroRows:
+    def _zero_rows(self, zero: Tensor, params: Tensors) -> list[ZeroRows]:
         """All zero positions, which are found once for each mask."""
-        if self._mask is not zero:  # a freeze, and loading a state, put another tensor in the place of the mask
+        # a freeze, and loading a state, put another tensor in the place of the mask
+        if self._mask is not zero:
             self._mask = zero
             self._rows = rows_of(zero.cpu() > 0, self._group, params)
             self._full_looks = 2
-        return [(rows, local(params[rows.slice.param])) for rows in self._rows]
+        zero_rows = []
+        for rows in self._rows:
+            parameter = local(params[rows.slice.param])
+            zero_rows.append((rows, parameter))
+        return zero_rows
 
-    def moved(self, zero: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+    def moved(self, zero: Tensor, params: Tensors) -> Tensor:
         """Which ZIGs of a mask, uint8 (num_zigs,), are not zero in what this rank holds; bool, on the CPU."""
         moved = torch.zeros(len(zero), dtype=torch.bool, device="cpu")
-        for rows, p in self._zero_rows(zero, params):
-            is_nonzero = p.index_select(rows.slice.dim, rows.index) != 0
-            others = [d for d in range(is_nonzero.dim()) if d != rows.slice.dim]
+        for rows, parameter in self._zero_rows(zero, params):
+            is_nonzero = _weights(rows, parameter) != 0
+            others = other_dims(is_nonzero, rows.slice.dim)
             row_moved = is_nonzero.any(dim=others) if others else is_nonzero  # (k,)
-            owner = rows.slice.owner[rows.index.cpu()]  # (k,)
-            moved[owner[row_moved.cpu()].long()] = True
+            index = rows.index.cpu()
+            owner = rows.slice.owner[index]  # (k,)
+            moved_zigs = owner[row_moved.cpu()]
+            moved[moved_zigs.long()] = True
         return moved
 
-    def hold_(self, zero: Tensor, params: Mapping[str, Tensor], now: int) -> None:
+    def hold_(self, zero: Tensor, params: Tensors, now: int) -> None:
         """Zeroes again what moved, and remembers the parameters in which zeros move.
 
-        All zero positions are looked at in the step of a freeze and in the next one, in which a momentum that could
-        not be zeroed would show. Later one ZIG of every parameter is looked at, because what moves zeros (noise, a
+        All zero positions are looked at in the step of a freeze and in the next step, where a momentum that could not
+        be zeroed shows. Later one position in every parameter is looked at, because what moves zeros (noise, a
         penalty) moves all of them.
 
         Args:
@@ -91,42 +107,58 @@ class HeldZeros:
             now: the number of the step.
         """
         zero_rows = self._zero_rows(zero, params)
-        watched = [(rows, p) for rows, p in zero_rows if rows.key not in self.restless]
+        watched = []
+        for rows, parameter in zero_rows:
+            if rows.key not in self.restless:  # the others are zeroed in any case
+                watched.append((rows, parameter))
+        moved: list[ZeroRows] = []
         if self._full_looks > 0:
             self._full_looks -= 1
-            moved = [(rows, p) for rows, p in watched if p.index_select(rows.slice.dim, rows.index).any()]
+            for rows, parameter in watched:
+                if _weights(rows, parameter).any():
+                    moved.append((rows, parameter))
         elif self._one_of_each_moved(watched, now):
             moved = watched
-        else:
-            moved = []
         if moved:
-            self.restless |= {rows.key for rows, _ in moved}
+            self.restless.update(rows.key for rows, _ in moved)
+            rows, _ = moved[0]
+            first = rows.slice.param
+            num_others = len(moved) - 1
             logger.info(
                 "something besides the loss moves ZIGs that are zero, of %s and %d other parameters (noise on "
                 "gradients, a penalty, a momentum that can't be zeroed): they are zeroed after every step from now on",
-                moved[0][0].slice.param, len(moved) - 1,
+                first, num_others,
             )  # fmt: skip
-        for rows, p in zero_rows:
+        for rows, parameter in zero_rows:
             if rows.key in self.restless:
-                p.index_fill_(rows.slice.dim, rows.index, 0)
+                parameter.index_fill_(rows.slice.dim, rows.index, 0)
 
-    def _one_of_each_moved(self, watched: ZeroRows, now: int) -> bool:
-        """Looks at one position in each parameter, and says whether any of these is not zero.
+    def _one_of_each_moved(self, watched: list[ZeroRows], now: int) -> bool:
+        """Looks at one position in each parameter, and says whether any of them is not zero.
 
-        Which position it is changes every LOOK_ELSEWHERE steps.
+        Every LOOK_ELSEWHERE steps another position is looked at.
         """
         turn = now // LOOK_ELSEWHERE
-        views_of = (turn, [p.data_ptr() for _, p in watched])
-        if views_of != self._views_of:  # in small models, making the views would cost more than looking at them
+        addresses = [parameter.data_ptr() for _, parameter in watched]
+        views_of = (turn, addresses)
+        # in small models, making the views would cost more than looking at them
+        if views_of != self._views_of:
             self._views = []
-            for rows, p in watched:
-                position = rows.positions[turn % len(rows.positions)]
-                view = p.select(rows.slice.dim, position)
-                self._views.append(view.reshape(-1) if view.is_contiguous() else view)
+            for rows, parameter in watched:
+                number = turn % len(rows.positions)
+                view = parameter.select(rows.slice.dim, rows.positions[number])
+                if view.is_contiguous():
+                    view = view.reshape(-1)
+                self._views.append(view)
             self._views_of = views_of
         # one concatenation and one look for all views that can be joined
-        views_alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        views_alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for view in self._views:
-            flat = view if view.dim() == 1 else view.reshape(-1)  # a copy, where the view isn't contiguous
-            views_alike.setdefault((view.device, view.dtype), []).append(flat)
-        return any(bool(torch.cat(views).any()) for views in views_alike.values())
+            kind = (view.device, view.dtype)
+            if view.dim() != 1:
+                view = view.reshape(-1)  # a copy: the view isn't contiguous
+            views_alike[kind].append(view)
+        for views in views_alike.values():
+            if torch.cat(views).any():
+                return True
+        return False

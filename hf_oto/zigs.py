@@ -5,12 +5,11 @@ These types stand between the axis algebra, which finds the axes, and all that u
 Worked example: in Linear(3, 8), ReLU, Linear(8, 2) the 8 hidden units are one axis of 8 ZIGs. Its members are
 
     0.weight  dim 0  producer    row j makes unit j
-    0.bias    dim 0  producer    and so does element j
-    2.weight  dim 1  consumer    column j reads it
+    0.bias    dim 0  producer    element j makes unit j
+    2.weight  dim 1  consumer    column j reads unit j
 
 ZIG j is row j of 0.weight and element j of 0.bias, 4 parameters: once they are zero, unit j is zero for every input.
-Without ZIG j goes column j of 2.weight as well, so that cutting ZIG j saves 6 parameters. The 3 inputs and the 2
-outputs are pinned.
+A cut of ZIG j removes column j of 2.weight, too, and so saves 6 parameters. The 3 inputs and the 2 outputs are pinned.
 """
 
 from __future__ import annotations
@@ -34,6 +33,14 @@ from .table import fold
 Role = Literal["producer", "consumer", "statistic"]
 
 
+def strided_positions(size: int, start: int, outer: int, inner: int) -> np.ndarray:
+    """The positions of every ZIG in a block (outer, size, inner) that begins at `start`; (size, outer * inner)."""
+    count = outer * size * inner
+    block = np.arange(count).reshape(outer, size, inner)
+    by_zig = block.transpose(1, 0, 2)  # (size, outer, inner)
+    return start + by_zig.reshape(size, -1)
+
+
 @dataclass(frozen=True)
 class Member:
     """The part of one parameter or buffer that belongs to an axis.
@@ -43,7 +50,7 @@ class Member:
 
     Attributes:
         param: name of the parameter or buffer, as in `model.state_dict()`.
-        dim: the dimension of it that the axis cuts.
+        dim: the dimension that the axis cuts.
         role: "producer" (its slice makes the structure), "consumer" (its slice reads the structure) or "statistic" (it
             is cut with the axis but never zeroed: a buffer, or the direction of a weight whose norm is a parameter).
         index: positions along `dim`, shape (size, k), or None.
@@ -55,7 +62,7 @@ class Member:
     start: int = 0
     outer: int = 1
     inner: int = 1
-    index: np.ndarray | None = field(default=None, compare=False)
+    index: np.ndarray | None = field(default=None, compare=False)  # arrays compare entry by entry
 
     @classmethod
     def at(cls, param: str, dim: int, role: Role, positions: np.ndarray) -> Member:
@@ -78,14 +85,13 @@ class Member:
         """
         if self.index is not None:
             return self.index
-        block = np.arange(self.outer * size * self.inner).reshape(self.outer, size, self.inner)
-        # the ZIG first, then its positions in order
-        return self.start + block.transpose(1, 0, 2).reshape(size, -1)
+        return strided_positions(size, self.start, self.outer, self.inner)
 
     def stop(self, size: int) -> int:
         """The size that `dim` must have at least, for an axis of `size`."""
         if self.index is not None:
-            return int(self.index.max()) + 1
+            last = int(self.index.max())
+            return last + 1
         return self.start + self.outer * size * self.inner
 
 
@@ -129,7 +135,7 @@ class PrunableAxis:
     def group(self) -> tuple[Member, ...]:
         """The members whose slices are the ZIG: once they are zero, the position contributes exactly zero."""
         roles = ("producer",) if self.zero_path else ("producer", "consumer")
-        return tuple(m for m in self.members if m.role in roles)
+        return tuple(member for member in self.members if member.role in roles)
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,11 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         kept = {}
-        for name, indices in self.kept.items():  # arrays, tensors and lists become plain tuples of int
-            kept[name] = tuple(np.asarray(indices, np.int64).tolist())
-        object.__setattr__(self, "kept", kept)
+        for name, indices in self.kept.items():
+            # arrays, tensors and lists become plain tuples of int, which JSON and == know
+            plain_indices = np.asarray(indices, np.int64).tolist()
+            kept[name] = tuple(plain_indices)
+        object.__setattr__(self, "kept", kept)  # the class is frozen
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
@@ -160,18 +168,22 @@ class PruningPlan:
 
     @classmethod
     def from_zeros(cls, model: torch.nn.Module, partition: ZIGPartition) -> PruningPlan:
-        """The plan that removes every ZIG that is exactly zero; of an axis that is all zero, one ZIG is kept."""
+        """The plan that removes every ZIG that is exactly zero; an axis that is all zero keeps one ZIG."""
         kept = {}
         tensors = partition.tensors(model)
         for axis in partition.axes:
-            alive = np.zeros(axis.size, bool)
-            for m in axis.group:
-                t = tensors[m.param]
-                is_nonzero = (t != 0).movedim(m.dim, 0).reshape(t.shape[m.dim], -1)  # (n, elements of a position)
-                positions_alive = is_nonzero.any(1).cpu().numpy()  # (n,)
-                alive |= positions_alive[m.positions(axis.size)].any(1)
+            alive = np.zeros(axis.size, bool)  # (size,)
+            for member in axis.group:
+                tensor = tensors[member.param]
+                num_positions = tensor.shape[member.dim]
+                is_nonzero = (tensor != 0).movedim(member.dim, 0)
+                is_nonzero = is_nonzero.reshape(num_positions, -1)  # (n, elements of a position)
+                position_alive = is_nonzero.any(1).cpu().numpy()  # (n,)
+                positions = member.positions(axis.size)  # (size, k)
+                alive |= position_alive[positions].any(1)
             if not alive.all():
-                kept[axis.name] = np.flatnonzero(alive).tolist() or [0]
+                kept_indices = np.flatnonzero(alive).tolist()
+                kept[axis.name] = kept_indices or [0]
         return cls(kept)
 
     @classmethod
@@ -184,25 +196,28 @@ class PruningPlan:
         return cls(kept)
 
     def removed(self, partition: ZIGPartition) -> np.ndarray:
-        """Which ZIGs go, bool, shape (num_zigs,); checks the plan against the partition.
+        """Which ZIGs are cut, bool, (num_zigs,); checks the plan against the partition.
 
         Raises:
             ValueError: unknown axis, index out of range, repeated index, or an axis left empty.
         """
         removed = np.zeros(partition.num_zigs, bool)
-        parts = {axis.name: part for axis, part in partition.split(removed)}  # views: what is set in them is removed
+        removed_of_axis = {}  # axis name -> its part of `removed`, a view
+        for axis, part in partition.split(removed):
+            removed_of_axis[axis.name] = part
         for name, kept in self.kept.items():
-            if name not in parts:
+            if name not in removed_of_axis:
                 raise ValueError(f"the plan names {name!r}, which is no axis of this partition (see partition.axes)")
-            size = len(parts[name])
+            part = removed_of_axis[name]
+            size = len(part)
             if not kept:
                 raise ValueError(f"the plan empties axis {name!r}: at least one of its {size} ZIGs must stay")
             if len(set(kept)) != len(kept):
                 raise ValueError(f"the plan repeats an index of axis {name!r}")
             if min(kept) < 0 or max(kept) >= size:
                 raise ValueError(f"the plan keeps an index outside [0, {size}) of axis {name!r}")
-            parts[name][:] = True
-            parts[name][list(kept)] = False
+            part[:] = True
+            part[list(kept)] = False
         return removed
 
 
@@ -233,60 +248,75 @@ class ZIGPartition:
         Raises:
             OTOError: the model lacks one of them, or one is too small.
         """
-        names = {m.param for axis in self.axes for m in axis.members}
-        tensors = {name: t for name, t in named_tensors(model).items() if name in names}
+        names = set()
+        for axis in self.axes:
+            names.update(member.param for member in axis.members)
+        tensors = {}
+        for name, tensor in named_tensors(model).items():
+            if name in names:
+                tensors[name] = tensor
         missing = names - tensors.keys()
         if missing:
             raise OTOError(f"the model has no parameter {min(missing)!r}: was this partition made for another model?")
         for axis in self.axes:
-            for m in axis.members:
-                shape = tensors[m.param].shape
-                if m.dim >= len(shape) or shape[m.dim] < m.stop(axis.size):
-                    raise OTOError(f"{m.param} is smaller than this partition says: is the model compacted already?")
+            for member in axis.members:
+                shape = tensors[member.param].shape
+                if member.dim >= len(shape) or shape[member.dim] < member.stop(axis.size):
+                    raise OTOError(
+                        f"{member.param} is smaller than this partition says: is the model compacted already?"
+                    )
         return tensors
 
     def params(self, model: torch.nn.Module) -> Work:
         """The parameters of the model, tied ones once, as an amount that cuts make smaller."""
-        # parameter -> for each dimension its size, and {axis: positions of it that one ZIG takes}
-        dims_of: dict[str, list[tuple[int, dict[int, int]]]] = {}
-        for name, p in model.named_parameters():
-            dims_of[name] = [(n, {}) for n in p.shape]
-        for a, axis in enumerate(self.axes):
-            for m in axis.members:
-                if m.param in dims_of:
-                    _, positions_of_zig = dims_of[m.param][m.dim]
-                    positions_of_zig[a] = positions_of_zig.get(a, 0) + m.positions(axis.size).shape[1]
-        terms = []
-        for dims in dims_of.values():
-            terms.append([(n, tuple(positions_of_zig.items())) for n, positions_of_zig in dims])
+        # (parameter, dimension) -> {axis: positions that one ZIG takes}
+        taken: dict[tuple[str, int], dict[int, int]] = {}
+        for number, axis in enumerate(self.axes):
+            for member in axis.members:
+                taken_by_axis = taken.setdefault((member.param, member.dim), {})
+                _, positions_of_zig = member.positions(axis.size).shape
+                # an axis may have several members in one dimension: the query, key and value rows of a fused weight
+                taken_by_axis[number] = taken_by_axis.get(number, 0) + positions_of_zig
+        terms = []  # the size of a parameter is the product of its widths
+        for name, parameter in model.named_parameters():
+            widths = []
+            for dim, size in enumerate(parameter.shape):
+                taken_by_axis = taken.get((name, dim), {})
+                widths.append((size, tuple(taken_by_axis.items())))
+            terms.append(widths)
         return Work.of(terms, len(self.axes))
 
     def split(self, vector: np.ndarray) -> Iterator[tuple[PrunableAxis, np.ndarray]]:
         """Yields every axis with its part of a vector over all ZIGs, a view of shape (size,)."""
         start = 0
         for axis in self.axes:
-            yield axis, vector[start : start + axis.size]
-            start += axis.size
+            stop = start + axis.size
+            yield axis, vector[start:stop]
+            start = stop
 
     def slices(self, removed: np.ndarray) -> Iterator[tuple[PrunableAxis, Member, np.ndarray]]:
-        """Yields (axis, member, positions along its dimension that go) for every axis that loses something.
+        """Yields (axis, member, positions of the member that are cut) for every axis that loses something.
 
         Args:
-            removed: which ZIGs go, bool, (num_zigs,).
+            removed: which ZIGs are cut, bool, (num_zigs,).
         """
         for axis, removed_of_axis in self.split(removed):
-            if removed_of_axis.any():
-                for m in axis.members:
-                    yield axis, m, m.positions(axis.size)[removed_of_axis].reshape(-1)
+            if not removed_of_axis.any():
+                continue
+            for member in axis.members:
+                positions = member.positions(axis.size)  # (size, k)
+                yield axis, member, positions[removed_of_axis].reshape(-1)
 
     @torch.no_grad()
     def zero_(self, model: torch.nn.Module, plan: PruningPlan) -> None:
         """Zeroes, in place, the ZIGs that `plan` removes."""
         tensors = self.tensors(model)
-        for axis, m, index in self.slices(plan.removed(self)):
-            if m in axis.group:
-                t = tensors[m.param]
-                t.index_fill_(m.dim, torch.from_numpy(index).to(t.device), 0)
+        for axis, member, positions in self.slices(plan.removed(self)):
+            # consumers are zeroed only where they are part of a ZIG: they read zeros
+            if member in axis.group:
+                tensor = tensors[member.param]
+                index = torch.from_numpy(positions).to(tensor.device)
+                tensor.index_fill_(member.dim, index, 0)
 
     def __str__(self) -> str:
         """A table: one line per family of axes (layers of equal structure folded), then the pins by reason."""
@@ -300,15 +330,24 @@ class ZIGPartition:
         """Axes and pins as plain data, for machines."""
         axes = []
         for axis in self.axes:
-            members = []
-            for m in axis.members:
-                member = {name: value for name, value in vars(m).items() if value is not None}
-                if m.index is not None:
-                    member["index"] = m.index.tolist()
-                members.append(member)
-            scales = [[scale.param, *scale.power.as_integer_ratio(), scale.offset] for scale in axis.scales]
+            members = [_member_as_data(member) for member in axis.members]
+            scales = []
+            for scale in axis.scales:
+                # JSON knows no fractions
+                numerator, denominator = scale.power.as_integer_ratio()
+                scales.append([scale.param, numerator, denominator, scale.offset])
             axes.append(vars(axis) | {"members": members, "scales": scales})
         return {"axes": axes, "pinned": dict(self.pinned)}
+
+
+def _member_as_data(member: Member) -> dict[str, Any]:
+    """The fields of a member, without an index that is None, and with a list in the place of an array."""
+    fields = dict(vars(member))
+    if member.index is None:
+        del fields["index"]
+    else:
+        fields["index"] = member.index.tolist()
+    return fields
 
 
 def random_half(partition: ZIGPartition, families: Collection[str] | None = None) -> PruningPlan:
@@ -320,9 +359,11 @@ def random_half(partition: ZIGPartition, families: Collection[str] | None = None
     rng = np.random.default_rng(0)
     kept = {}
     for axis in partition.axes:
-        shuffled = rng.permutation(axis.size)
+        # drawn for axes that stay whole, too, so that an axis loses the same ZIGs whichever others are cut
+        shuffled = rng.permutation(axis.size)  # (size,)
         # with less than half left, deep networks forget their input, and any cut looks right
-        num_kept = rng.integers((axis.size + 1) // 2, axis.size)
+        least_kept = (axis.size + 1) // 2
+        num_kept = rng.integers(least_kept, axis.size)
         if families is None or fold(axis.name) in families:
             kept[axis.name] = np.sort(shuffled[:num_kept])
     return PruningPlan(kept)

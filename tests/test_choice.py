@@ -8,7 +8,8 @@ import choice_reference as twin
 import numpy as np
 import pytest
 
-from hf_oto.choice import OVERSHOOT, Budget, Limits, Target, choose, counts_exactly, limits_of, weigh_survivors
+from hf_oto.choice import OVERSHOOT, choose, weigh_survivors
+from hf_oto.targets import Budget, Limits, Target, counts_exactly, limits_of
 from hf_oto.zigs import Member, PrunableAxis, Work
 
 SEEDS = range(400)

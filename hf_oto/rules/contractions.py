@@ -1,103 +1,145 @@
 """Functions that sum over a shared dimension: products, convolutions, recurrent layers, attention.
 
 Worked example: the call addmm(bias (8,), x (2, 3), w (3, 8)) contracts the 3 and produces the 8. So the rows of w
-consume what made the columns of x, and the columns of w and the bias produce what the result has as its columns.
+consume the columns of x, and the columns of w and the bias produce the columns of the result.
 """
 
 from __future__ import annotations
 
-import functools
-
 from .. import reasons
-from ..axes import Mark, with_zero
+from ..axes import Dim, Mark, with_zero
 from ..sizes import Ref
 from ..trace import Call
 from .others import stay, unknown
-from .state import RULES, Axes, Dims, either, first, not_zero, rule
+from .state import RULES, Axes, Dims, either, first, never, not_zero, rule
 
 
 @rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot")
 def mm(s: Axes, call: Call) -> Dims:
     """... i k, ... k j -> ... i j: k is contracted; leading dimensions go together"""
     *bias, a, b = call.refs
-    a_weight, b_weight = s.weight(a), s.weight(b)
+    a_weight = s.weight(a)
+    b_weight = s.weight(b)
     a_dims = s.of(a)
     b_dims = s.of(b)
+    a_batch = a_dims[:-2]
+    b_batch = b_dims[:-2]
+    rows = a_dims[-2:-1]  # none where a is a vector
+    a_inner = a_dims[-1]
     b_inner, *columns = b_dims[-2:]  # no columns where b is a vector
+
+    are_activations = not (a_weight or b_weight)
     batch = []
-    for of_a, of_b in zip(a_dims[:-2], b_dims[:-2], strict=False):
+    for of_a, of_b in zip(a_batch, b_batch, strict=False):  # a matrix by a vector has no batch
         dim = s.unify(of_a, of_b, either)
-        if not (a_weight or b_weight):  # activations by activations, one product for each head
+        if are_activations:  # attention multiplies so, once for each head
             s.algebra.mark(dim, Mark.HEADS)
         batch.append(dim)
-    s.contract(a_dims[-1], b_inner, a_weight, b_weight)
-    s.produce(a, a_dims[:-1])
-    s.produce(b, [*b_dims[:-2], *columns])
-    rows = a_dims[-2:-1]
-    return [s.join([*batch, *rows, *columns], *bias or [None])]
+    s.contract(a_inner, b_inner, a_weight, b_weight)
+    s.produce(a, [*a_batch, *rows])
+    s.produce(b, [*b_batch, *columns])
+    result = [*batch, *rows, *columns]
+    for ref in bias:
+        result = s.join(result, ref)
+    return [result]
 
 
 @rule("convolution", "_convolution")
 def convolution(s: Axes, call: Call) -> Dims:
     """b (g i) x, (g o) i k -> b (g o) x; transposed, b (g i) x, (g i) o k -> b (g o) x"""
-    x, weight, bias, *_, transposed, _, groups = call.args[:9]
+    x, weight, bias = call.args[:3]
+    transposed = call.args[6]
+    groups = call.args[8]
     batch, channels, *space = s.of(x)
     outer, inner, *kernel = s.of(weight)
     for dim in (*space, *kernel):
         s.pin(dim, reasons.SPATIAL)
-    groups_of_x, channels_of_group = s.algebra.reshape([channels], [groups, x.shape[1] // groups])
-    groups_of_weight, outer = s.algebra.reshape([outer], [groups, weight.shape[0] // groups])
-    read, produced = (outer, inner) if transposed else (inner, outer)
+    channels_in_group = x.shape[1] // groups
+    outer_in_group = weight.shape[0] // groups
+    groups_of_x, channels_of_group = s.factors(channels, groups, channels_in_group)
+    groups_of_weight, outer = s.factors(outer, groups, outer_in_group)
+    read, produced = inner, outer
+    if transposed:
+        read, produced = outer, inner
     group = s.unify(groups_of_x, groups_of_weight, either)
-    s.contract(channels_of_group, read, s.weight(x), s.weight(weight))
+    x_weight = s.weight(x)
+    kernel_weight = s.weight(weight)
+    s.contract(channels_of_group, read, x_weight, kernel_weight)
     s.produce(weight, [groups_of_weight, produced])
-    out = (*group, *produced)
-    is_depthwise = weight.shape[1] == 1 and weight.shape[0] <= groups  # each channel is a group of its own
-    if groups > 1 and not is_depthwise:
+
+    new_channels = (*group, *produced)
+    rows, columns = weight.shape[:2]
+    is_depthwise = columns == 1 and rows <= groups  # each channel is a group of its own
+    has_wide_groups = groups > 1 and not is_depthwise
+    if has_wide_groups:
         s.algebra.mark(group, Mark.GROUPS)
     else:
-        s.algebra.mark(out, Mark.CHANNELS)
-    return [[batch, *s.join([out], bias), *s.fixed(call.outs[0].shape[2:])]]
+        s.algebra.mark(new_channels, Mark.CHANNELS)
+    joined = s.join([new_channels], bias)
+    _, _, *new_shape = call.outs[0].shape
+    new_space = s.fixed(new_shape)
+    return [[batch, *joined, *new_space]]
 
 
 @rule("_trilinear")
 def trilinear(s: Axes, call: Call) -> Dims:
     """b i, o i j, b j -> b o: three tensors multiplied and summed; `expand` says which dimensions each lacks"""
-    summed = call.given["sumdim"]
-    operands = []  # (dimensions, weight) of each of the three
+    given = call.given
+    summed = given["sumdim"]
+    operands = []  # (dimensions, how much of a weight) of each of the three
     for n, ref in enumerate(call.refs, 1):
         dims = s.of(ref)
-        for d in call.given[f"expand{n}"]:
+        missing = given[f"expand{n}"]
+        for d in missing:
             dims.insert(d, ())
-        operands.append((dims, s.weight(ref)))
-        s.produce(ref, [dim for d, dim in enumerate(dims) if d not in summed])
+        weight = s.weight(ref)
+        operands.append((dims, weight))
+        produced = [dim for d, dim in enumerate(dims) if d not in summed]
+        s.produce(ref, produced)
+
     result = []
-    ndim = len(operands[0][0])
-    for d in range(ndim):
-        operands_with_d = [(dims[d], weight) for dims, weight in operands if dims[d]]
-        if d not in summed:
-            dims_to_unify = [dim for dim, _ in operands_with_d]
-            result.append(functools.reduce(lambda a, b: s.unify(a, b, either), dims_to_unify, ()))
-        elif len(operands_with_d) == 2:
-            (a, a_weight), (b, b_weight) = operands_with_d
-            s.contract(a, b, a_weight, b_weight)
-        else:  # a sum over one operand or three is no contraction that the algebra knows
-            for dim, _ in operands_with_d:
-                s.pin(dim, reasons.SUMMED)
+    first_dims, _ = operands[0]
+    for d in range(len(first_dims)):
+        operands_with_d = []
+        for dims, weight in operands:
+            if dims[d]:
+                operands_with_d.append((dims[d], weight))
+        if d in summed:
+            _sum_of_products(s, operands_with_d)
+            continue
+        product = ()
+        for dim, _ in operands_with_d:
+            product = s.unify(product, dim, either)
+        result.append(product)
     return [result]
+
+
+def _sum_of_products(s: Axes, operands: list[tuple[Dim, int]]) -> None:
+    """Sums over a dimension that some operands share, each given by that dimension and how much of a weight it is."""
+    if len(operands) == 2:
+        (a, a_weight), (b, b_weight) = operands
+        s.contract(a, b, a_weight, b_weight)
+        return
+    # a sum over one operand or three is no contraction that the algebra knows
+    for dim, _ in operands:
+        s.pin(dim, reasons.SUMMED)
 
 
 @rule("_cdist_forward", "_euclidean_dist")
 def distance(s: Axes, call: Call) -> Dims:
-    """b i k, b j k -> b i j: a norm of differences over k, where zeros leave it alone"""
-    *a_batch, i, a_inner = s.of(call.refs[0])
-    *b_batch, j, b_inner = s.of(call.refs[1])
-    is_changed_by_zeros = call.given.get("p", 2) < 0
-    for leaf in s.unify(a_inner, b_inner):
-        if not leaf.zero or is_changed_by_zeros:
-            s.pin((leaf,), reasons.NORM)
-    batch = [s.unify(a, b, lambda a, b: False) for a, b in zip(a_batch, b_batch, strict=True)]
-    return [not_zero([*batch, i, j])]
+    """b i k, b j k -> b i j: the norm of differences over k; zeros leave a norm alone"""
+    a, b = call.refs[:2]
+    *a_batch, i, a_inner = s.of(a)
+    *b_batch, j, b_inner = s.of(b)
+    inner = s.unify(a_inner, b_inner)
+    power = call.given.get("p", 2)
+    if power < 0:  # a zero more would make such a norm 0
+        s.pin(inner, reasons.NORM)
+    else:
+        s.pin_where(inner, reasons.NORM, zero=False)
+    batch = s.unify_all(a_batch, b_batch, never)
+    result = not_zero([*batch, i, j])
+    return [result]
 
 
 @rule("mkldnn_rnn_layer")
@@ -107,18 +149,33 @@ def recurrent(s: Axes, call: Call) -> Dims:
     time, batch, features = s.of(x)
     s.pin(time, reasons.STEPS)
     state_size = hidden.shape[-1]
-    state = s.unify(s.of(hidden)[-1], s.of(cell)[-1])
+    *_, hidden_units = s.of(hidden)
+    *_, cell_units = s.of(cell)
+    state = s.unify(hidden_units, cell_units)
     for ref in (w_input, w_state, *biases):
-        rows = s.of(ref)[0]
-        gates, units = s.algebra.reshape([rows], [ref.shape[0] // state_size, state_size])
+        rows, *_ = s.of(ref)
+        num_gates = ref.shape[0] // state_size
+        gates, units = s.factors(rows, num_gates, state_size)
         s.pin(gates, reasons.GATES)
         s.produce(ref, [units])
         # a unit whose first state, weights and biases are all zero stays zero at every step
         state = s.unify(state, units)
-    s.contract(features, s.of(w_input)[1], s.weight(x), s.weight(w_input))
-    s.contract(state, s.of(w_state)[1], 0, s.weight(w_state))
-    states = [[*s.fixed(out.shape[:-1]), state] for out in call.outs[1:3]]
-    return [[time, batch, state], *states, *stay(s, call)[3:]]
+    _, input_columns = s.of(w_input)
+    _, state_columns = s.of(w_state)
+    x_weight = s.weight(x)
+    input_weight = s.weight(w_input)
+    state_weight = s.weight(w_state)
+    s.contract(features, input_columns, x_weight, input_weight)
+    s.contract(state, state_columns, 0, state_weight)
+
+    every_step = [time, batch, state]
+    last_states = []  # of the hidden state and of the cell
+    for out in call.outs[1:3]:
+        *outer_shape, _ = out.shape
+        layers_and_batch = s.fixed(outer_shape)
+        last_states.append([*layers_and_batch, state])
+    others = stay(s, call)[3:]
+    return [every_step, *last_states, *others]
 
 
 @rule(
@@ -128,36 +185,52 @@ def recurrent(s: Axes, call: Call) -> Dims:
 )
 def attention(s: Axes, call: Call) -> Dims:
     """b h q d, b h k d, b h k v -> b h q v: heads go together, d and k are contracted"""
-    q, k, v, *mask = call.refs[:4]
+    q, k, v, *masks = call.refs[:4]  # one mask or none
     q_batch, q_heads, q_positions, q_inner = s.of(q)
     k_batch, k_heads, k_positions, k_inner = s.of(k)
     v_batch, v_heads, v_positions, v_columns = s.of(v)
-    batch = s.unify(s.unify(q_batch, k_batch), v_batch)
-    # the query heads are (key-value heads, queries that share one): along the latter, keys and values are equal
-    kv_heads, sharers = s.algebra.reshape([q_heads], [k.shape[1], q.shape[1] // k.shape[1]])
+    batch = s.unify(q_batch, k_batch)
+    batch = s.unify(batch, v_batch)
+
+    # the query heads are (key-value heads, queries that share one): along the queries, keys and values are equal
+    num_kv_heads = k.shape[1]
+    num_sharers = q.shape[1] // num_kv_heads
+    kv_heads_of_q, sharers = s.factors(q_heads, num_kv_heads, num_sharers)
     s.algebra.mark(sharers, Mark.EXPANDED)
-    kv_heads = s.unify(s.unify(v_heads, k_heads, first), kv_heads, first)
-    heads = (*kv_heads, *with_zero(sharers, False))
+    # the values come first: where they are zero, so is the result, whatever the scores are
+    kv_heads = s.unify(v_heads, k_heads, first)
+    kv_heads = s.unify(kv_heads, kv_heads_of_q, first)
+    sharers_of_result = with_zero(sharers, False)
+    heads = (*kv_heads, *sharers_of_result)
     s.algebra.mark(heads, Mark.HEADS)
     s.contract(q_inner, k_inner, 0, 0)
-    for dim in (k_positions, v_positions):
+    summed_positions = (k_positions, v_positions)
+    for dim in summed_positions:
         s.pin(dim, reasons.ATTENTION)
-    s.join([batch, heads, q_positions, k_positions], *mask or [None])
-    return [[batch, heads, q_positions, v_columns], *stay(s, call)[1:]]
+    scores = [batch, heads, q_positions, k_positions]
+    for mask in masks:
+        s.join(scores, mask)
+    result = [batch, heads, q_positions, v_columns]
+    _, *others = stay(s, call)
+    return [result, *others]
 
 
 @rule("linalg_solve_triangular")
 def solve_triangular(s: Axes, call: Call) -> Dims:
     """b n n, b n k -> b n k with ones on the diagonal: one triangular system for each of b"""
-    if not (call.given["unitriangular"] and call.given["left"]):
+    given = call.given
+    has_ones = given["unitriangular"]
+    if not (has_ones and given["left"]):  # zeros on the diagonal would leave no solution
         return unknown(s, call)
-    matrix, right_side = (s.of(ref) for ref in call.args)
+    matrix, right_side = call.args
+    *matrix_batch, rows, columns = s.of(matrix)
+    *side_batch, unknowns, systems = s.of(right_side)
     for ref in call.args:
         s.produce(ref)
-    for dim in (*matrix[-2:], right_side[-2]):
+    for dim in (rows, columns, unknowns):
         s.pin(dim, reasons.SYSTEM)
-    batch = [s.unify(b, a, first) for a, b in zip(matrix[:-2], right_side[:-2], strict=True)]
-    return [[*batch, *right_side[-2:]]]
+    batch = s.unify_all(side_batch, matrix_batch, first)
+    return [[*batch, unknowns, systems]]
 
 
 Factors = list[tuple[Ref, int]]  # (tensor, dimension) whose sizes are multiplied
@@ -169,35 +242,65 @@ def multiplications(call: Call) -> list[Factors]:
     Matrix products, convolutions and attention count, biases and elementwise operations don't.
     """
     rule = RULES.get(call.name)
-    if rule is mm:
-        a, b = call.refs[-2:]
-        return [[*_all_dims(a), *_columns(b)]]
-    if call.name == "_grouped_mm":
-        a, b = call.refs[:2]
-        return [[*_all_dims(a), *_columns(b)]]
+    is_matrix_product = rule is mm or call.name == "_grouped_mm"
+    if is_matrix_product:
+        return _of_matrices(call)
     if rule is convolution:
-        x, weight = call.refs[:2]
-        transposed = call.args[6]
-        image = x if transposed else call.outs[0]  # a transposed one multiplies once per input position
-        return [[*_all_dims(image, but=1), *_all_dims(weight)]]
+        return _of_convolution(call)
     if rule is recurrent:
-        x, w_input, w_state = call.refs[:3]
-        of_input = [*_all_dims(x), (w_input, 0)]
-        of_state = [*_all_dims(x, but=2), *_all_dims(w_state)]
-        return [of_input, of_state]
+        return _of_recurrent(call)
     if rule is attention:
-        q, k, v = call.refs[:3]
-        of_scores = [*_all_dims(q), (k, 2)]
-        of_values = [*_all_dims(q, but=3), (k, 2), (v, 3)]
-        return [of_scores, of_values]
+        return _of_attention(call)
     return []
 
 
+def _of_matrices(call: Call) -> list[Factors]:
+    """Each element of a is multiplied by a row of b."""
+    a, b = call.refs[-2:]  # after a bias
+    if call.name == "_grouped_mm":
+        a, b = call.refs[:2]  # before the offsets
+    ndim = len(b.shape)
+    factors = _all_dims(a)
+    if ndim > 1:  # a vector has no columns
+        columns = (b, ndim - 1)
+        factors.append(columns)
+    return [factors]
+
+
+def _of_convolution(call: Call) -> list[Factors]:
+    """Every position of the image takes the whole weight."""
+    x, weight = call.refs[:2]
+    is_transposed = call.args[6]
+    image = x if is_transposed else call.outs[0]  # a transposed one multiplies once per input position
+    positions = _all_dims(image, but=1)
+    kernel = _all_dims(weight)
+    return [[*positions, *kernel]]
+
+
+def _of_recurrent(call: Call) -> list[Factors]:
+    """Every step multiplies its input and the state before it."""
+    x, w_input, w_state = call.refs[:3]
+    rows = (w_input, 0)
+    inputs = _all_dims(x)
+    of_input = [*inputs, rows]
+    steps = _all_dims(x, but=2)
+    rows_and_columns = _all_dims(w_state)
+    of_state = [*steps, *rows_and_columns]
+    return [of_input, of_state]
+
+
+def _of_attention(call: Call) -> list[Factors]:
+    """Scores are queries by keys; the result is scores by values."""
+    q, k, v = call.refs[:3]
+    k_positions = (k, 2)
+    queries = _all_dims(q)
+    of_scores = [*queries, k_positions]
+    q_positions = _all_dims(q, but=3)
+    columns = (v, 3)
+    of_values = [*q_positions, k_positions, columns]
+    return [of_scores, of_values]
+
+
 def _all_dims(ref: Ref, but: int | None = None) -> Factors:
-    return [(ref, d) for d in range(len(ref.shape)) if d != but]
-
-
-def _columns(ref: Ref) -> Factors:
-    """The last dimension of a matrix or a stack of them; a vector has no columns."""
     ndim = len(ref.shape)
-    return [(ref, ndim - 1)] if ndim > 1 else []
+    return [(ref, d) for d in range(ndim) if d != but]

@@ -7,6 +7,7 @@ is zero if y is zero there as well (`both`), x / y is as x is (`first`), and exp
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +17,17 @@ from .. import reasons
 from ..sizes import Ref
 from ..trace import Call
 from .others import stay, unknown
-from .state import Axes, Dims, both, either, first, not_zero, rule
+from .state import Axes, Dims, ZeroRule, both, either, first, never, not_zero, rule
 
-# functions of two operands that broadcast against each other; of a function that is not here, the result isn't zero
-ZEROS = {
-    **dict.fromkeys("add sub maximum minimum fmax fmin where lerp hypot logical_or bitwise_or complex".split(), both),
-    **dict.fromkeys("mul logical_and bitwise_and linalg_cross".split(), either),
-    **dict.fromkeys("div floor_divide remainder fmod copy polar _prelu_kernel rrelu_with_noise".split(), first),
+# functions of two operands that broadcast against each other; the result of a function that is not here isn't zero
+NAMES_BY_ZEROS = {
+    both: "add sub maximum minimum fmax fmin where lerp hypot logical_or bitwise_or complex",
+    either: "mul logical_and bitwise_and linalg_cross",
+    first: "div floor_divide remainder fmod copy polar _prelu_kernel rrelu_with_noise",
 }
-
-
-def _never(a: bool, b: bool) -> bool:
-    return False
+ZEROS: dict[str, ZeroRule] = {}  # ATen name -> where its result is zero
+for _zero, _names in NAMES_BY_ZEROS.items():
+    ZEROS |= dict.fromkeys(_names.split(), _zero)
 
 
 @rule(
@@ -39,58 +39,81 @@ def _never(a: bool, b: bool) -> bool:
 def elementwise(s: Axes, call: Call) -> Dims:
     """... , ... -> ...: operands broadcast against each other; what is zero depends on the function"""
     refs = call.refs
-    zero = ZEROS.get(call.name, _never)
-    if call.name == "where":  # the condition comes last: it decides nothing about zeros
-        refs = refs[1:] + refs[:1]
+    zero = ZEROS.get(call.name, never)
+    is_where = call.name == "where"
+    if is_where:  # the condition goes to the end, as it decides nothing about zeros
+        condition, *choices = refs
+        refs = [*choices, condition]
     if call.name == "copy":  # the result holds what is copied, not what was there
         refs = refs[::-1]
     if call.name == "masked_fill" and call.args[2] == 0:
         zero = first
-    if call.name == "div" and isinstance(call.args[1], Ref):
-        for dim in s.of(call.args[1]):
-            for leaf in dim:
-                if leaf.zero:
-                    s.pin((leaf,), reasons.DIVISOR)
-    result = s.of(refs[0], len(call.outs[0].shape))
-    if len(refs) == 1:
-        result = result if _keeps_zero(call) else not_zero(result)
-    else:
-        s.produce(refs[0])
-    for i, ref in enumerate(refs[1:], 1):
-        is_condition = call.name == "where" and i == 2
+    if call.name == "div":
+        _pin_zeros_of_divisor(s, call.args[1])
+
+    x, *operands = refs
+    out_ndim = len(call.outs[0].shape)
+    result = s.of(x, out_ndim)
+    if operands:
+        s.produce(x)
+    elif not _keeps_zero(call):
+        result = not_zero(result)
+    for i, ref in enumerate(operands, 1):
+        is_condition = is_where and i == 2
         result = s.join(result, ref, first if is_condition else zero)
     return [result] * len(call.outs)
 
 
+def _pin_zeros_of_divisor(s: Axes, divisor: Any) -> None:
+    """Zeros would be divided by zeros where positions are removed; a divisor that is a number has none."""
+    if isinstance(divisor, Ref):
+        for dim in s.of(divisor):
+            s.pin_where(dim, reasons.DIVISOR, zero=True)
+
+
 def _keeps_zero(call: Call) -> bool:
     """Whether f(0) = 0 for a function f of one tensor, found by calling it."""
-    if torch.Tag.nondeterministic_seeded in call.op.tags or call.name == "empty_like":
-        return call.name == "native_dropout"
-    kwargs = {name: value for name, value in call.kwargs.items() if name != "device"}
+    # one call of a random function shows nothing, and neither does memory that was never written
+    if call.name == "native_dropout":
+        return True
+    is_random = torch.Tag.nondeterministic_seeded in call.op.tags
+    if is_random or call.name == "empty_like":
+        return False
+    kwargs = dict(call.kwargs)
+    kwargs.pop("device", None)  # the zeros lie on the CPU
     for dtype in (torch.float32, torch.int64, torch.complex64):  # some functions take only one of them
-        zeros = {ref: torch.zeros([1] * len(ref.shape), dtype=dtype) for ref in call.refs}
+        zeros = {}
+        for ref in call.refs:
+            shape = [1] * len(ref.shape)
+            zeros[ref] = torch.zeros(shape, dtype=dtype)
         args_with_zeros, kwargs_with_zeros = tree_map_only(Ref, zeros.get, (call.args, kwargs))
         with contextlib.suppress(Exception):
-            return not call.op(*args_with_zeros, **kwargs_with_zeros).any()
+            result = call.op(*args_with_zeros, **kwargs_with_zeros)
+            return not result.any()
     return False
 
 
 @rule("linalg_cross")
 def cross(s: Axes, call: Call) -> Dims:
     """... 3, ... 3 -> ... 3"""
+    d = call.given["dim"]
+    why = reasons.ALONG.of("a cross product")
     for ref in call.refs:
-        s.pin(s.of(ref)[call.given["dim"]], reasons.ALONG.of("a cross product"))
+        dims = s.of(ref)
+        s.pin(dims[d], why)
     return elementwise(s, call)
 
 
 @rule("tril", "triu")
 def triangle(s: Axes, call: Call) -> Dims:
-    """zeros above or below the diagonal of a matrix, which stay there if its rows and columns go together"""
+    """zeros above or below the diagonal of a matrix: they stay in their places if rows and columns go together"""
     *batch, rows, columns = s.of(call.args[0])
     go_together = len(rows) == len(columns)
     for row_leaf, column_leaf in zip(rows, columns, strict=False):
-        go_together = go_together and np.array_equal(row_leaf.ids, column_leaf.ids)
-    if not (go_together and call.given["diagonal"] == 0):
+        has_same_ids = np.array_equal(row_leaf.ids, column_leaf.ids)
+        go_together = go_together and has_same_ids
+    starts_at_the_diagonal = call.given["diagonal"] == 0
+    if not (go_together and starts_at_the_diagonal):
         s.pin(rows, reasons.TRIANGLE)
         s.pin(columns, reasons.TRIANGLE)
     return [[*batch, rows, columns]]
@@ -102,8 +125,8 @@ def triangle(s: Axes, call: Call) -> Dims:
     *"_fake_quantize_learnable_per_tensor_affine".split(),
 )
 def fake_quantize(s: Axes, call: Call) -> Dims:
-    """rounded to a grid that zero is a point of (observers see to that for zero points that are tensors); `channel`:
-    each position of an axis to a grid of its own"""
+    """rounded to a grid that zero is a point of (observers see to that where the zero point is a tensor); functions of
+    channels round each position of an axis to a grid of its own"""
     x, scale, zero_point = call.args[:3]
     given = call.given
     dims = s.of(x)
@@ -111,15 +134,19 @@ def fake_quantize(s: Axes, call: Call) -> Dims:
         d = given["axis"]
         for ref in (scale, zero_point):
             (dims[d],) = s.join([dims[d]], ref, first)
-    elif isinstance(zero_point, int) and not given["quant_min"] <= zero_point <= given["quant_max"]:
-        dims = not_zero(dims)
-    return [dims, *stay(s, call)[1:]]
+    elif isinstance(zero_point, int):
+        has_zero = given["quant_min"] <= zero_point <= given["quant_max"]
+        if not has_zero:
+            dims = not_zero(dims)
+    _, *masks = stay(s, call)
+    return [dims, *masks]
 
 
 @rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
 def loss(s: Axes, call: Call) -> Dims:
-    """elementwise where nothing is reduced, else a number that a zero more would change"""
+    """elementwise if nothing is reduced; a reduced loss is a number that one more zero would change"""
     is_reduced = call.given["reduction"] != 0
-    if is_reduced or len(call.refs) != 2:
+    has_weights = len(call.refs) != 2  # beside the prediction and the target
+    if is_reduced or has_weights:
         return unknown(s, call)
     return elementwise(s, call)

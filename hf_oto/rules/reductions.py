@@ -1,8 +1,8 @@
 """Norms, reductions, and functions that run along a dimension or over the image plane.
 
 Worked example: of 16 channels 4 are removed, and these are zero. Their sum and their norm are those of the other 12,
-so a sum or norm leaves the axis free. A mean divides by 12 in the place of 16, which scales.py makes up for. A
-maximum may be one of the zeros, so it pins.
+so a sum or norm leaves the axis free. A mean divides by 12 in the place of 16, and scales.py makes up for this. A
+maximum may be one of the zeros, so a maximum pins.
 """
 
 from __future__ import annotations
@@ -17,27 +17,35 @@ from .state import Axes, Dims, either, first, not_zero, rule
 
 @rule("native_layer_norm")
 def layer_norm(s: Axes, call: Call) -> Dims:
-    """normalised over the last dimensions: their mean and variance would change"""
+    """normalised over the last dimensions: a cut would change their mean and variance"""
     x, shape, weight, bias = call.args[:4]
-    dims = s.of(x)
-    others, normed = dims[: -len(shape)], dims[-len(shape) :]
+    others, normed = _split_dims(s.of(x), len(shape))
     for dim in normed:
         s.pin(dim, reasons.LAYER_NORM)
-    normed = s.join(s.join(normed, weight), bias)
-    return [[*not_zero(others), *normed], *stay(s, call)[1:]]
+    normed = s.join(normed, weight)
+    normed = s.join(normed, bias)
+    others = not_zero(others)  # a row of zeros becomes the bias
+    result = [*others, *normed]
+    _, *statistics = stay(s, call)
+    return [result, *statistics]
+
+
+def _split_dims(dims: list[Dim], num_last: int) -> tuple[list[Dim], list[Dim]]:
+    """The first dimensions and the last ones, at least one."""
+    return dims[:-num_last], dims[-num_last:]
 
 
 @rule("_fused_rms_norm")
 def rms_norm(s: Axes, call: Call) -> Dims:
-    """divided by the root of an average over the last dimensions; scales.py sees to the number of positions"""
+    """divided by the root of an average over the last dimensions; scales.py makes up for the number of positions"""
     x, shape, weight = call.args[:3]
-    dims = s.of(x)
-    others, normed = dims[: -len(shape)], dims[-len(shape) :]
+    others, normed = _split_dims(s.of(x), len(shape))
     for dim in normed:
-        for leaf in dim:
-            if not leaf.zero:
-                s.pin((leaf,), reasons.AVERAGE)
-    return [[*others, *s.join(normed, weight, either)], *stay(s, call)[1:]]
+        s.pin_where(dim, reasons.AVERAGE, zero=False)
+    scaled = s.join(normed, weight, either)
+    result = [*others, *scaled]
+    _, *roots = stay(s, call)
+    return [result, *roots]
 
 
 @rule(
@@ -50,23 +58,31 @@ def batch_norm(s: Axes, call: Call) -> Dims:
     batch, channels, *space = s.of(x)
     for dim in (batch, *space):
         s.pin(dim, reasons.BATCH_NORM)
-    return [[batch, _affine(s, channels, *vectors), *space], *stay(s, call)[1:]]
+    channels = _affine(s, channels, *vectors)
+    result = [batch, channels, *space]
+    _, *statistics = stay(s, call)
+    return [result, *statistics]
 
 
 @rule("native_group_norm")
 def group_norm(s: Axes, call: Call) -> Dims:
-    """b (g c) x: each group by its own statistics, so that whole groups go"""
+    """b (g c) x: each group by its own statistics, so that only whole groups may go"""
     x, weight, bias, _, channels, _, groups, _ = call.args
     batch, dim, *space = s.of(x)
-    outer, inner = s.algebra.reshape([dim], [groups, channels // groups])
-    s.pin(inner, reasons.GROUP_NORM)
+    channels_of_group = channels // groups
+    outer, inner = s.factors(dim, groups, channels_of_group)
+    s.pin(inner, reasons.GROUP_NORM)  # a group's statistics run over all its channels
     s.algebra.mark(outer, Mark.GROUPS)
-    return [[batch, _affine(s, (*outer, *inner), weight, bias), *space], *stay(s, call)[1:]]
+    dim = _affine(s, (*outer, *inner), weight, bias)
+    result = [batch, dim, *space]
+    _, *statistics = stay(s, call)
+    return [result, *statistics]
 
 
 def _affine(s: Axes, channels: Dim, weight: Ref | None, bias: Ref | None, *statistics: Ref | None) -> Dim:
     """Channels times weight plus bias: a zero weight and bias silence a channel, whatever was normalised."""
-    channels = with_zero(channels, weight is not None)
+    has_weight = weight is not None  # without one, what was normalised stays whatever the bias is
+    channels = with_zero(channels, has_weight)
     for vector in (weight, bias, *statistics):
         (channels,) = s.join([channels], vector, first)
     return channels
@@ -74,14 +90,18 @@ def _affine(s: Axes, channels: Dim, weight: Ref | None, bias: Ref | None, *stati
 
 @rule("_weight_norm_interface")
 def weight_norm(s: Axes, call: Call) -> Dims:
-    """v g / |v|, the norm over all dimensions but one: along that a zero g silences and a zero v gives 0 / 0; what
-    reads along the others has to be zero, for the norm's sake"""
+    """v g / |v|, the norm over all dimensions but one. Along that one a zero g silences, and a zero v gives 0 / 0.
+    A parameter that reads along the others has to be zero, so that the norm stays."""
     v, g, d = call.given.values()
     dims = s.of(v)
+    d %= len(dims)
     for k, dim in enumerate(dims):
-        s.algebra.mark(dim, Mark.FOLLOWER if k == d % len(dims) else Mark.NORMED | Mark.NOT_ZERO)
-    dims[d] = s.unify(s.of(g)[d], dims[d], first)
-    return [dims, *stay(s, call)[1:]]
+        marks = Mark.FOLLOWER if k == d else Mark.NORMED | Mark.NOT_ZERO
+        s.algebra.mark(dim, marks)
+    dims_of_g = s.of(g)
+    dims[d] = s.unify(dims_of_g[d], dims[d], first)
+    _, *norms = stay(s, call)
+    return [dims, *norms]
 
 
 def reduced_dims(call: Call) -> set[int]:
@@ -90,8 +110,11 @@ def reduced_dims(call: Call) -> set[int]:
     if ndim == 0:
         return set()
     given = call.given.get("dim")  # one dimension, a list of them, or for all of them None or an empty list
-    dims = [given] if isinstance(given, int) else given or range(ndim)
-    return {d % ndim for d in dims}
+    if isinstance(given, int):
+        return {given % ndim}
+    if not given:
+        return set(range(ndim))
+    return {d % ndim for d in given}
 
 
 SUMS = ("sum", "nansum")
@@ -109,33 +132,51 @@ REASON_OF_REDUCTION = {
     *"any argmax argmin logsumexp median nanmedian kthvalue mode".split(),
 )
 def reduction(s: Axes, call: Call) -> Dims:
-    """over some dimensions, where zeros leave a sum or norm alone; of an average they change only the number of
-    positions, and scales.py sees to that"""
+    """over some dimensions, where zeros leave a sum or norm alone; they change only the number of positions of an
+    average, and scales.py makes up for that"""
     ref = call.args[0]
-    reduced = reduced_dims(call)
-    power = call.given.get("ord", call.given.get("p"))
-    is_total = call.name in SUMS or (call.name in NORMS and (power is None or power >= 0))
+    is_total = _is_total(call)
     if is_total:
         s.produce(ref)
-    # scales.py scales parameters, not what an average over the parameters themselves gives
-    zeros_may_go = is_total or (call.name == "mean" and not s.weight(ref))
-    why = REASON_OF_REDUCTION.get(call.name, reasons.TAKEN.of(call.name))
-    dims = s.of(ref)
-    for d in reduced:
-        for leaf in dims[d]:
-            if not (leaf.zero and zeros_may_go):
-                s.pin((leaf,), why)
+    # scales.py scales parameters; it can't scale the average of the parameters themselves
+    is_scaled_mean = call.name == "mean" and not s.weight(ref)
+    zeros_may_go = is_total or is_scaled_mean
+    taken = reasons.TAKEN.of(call.name)
+    why = REASON_OF_REDUCTION.get(call.name, taken)
 
-    keeps_dims = len(call.outs[0].shape) == len(dims)
-    if keeps_dims:
-        result = [() if d in reduced else dim for d, dim in enumerate(dims)]
-    else:
-        result = [dim for d, dim in enumerate(dims) if d not in reduced]
+    dims = s.of(ref)
+    reduced = reduced_dims(call)
+    for d in reduced:
+        s.pin_where(dims[d], why, zero=False)
+        if not zeros_may_go:
+            s.pin(dims[d], why)
+    out_ndim = len(call.outs[0].shape)
+    keeps_dims = out_ndim == len(dims)
+    result = []
+    for d, dim in enumerate(dims):
+        if d not in reduced:
+            result.append(dim)
+        elif keeps_dims:
+            result.append(())
+
     if call.name in ("logsumexp", "argmax", "argmin"):  # of zeros it is not zero
         result = not_zero(result)
+    if len(call.outs) == 1:
+        return [result]
     # the second result is a mean, or else the place of a maximum
     second = result if "mean" in call.name else not_zero(result)
-    return [result, *[second for _ in call.outs[1:]]]
+    return [result, second]
+
+
+def _is_total(call: Call) -> bool:
+    """Whether the reduction adds up: a zero more changes nothing."""
+    if call.name in SUMS:
+        return True
+    if call.name not in NORMS:
+        return False
+    given = call.given
+    power = given.get("ord", given.get("p"))
+    return power is None or power >= 0  # a norm of negative power with a zero in it is 0
 
 
 @rule(
@@ -146,12 +187,20 @@ def along(s: Axes, call: Call) -> Dims:
     """normalised, ordered, accumulated or transformed along some dimensions, which stay"""
     dims = s.of(call.args[0])
     given = call.given["dim"]
-    for d in [given] if isinstance(given, int) else given:
-        s.pin(dims[d], reasons.ALONG.of(call.name.strip("_")))
-        dims[d] = s.algebra.fixed(call.outs[0].shape[d])
-    if "softmax" in call.name or call.name == "logcumsumexp":  # of zeros it is not zero
+    if isinstance(given, int):
+        given = [given]
+    name = call.name.strip("_")
+    why = reasons.ALONG.of(name)
+    shape = call.outs[0].shape
+    for d in given:
+        s.pin(dims[d], why)
+        dims[d] = s.algebra.fixed(shape[d])
+    if "softmax" in name or name == "logcumsumexp":  # of zeros it is not zero
         dims = not_zero(dims)
-    return [dims, *[not_zero(dims)] * (len(call.outs) - 1)]
+    if len(call.outs) == 1:
+        return [dims]
+    places = not_zero(dims)  # where each value of the first result was
+    return [dims, places]
 
 
 @rule(
@@ -165,20 +214,23 @@ def along(s: Axes, call: Call) -> Dims:
     *"replication_pad2d replication_pad3d".split(),
 )
 def spatial(s: Axes, call: Call) -> Dims:
-    """b c x -> b c y: pooling and resizing within the image plane, and back by the places that a maximum came from"""
+    """b c x -> b c y: pooling and resizing within the image plane; unpooling puts values where the maxima were"""
     ndim = next(n for n in (1, 2, 3) if f"{n}d" in call.name)  # of the image plane
     dims = s.of(call.args[0])
-    others = dims[:-ndim]
-    for dim in dims[-ndim:]:
+    others, plane = _split_dims(dims, ndim)
+    for dim in plane:
         s.pin(dim, reasons.NEIGHBOURS)
     if "unpool" in call.name:
-        places = s.of(call.args[1])
-        others = [s.unify(a, b, first) for a, b in zip(others, places[:-ndim], strict=True)]
+        dims_of_places = s.of(call.args[1])
+        others_of_places, _ = _split_dims(dims_of_places, ndim)
+        others = s.unify_all(others, others_of_places, first)
     if "grid" in call.name:
-        for dim in s.of(call.args[1])[1:]:
+        _, *grid = s.of(call.args[1])  # (batch, *image plane, coordinates)
+        for dim in grid:
             s.pin(dim, reasons.INDEX)
-    result = []
-    for i, out in enumerate(call.outs):
-        is_place = i > 0  # the second result of a pooling says where each maximum came from
-        result.append([*(not_zero(others) if is_place else others), *s.fixed(out.shape[-ndim:])])
-    return result
+    new_plane = s.fixed(call.outs[0].shape[-ndim:])
+    result = [*others, *new_plane]
+    if len(call.outs) == 1:
+        return [result]
+    places = [*not_zero(others), *new_plane]  # of each maximum of a pooling
+    return [result, places]
