@@ -308,8 +308,8 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
     largest_spread = max(known)
     relative = []
     for x, spread, difference in zip(first, spreads, differences, strict=True):
-        scale = spread if x.dim() else largest_spread
-        relative.append(difference / max(scale or 0.0, 1e-3))
+        reference = spread if x.dim() else largest_spread
+        relative.append(difference / max(reference or 0.0, 1e-3))
     return max(relative)
 
 

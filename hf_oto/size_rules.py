@@ -166,7 +166,7 @@ def _group_norm(ref, out, input, num_groups, *_, **__) -> Pairs:
     yield num_groups, ("//", channels, ("const", channels_of_group))
 
 
-def _default_scale(ref, out, query, *_, scale=None, **__) -> Pairs:
+def _default_softmax_factor(ref, out, query, *_, scale=None, **__) -> Pairs:
     if scale is None:  # 1 / sqrt(head_dim) is then read off the query
         yield query.shape[-1], span(ref(query), -1)
 
@@ -202,7 +202,7 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _groups),
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _transposed_groups),
     "group_norm": _group_norm,
-    "scaled_dot_product_attention": _default_scale,
+    "scaled_dot_product_attention": _default_softmax_factor,
     "multi_head_attention_forward": _all_heads,
     **dict.fromkeys(["affine_grid", "affine_grid_generator"], _affine_grid),
 }

@@ -1,6 +1,6 @@
 """Parameters seen as ZIGs: which ZIG every position of a parameter belongs to, whole or on the shards of this rank.
 
-Sums over ZIGs, scaling ZIGs and zeroing them need no more than that, and neither does a rank that holds one shard.
+Sums over ZIGs, multiplying ZIGs and zeroing them need no more than that, and neither does a rank that holds one shard.
 
 Worked example: of an axis of 3 heads, 2 channels wide each, and 3 positions that stay, `owner` is 0 0 1 1 2 2 3 3 3
 (3, the number of ZIGs, stands for none). On 2 ranks the first holds 0 0 1 1 2 and the second 2 3 3 3.
