@@ -5,11 +5,11 @@ Every position of every tensor dimension has an index id, and positions with equ
 
 Worked example: w of shape (2, 12) gets the ids 1, 2 along its rows and 3 to 14 along its columns. x of shape (5, 12)
 is an input: its ids are all 0, the id of what can never be removed. In x @ w.T the columns of x meet those of w, so
-ids 3 to 14 are pinned. The last dimension of the result has the ids 1, 2. Added to y of shape (5, 2), whose last ids
-are 15, 16, it makes 1 and 15 one class, and 2 and 16 another.
+ids 3 to 14 are pinned. The last dimension of the result has the ids 1, 2. It is then added to y of shape (5, 2), whose
+last dimension has the ids 15, 16: now 1 and 15 are one class, and 2 and 16 are another.
 
-A dimension may be a product. Columns with the ids 3 to 14 that are viewed as (3, 4) become the factors 17 to 19 and 20
-to 23, and a `Product` says that id 3 + 4 i + j is removed if and only if 17 + i or 20 + j is.
+A dimension may be a product. If columns with the ids 3 to 14 are viewed as (3, 4), they get the factors 17 to 19 and
+20 to 23, and a `Product` says that id 3 + 4 i + j is removed if and only if 17 + i or 20 + j is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import numpy as np
 from .reasons import FACTORS, FIXED, Reason
 
 ID = np.int32  # of index ids: a model has a few million
+Ids = np.ndarray
+ROOM = 1 << 12  # the number of ids that a new algebra has room for
 
 
 class Mark:
@@ -45,7 +47,7 @@ class Mark:
 class Leaf(NamedTuple):
     """One factor of a dimension of a tensor."""
 
-    ids: np.ndarray  # (n,), the index id of every position
+    ids: Ids  # (n,), the index id of every position
     zero: bool  # whether the tensor is exactly zero at removed positions
 
 
@@ -66,7 +68,27 @@ def size(dim: Dim) -> int:
 
 def with_zero(dim: Dim, zero: bool) -> Dim:
     """The same positions, with another claim on what removed ones hold."""
-    return tuple(Leaf(leaf.ids, zero) for leaf in dim)
+    leaves = [Leaf(leaf.ids, zero) for leaf in dim]
+    return tuple(leaves)
+
+
+def _fixed_leaf(n: int, zero: bool) -> Leaf:
+    """A leaf of n positions that can't be removed."""
+    ids = np.zeros(n, ID)
+    return Leaf(ids, zero)
+
+
+def _positions_in(blocks: np.ndarray, size_of_block: int) -> np.ndarray:
+    """The positions of whole blocks, one block after the other, (blocks * size_of_block,)."""
+    starts = blocks[:, None] * size_of_block
+    positions = starts + np.arange(size_of_block)  # (blocks, size_of_block)
+    return positions.reshape(-1)
+
+
+def _doubled(array: np.ndarray) -> np.ndarray:
+    """An array with as many zeros behind it, so that making room costs constant time for each id."""
+    room = np.zeros_like(array)
+    return np.append(array, room)
 
 
 class Algebra:
@@ -80,21 +102,22 @@ class Algebra:
 
     def __init__(self) -> None:
         # arrays with an element for each id, and room for more
-        self._parent = np.zeros(1 << 12, ID)
-        self._pin = np.zeros(1 << 12, np.int32)  # number of a reason
-        self._mark = np.zeros(1 << 12, np.uint16)
+        self._parent = np.zeros(ROOM, ID)
+        self._pin = np.zeros(ROOM, np.int32)  # number of a reason
+        self._mark = np.zeros(ROOM, np.uint16)
         self.count = 1
         self.reasons = [Reason("")]
         self._reason_of: dict[Reason, int] = {}
         self.products: list[Product] = []
-        # what was split or merged before is split or merged in the same way again, into the same ids
-        self._factored: dict[tuple[bytes, tuple[int, ...]], tuple[np.ndarray, ...]] = {}
-        self._merged: dict[tuple[bytes, ...], np.ndarray] = {}
+        # ids that were split or merged before are split or merged into the same ids again
+        self._factors_of: dict[tuple, tuple[Ids, ...]] = {}  # the bytes of the parent, sizes -> factors
+        self._parent_of: dict[tuple, Ids] = {}  # the bytes of each factor -> parent
 
     def copy(self) -> Algebra:
-        """An independent copy, to solve without spoiling this one."""
+        """An independent copy: solving the copy leaves this algebra as it is."""
         twin = Algebra()
-        vars(twin).update({name: copy(value) for name, value in vars(self).items()})
+        for name, value in vars(self).items():
+            setattr(twin, name, copy(value))
         return twin
 
     # ids -------------------------------------------------------------------------------------------
@@ -103,10 +126,10 @@ class Algebra:
         """A leaf of n fresh ids."""
         start = self.count
         self.count += n
-        while self.count > len(self._parent):  # doubling makes room in constant time for each id
-            self._parent = np.append(self._parent, np.zeros_like(self._parent))
-            self._pin = np.append(self._pin, np.zeros_like(self._pin))
-            self._mark = np.append(self._mark, np.zeros_like(self._mark))
+        while self.count > len(self._parent):
+            self._parent = _doubled(self._parent)
+            self._pin = _doubled(self._pin)
+            self._mark = _doubled(self._mark)
         ids = np.arange(start, self.count, dtype=ID)
         self._parent[start : self.count] = ids
         self._mark[start : self.count] = marks
@@ -114,9 +137,11 @@ class Algebra:
 
     def fixed(self, n: int) -> Dim:
         """A dimension of n positions that can't be removed (an input's, an index's)."""
-        return () if n == 1 else (Leaf(np.zeros(n, ID), False),)
+        if n == 1:
+            return ()
+        return (_fixed_leaf(n, zero=False),)
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
+    def find(self, ids: Ids) -> Ids:
         """The root of each id's class, which is the smallest id of the class."""
         root = self._parent[ids]
         while not np.array_equal(above := self._parent[root], root):
@@ -124,7 +149,7 @@ class Algebra:
         self._parent[ids] = root
         return root
 
-    def union(self, a: np.ndarray, b: np.ndarray) -> None:
+    def union(self, a: Ids, b: Ids) -> None:
         """Joins the classes of a[i] and b[i], for every i. Id 0 must be in neither."""
         while True:
             root_a = self.find(a)
@@ -136,7 +161,9 @@ class Algebra:
             # that is mostly the smallest, so that few rounds are needed.
             root_a = root_a[different][::-1]
             root_b = root_b[different][::-1]
-            self._parent[np.maximum(root_a, root_b)] = np.minimum(root_a, root_b)
+            smaller = np.minimum(root_a, root_b)
+            larger = np.maximum(root_a, root_b)
+            self._parent[larger] = smaller
 
     def pin(self, dim: Dim, why: Reason) -> None:
         """Pins a dimension: no position of it may be removed."""
@@ -150,12 +177,14 @@ class Algebra:
             self.reasons.append(why)
         return self._reason_of[why]
 
-    def pin_ids(self, ids: np.ndarray, why: Reason) -> None:
+    def pin_ids(self, ids: Ids, why: Reason) -> None:
         """Pins ids."""
         reason = self.reason(why)
         pins = self._pin[ids]
         is_better = (pins == 0) | (pins > reason)
-        self._pin[ids[(ids != 0) & is_better]] = reason
+        is_new = is_better & (ids != 0)  # id 0 stays anyway, and has no reason of its own
+        newly_pinned = ids[is_new]
+        self._pin[newly_pinned] = reason
 
     def mark(self, dim: Dim, marks: int) -> None:
         """Adds marks to every id of dim."""
@@ -169,16 +198,17 @@ class Algebra:
         sizes = tuple(n for n in sizes if n != 1)
         if len(sizes) == 0:
             return ()
-        if len(sizes) == 1:
+        if len(sizes) == 1:  # nothing is split
             return (leaf,)
         if not leaf.ids.any():  # factors of what can't be removed can't be removed either
-            return tuple(Leaf(np.zeros(n, ID), leaf.zero) for n in sizes)
+            return tuple(_fixed_leaf(n, leaf.zero) for n in sizes)
         key = (leaf.ids.tobytes(), sizes)
-        factors = self._factored.get(key)
+        factors = self._factors_of.get(key)
         if factors is None:
             factors = tuple(self.new(n).ids for n in sizes)
-            self._factored[key] = factors
-            self.products.append(Product(leaf.ids.reshape(sizes), factors))
+            self._factors_of[key] = factors
+            parent = leaf.ids.reshape(sizes)
+            self.products.append(Product(parent, factors))
         return tuple(Leaf(ids, leaf.zero) for ids in factors)
 
     def merge(self, dim: Dim) -> Leaf:
@@ -190,51 +220,60 @@ class Algebra:
         num_free = sum(map(np.any, factors))
         if num_free <= 1:
             # only one factor has ids that are not 0: each position has the id of its place in that factor
-            return Leaf(sum(np.ix_(*factors)).reshape(-1), zero)
+            ids = sum(np.ix_(*factors))  # (n0, n1, ...)
+            return Leaf(ids.reshape(-1), zero)
         key = tuple(ids.tobytes() for ids in factors)
-        sizes = tuple(map(len, factors))
-        if key not in self._merged:
-            parent = self.new(math.prod(sizes)).ids
-            self._merged[key] = parent
-            self.products.append(Product(parent.reshape(sizes), factors))
-            self._factored[parent.tobytes(), sizes] = factors
-        return Leaf(self._merged[key], zero)
+        if key not in self._parent_of:
+            sizes = tuple(map(len, factors))
+            n = math.prod(sizes)
+            parent = self.new(n).ids
+            self._parent_of[key] = parent
+            self._factors_of[parent.tobytes(), sizes] = factors  # factoring the merged leaf gives its factors back
+            product = Product(parent.reshape(sizes), factors)
+            self.products.append(product)
+        return Leaf(self._parent_of[key], zero)
 
     def align(self, a: Dim, b: Dim, why: str) -> tuple[Dim, Dim] | None:
         """Unifies two dimensions of equal size and returns both, refined to the same leaf boundaries.
 
         Args:
-            why: the reason for positions that meet a position that stays.
+            why: the reason that is given to positions of one dimension where the other dimension has to stay.
 
         Returns:
-            The two dimensions; None if the factors of one don't fit those of the other, and then both are pinned.
+            The two dimensions. None if the factors of one don't fit those of the other; then both are pinned.
         """
         rest_a = list(a)
         rest_b = list(b)
-        aligned: list[tuple[Leaf, Leaf]] = []
+        aligned_a: list[Leaf] = []
+        aligned_b: list[Leaf] = []
         while rest_a and rest_b:
             size_a = len(rest_a[0].ids)
             size_b = len(rest_b[0].ids)
             if size_a % size_b and size_b % size_a:
-                self.pin((*a, *b), FACTORS)
+                self.pin(a, FACTORS)
+                self.pin(b, FACTORS)
                 return None
             if size_a > size_b:
-                rest_a[:1] = self.factor(rest_a[0], (size_b, size_a // size_b))
+                sizes = (size_b, size_a // size_b)
+                rest_a[:1] = self.factor(rest_a[0], sizes)
             elif size_b > size_a:
-                rest_b[:1] = self.factor(rest_b[0], (size_a, size_b // size_a))
+                sizes = (size_a, size_b // size_a)
+                rest_b[:1] = self.factor(rest_b[0], sizes)
             leaf_a = rest_a.pop(0)
             leaf_b = rest_b.pop(0)
             self._unify(leaf_a.ids, leaf_b.ids, why)
-            aligned.append((leaf_a, leaf_b))
-        return tuple(leaf for leaf, _ in aligned), tuple(leaf for _, leaf in aligned)
+            aligned_a.append(leaf_a)
+            aligned_b.append(leaf_b)
+        return tuple(aligned_a), tuple(aligned_b)
 
-    def _unify(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
-        """Joins a[i] and b[i], or pins the other one where one of them is id 0."""
+    def _unify(self, a: Ids, b: Ids, why: str) -> None:
+        """Joins a[i] and b[i]; where one of the two is id 0, the other one is pinned instead."""
         if np.array_equal(a, b):
             return
         stays = (a == 0) | (b == 0)
         if stays.any():
-            self.pin_ids(np.maximum(a, b)[stays], why)
+            other = np.maximum(a, b)  # the one that isn't 0
+            self.pin_ids(other[stays], why)
         self.union(a[~stays], b[~stays])
 
     def reshape(self, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
@@ -251,9 +290,11 @@ class Algebra:
                     dim.append(leaves.pop(0))
                     size_needed //= n
                 elif n % size_needed == 0:
-                    leaves[:1] = self.factor(leaves[0], (size_needed, n // size_needed))
+                    sizes = (size_needed, n // size_needed)
+                    leaves[:1] = self.factor(leaves[0], sizes)
                 else:  # neither divides the other: (4, 6) to (3, 8) goes by way of 24
-                    leaves[:2] = [self.merge(tuple(leaves[:2]))]
+                    first_two = tuple(leaves[:2])
+                    leaves[:2] = [self.merge(first_two)]
             result.append(tuple(dim))
         return result
 
@@ -265,12 +306,13 @@ class Algebra:
             return ()
         if not dim:
             return self.fixed(len(index))
-        inner_size = size(dim[1:])
-        blocks = index[::inner_size] // inner_size  # positions of the outermost leaf
         if len(dim) > 1:
-            index_of_whole_blocks = (blocks[:, None] * inner_size + np.arange(inner_size)).reshape(-1)
-            if np.array_equal(index, index_of_whole_blocks):
-                return (*self.take(dim[:1], blocks), *dim[1:])
+            outermost, *inner = dim
+            inner_size = size(inner)
+            blocks = index[::inner_size] // inner_size  # positions of the outermost leaf
+            if np.array_equal(index, _positions_in(blocks, inner_size)):
+                taken = self.take((outermost,), blocks)
+                return (*taken, *inner)
         leaf = self.merge(dim)
         return (Leaf(leaf.ids[index], leaf.zero),)
 
@@ -278,9 +320,11 @@ class Algebra:
         """Dimensions laid one after the other."""
         if len(dims) == 1:
             return dims[0]
-        leaves = [self.merge(dim) if dim else Leaf(np.zeros(1, ID), False) for dim in dims]
+        one_position = (_fixed_leaf(1, zero=False),)
+        leaves = [self.merge(dim or one_position) for dim in dims]
         ids = np.concatenate([leaf.ids for leaf in leaves])
-        return (Leaf(ids, all(leaf.zero for leaf in leaves)),)
+        zero = all(leaf.zero for leaf in leaves)
+        return (Leaf(ids, zero),)
 
     # what the solver reads -------------------------------------------------------------------------
 

@@ -326,9 +326,9 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
     largest_spread = max(known)
     relative = []
     for x, spread, difference in zip(first, spreads, differences, strict=True):
-        scale = spread if x.dim() else largest_spread
-        scale = max(scale or 0.0, 1e-3)  # outputs that are zero, but for rounding, have no spread either
-        relative.append(difference / scale)
+        reference = spread if x.dim() else largest_spread
+        reference = max(reference or 0.0, 1e-3)  # outputs that are zero, but for rounding, have no spread either
+        relative.append(difference / reference)
     return max(relative)
 
 

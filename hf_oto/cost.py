@@ -1,28 +1,33 @@
 """What a cut saves: parameters and MACs as sums of products of widths, from which ZIGs take positions.
 
-Any amount is counted exactly, for any number of ZIGs of every axis, in time linear in the number of terms.
+Every amount is counted exactly, for any number of ZIGs of every axis, in time linear in the number of terms.
 
-Worked example: a weight of 6 x 4 whose rows are the 3 heads of axis 0, 2 channels each, is the term 6 * 4 with the
-width (6, ((0, 2.0),)). Without one head 4 * 4 is left, so that one head alone takes 8.
+Worked example: a weight of shape (6, 4), whose rows are the 3 heads of axis 0 with 2 channels each, is the term 6 * 4.
+The width 6 is written (6, ((0, 2.0),)): each ZIG of axis 0 takes 2 of its positions. Without one head 4 * 4 is left,
+so one head alone takes 8.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-# the number of positions, and (axis, number of positions that one ZIG of the axis takes) for each axis that takes some
-Width = tuple[int, tuple[tuple[int, float], ...]]
+LostToAxis = tuple[int, float]  # (axis, number of positions that one ZIG of the axis takes)
+# (number of positions, one entry for each axis that takes some of them); no entry: a cut leaves the width as it is
+Width = tuple[int, tuple[LostToAxis, ...]]
 
 
 class Work(NamedTuple):
-    """An amount, of parameters or MACs, as a sum of products of widths that a cut makes smaller."""
+    """An amount of parameters or MACs: a sum of terms, each a product of widths that a cut makes smaller.
 
-    factors: np.ndarray  # (terms, k), numbers of the widths that a term multiplies; one more than the last is 1
+    Terms have different numbers of widths. The shorter ones are filled up with the number `widths`, one more than the
+    last, which stands for a width of 1.
+    """
+
+    factors: np.ndarray  # (terms, longest), numbers of the widths that a term multiplies
     times: np.ndarray  # (terms,), the product of the widths of a term that no axis makes smaller
     full: np.ndarray  # (widths,), positions before the cut
     lost: np.ndarray  # (widths, axes), positions that one ZIG of an axis takes
@@ -30,31 +35,50 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, terms: Iterable[Sequence[Width]], axes: int) -> Work:
         """The sum of the products of the given widths."""
-        times: Counter[tuple[Width, ...]] = Counter()  # terms of the same widths, as those of equal layers, are one
+        # terms of the same widths, as those of equal layers, become one term
+        times_of_widths: Counter[tuple[Width, ...]] = Counter()
         for term in terms:
-            widths_cut = tuple(sorted(width for width in term if width[1]))
-            times[widths_cut] += math.prod(n for n, lost_to_axes in term if not lost_to_axes)
+            times = 1
+            widths_cut: list[Width] = []
+            for width in term:
+                n, lost_to_axes = width
+                if lost_to_axes:
+                    widths_cut.append(width)
+                else:
+                    times *= n
+            times_of_widths[tuple(sorted(widths_cut))] += times
+
         number_of_width: dict[Width, int] = {}
-        for widths_cut in times:
-            for width in widths_cut:
+        for widths in times_of_widths:
+            for width in widths:
                 number_of_width.setdefault(width, len(number_of_width))
 
         num_widths = len(number_of_width)
-        longest = max(map(len, times), default=0)
-        factors = np.full((len(times), longest), num_widths)
-        for row, widths_cut in zip(factors, times, strict=True):
-            row[: len(widths_cut)] = [number_of_width[width] for width in widths_cut]
+        num_terms = len(times_of_widths)
+        longest = max(map(len, times_of_widths), default=0)
+        factors = np.full((num_terms, longest), num_widths)
+        for i, widths in enumerate(times_of_widths):
+            for k, width in enumerate(widths):
+                factors[i, k] = number_of_width[width]
+
+        full = np.zeros(num_widths)
         lost = np.zeros((num_widths, axes))
-        for (_, lost_to_axes), number in number_of_width.items():
-            for axis, n in lost_to_axes:
-                lost[number, axis] = n
-        full = np.array([n for n, _ in number_of_width], float)
-        return cls(factors, np.array([*times.values()], float), full, lost)
+        for (n, lost_to_axes), number in number_of_width.items():
+            full[number] = n
+            for axis, lost_positions in lost_to_axes:
+                lost[number, axis] = lost_positions
+        times_of_term = np.array([*times_of_widths.values()], float)
+        return cls(factors, times_of_term, full, lost)
+
+    def _products(self, widths: np.ndarray) -> np.ndarray:
+        """The product of the widths of every term, (terms,), if the widths have these sizes, (widths,)."""
+        widths_and_one = np.append(widths, 1.0)  # the last one is what fills up shorter terms
+        return widths_and_one[self.factors].prod(1)
 
     def left(self, gone: np.ndarray) -> float:
-        """How much is left without `gone` ZIGs of every axis, (axes,)."""
-        widths = np.append(self.full - self.lost @ gone, 1.0)  # (widths + 1,)
-        return float(self.times @ widths[self.factors].prod(1))
+        """The amount that is left after `gone` ZIGs of every axis are removed, shape (axes,)."""
+        widths = self.full - self.lost @ gone
+        return float(self.times @ self._products(widths))
 
     def without(self, gone: np.ndarray) -> Work:
         """The amount that is left without `gone` ZIGs of every axis, (axes,)."""
@@ -62,21 +86,24 @@ class Work(NamedTuple):
 
     @property
     def alone(self) -> np.ndarray:
-        """What one ZIG of every axis takes with it when it is the first to go, (axes,).
+        """The amount that the first ZIG of every axis takes with it if the other axes stay whole, (axes,).
 
-        A term a * b without n of the positions of a is (1 - n / a) of itself.
+        If a term a * b loses n of the positions of a, then the fraction (1 - n / a) of the term is left.
         """
-        # width -> (axis, the fraction of the width that is left without one ZIG of the axis)
-        axes_of_width: list[list[tuple[int, float]]] = [[] for _ in range(len(self.full) + 1)]  # the last one is 1
-        for width, axis in zip(*np.nonzero(self.lost), strict=True):
-            axes_of_width[width].append((axis, 1 - self.lost[width, axis] / self.full[width]))
-        full_terms = self.times * np.append(self.full, 1.0)[self.factors].prod(1)  # (terms,)
-        alone = np.zeros(self.lost.shape[1])
+        num_axes = self.lost.shape[1]
+        # number of a width -> {axis: the fraction of the width that is left without one ZIG of the axis}
+        fractions_of_width: dict[int, dict[int, float]] = defaultdict(dict)
+        for width, axis in np.argwhere(self.lost):
+            lost_fraction = self.lost[width, axis] / self.full[width]
+            fractions_of_width[width][axis] = 1 - lost_fraction
+
+        alone = np.zeros(num_axes)
+        full_terms = self.times * self._products(self.full)  # (terms,)
         for full_term, widths in zip(full_terms, self.factors, strict=True):
-            fraction_left: dict[int, float] = {}  # of the term, without one ZIG of an axis
+            fraction_of_term: dict[int, float] = defaultdict(lambda: 1.0)  # axis -> what is left of the term
             for width in widths:
-                for axis, fraction in axes_of_width[width]:
-                    fraction_left[axis] = fraction_left.get(axis, 1.0) * fraction
-            for axis, fraction in fraction_left.items():
+                for axis, fraction in fractions_of_width[width].items():
+                    fraction_of_term[axis] *= fraction
+            for axis, fraction in fraction_of_term.items():
                 alone[axis] += full_term * (1 - fraction)
         return alone

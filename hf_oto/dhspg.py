@@ -12,7 +12,7 @@ chosen. After step 8 they are halved, after step 10 they are zero and stay zero,
 DHSPG deviates from the paper's rule in three respects.
 
 - The salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one batch. Along
-  an axis whose scale changes nothing, because a norm reads it, the salience grows with what is gone of the axis
+  an axis that a norm reads, a factor common to all ZIGs changes nothing: there the salience grows with what is gone
   (`choice.weigh_survivors`).
 - The redundant ZIGs are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a floor.
 - Between events they are shrunk linearly to zero, in a few steps, instead of by a penalty. The half-space projection,
@@ -261,7 +261,7 @@ class DHSPG(ZIGOptimizer):
             self._freeze(redundant)
             redundant = torch.zeros_like(redundant)
         elif factor is not None:
-            self._scale(redundant, factor)
+            self._multiply(redundant, factor)
         if share is not None:
             redundant = self._choose(share)
         self._own["redundant"] = redundant.to(torch.uint8)

@@ -1,12 +1,12 @@
-"""A model as it was: everything its modules keep is remembered, and put back bit by bit, whatever was raised.
+"""Restoring a model: everything that its modules keep is remembered, and put back bit by bit, whatever was raised.
 
-It stands under the trace, the rehearsal, the certificate and the measurements. Each of them changes a model for a
-moment (its mode, its weights, its sizes, whatever its forward keeps), and `restored` is the one undo for all of that:
-nobody copies the user's model. What a forward does while it is looked at is in evaluating.py.
+The trace, the rehearsal, the certificate and the measurements need this. Each of them changes a model for a moment:
+its mode, its weights, its sizes, whatever its forward keeps. `restored` undoes all of these changes, so nobody copies
+the user's model. What a forward does while it is looked at is in evaluating.py.
 
-Worked example: of a module with the attributes {"training": True, "cache": [t]} the walk remembers two containers, the
+Worked example: a module has the attributes {"training": True, "cache": [t]}. The walk remembers two containers, the
 dict of attributes and the list, each with a shallow copy. If a forward then appends to the list and eval() sets
-training to False, both are filled again from their copies; the tensor t was never copied.
+training to False, both containers are filled again from their copies. The tensor t is never copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import random
 import signal
 import threading
 import types
-import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,19 +27,21 @@ import numpy as np
 import torch
 from torch import nn
 
-# exactly these types: nobody knows what a subclass does when it is written to
+from .named_globals import keeps_nothing, named_globals
+
+# exactly these types: a subclass may do anything when it is written to
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 NO_OBJECTS = (int, str, torch.Tensor, type, enum.Enum, types.ModuleType)
 CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+# what no container holds, but a forward may change all the same
 STATES = (
     torch.Generator, np.random.Generator, np.random.RandomState, random.Random, np.ndarray,
     functools._lru_cache_wrapper,
 )  # fmt: skip
 DEPTH = 3  # levels of containers and objects in a module's attributes; deeper ones may be data sets or trainers
-MANY = 1000  # entries: a container with more may be a data set; it is remembered, but what is in it is not
-LARGE = 2**26  # bytes: an array that is larger is not what a forward counts in
-NOBODY_WRITES = ("torch", "builtins")  # packages whose classes keep nothing for one model
+MANY = 1000  # entries: a container with more may be a data set; it is remembered, but its entries are not
+LARGE = 2**26  # bytes: no forward counts in an array that is larger
 
 
 State = tuple[Callable[[Any], Any], Any]  # (setter, value): what is no container is put back by setter(value)
@@ -56,22 +57,24 @@ class Contents(NamedTuple):
 def contents(model: nn.Module, *owners: Any) -> Contents:
     """Remembers what the modules of a model keep; tensors are not copied.
 
-    Modules that are registered nowhere count, too. So does what functions and classes keep for the model: the closures
-    of hooks and of a patched forward, attributes of its classes, caches, and the containers in its files that its
-    classes name.
+    Modules that are registered nowhere are remembered too, and so is what functions and classes keep for the model:
+    the closures of hooks and of a patched forward, attributes of its classes, caches, and the containers in its files
+    that its classes name.
 
     Args:
         owners: other objects, whose own attributes are remembered too, with the containers in them.
     """
     walk = _Walk(model, owners)
-    return Contents([(container, container.copy()) for container in walk.containers], walk.states)
+    copies = []
+    for container in walk.containers:
+        copies.append((container, container.copy()))
+    return Contents(copies, walk.states)
 
 
 class _Walk:
-    """One walk through all that a model keeps, which collects `containers` and `states`.
+    """One walk through all that a model keeps, which collects `containers` and `states`."""
 
-    It is a class, because a closure that calls itself lives until the garbage collector comes, and tensors with it.
-    """
+    # a class, because a closure that calls itself would live until the garbage collector comes, and tensors with it
 
     def __init__(self, model: nn.Module, owners: Sequence[Any] = ()) -> None:
         self.containers: list[Any] = []
@@ -92,10 +95,11 @@ class _Walk:
         """
         self._seen.add(id(container))
         self.containers.append(container)
-        if not depth or isinstance(container, set) or len(container) > MANY:
+        is_leaf = isinstance(container, set) or len(container) > MANY
+        if is_leaf or not depth:
             return
         values = container.values() if isinstance(container, dict) else container
-        for inner in list(values):
+        for inner in list(values):  # a copy: asking an object for its attributes may run code that writes here
             kind = _kind(type(inner))
             if kind != "atom" and id(inner) not in self._seen:
                 self._visit(inner, kind, depth - 1, objects)
@@ -130,15 +134,19 @@ class _Walk:
     def _enter_module(self, module: nn.Module) -> None:
         self._seen.add(id(module))
         self._enter(vars(module), DEPTH)
-        if isinstance(module, torch.jit.ScriptModule):
-            self.states.append((functools.partial(setattr, module, "training"), module.training))
+        if isinstance(module, torch.jit.ScriptModule):  # its mode is not in vars(module)
+            set_mode = functools.partial(setattr, module, "training")
+            self.states.append((set_mode, module.training))
         for cls in type(module).__mro__:
-            package = cls.__module__.partition(".")[0]
-            if id(cls) in self._seen or package in NOBODY_WRITES:
-                continue
-            self._seen.add(id(cls))
-            self.states.append((functools.partial(_put_back_class, cls), dict(vars(cls))))
-            self._visit_all((*_attributes(cls), *_named_globals(cls)), 1)
+            if id(cls) not in self._seen and not keeps_nothing(cls.__module__):
+                self._enter_class(cls)
+
+    def _enter_class(self, cls: type) -> None:
+        self._seen.add(id(cls))
+        set_attributes = functools.partial(_put_back_class, cls)
+        self.states.append((set_attributes, dict(vars(cls))))
+        self._visit_all(_attributes(cls), 1)
+        self._visit_all(_kept_in_globals(cls), 1)
 
 
 @functools.lru_cache(4096)
@@ -152,14 +160,14 @@ def _kind(cls: type) -> str:
         return "atom"
     if issubclass(cls, STATES):
         return "state"
-    return "callable" if issubclass(cls, CALLABLES) else "object"
+    if issubclass(cls, CALLABLES):
+        return "callable"
+    return "object"
 
 
 def put_back(kept: Contents) -> None:
-    """Fills every container with what it held, the same objects in the same order, and sets every state.
-
-    The order counts: that of the parameters is that of `state_dict` and of the optimizer.
-    """
+    """Fills every container with what it held, the same objects in the same order, and sets every state."""
+    # the order of the parameters in their dict is their order in `state_dict` and in the optimizer
     with uninterrupted():
         for container, before in kept.containers:
             if _is_same(container, before):
@@ -175,7 +183,7 @@ def put_back(kept: Contents) -> None:
 
 @contextlib.contextmanager
 def restored(model: nn.Module, *owners: Any) -> Iterator[Contents]:
-    """While open, anything may be done to what the model's modules keep; in the end all of it is as it was.
+    """While open, anything that the model's modules keep may be changed; in the end all of it is as it was.
 
     Args:
         owners: other objects, whose own attributes are restored too.
@@ -194,7 +202,11 @@ def uninterrupted() -> Iterator[None]:
         yield  # signals arrive in the main thread only
         return
     waiting: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
+
+    def wait(*given: Any) -> None:
+        waiting.append(given)
+
+    handler = signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
@@ -216,8 +228,10 @@ class Place(NamedTuple):
             self.container[self.key] = tensor
             return
         old = self.container[self.key]
-        items = [*old[: self.position], tensor, *old[self.position + 1 :]]
+        items = list(old)
+        items[self.position] = tensor
         is_named_tuple = hasattr(old, "_fields")
+        # a tuple can't be written to: a new one takes its place
         self.container[self.key] = type(old)(*items) if is_named_tuple else tuple(items)
 
 
@@ -233,16 +247,18 @@ def places(model: nn.Module) -> dict[int, list[Place]]:
 def _places(containers: Iterable[Any]) -> dict[int, list[Place]]:
     places_of_id: dict[int, list[Place]] = {}
     for container in containers:
-        if isinstance(container, set):
+        if isinstance(container, set):  # an entry of a set has no place
             continue
         items = container.items() if isinstance(container, dict) else enumerate(container)
         for key, value in items:
             if is_tensor(type(value)):
-                places_of_id.setdefault(id(value), []).append(Place(container, key, None))
+                place = Place(container, key, None)
+                places_of_id.setdefault(id(value), []).append(place)
             elif isinstance(value, tuple):
                 for position, inner in enumerate(value):
                     if is_tensor(type(inner)):
-                        places_of_id.setdefault(id(inner), []).append(Place(container, key, position))
+                        place = Place(container, key, position)
+                        places_of_id.setdefault(id(inner), []).append(place)
     return places_of_id
 
 
@@ -266,17 +282,17 @@ def replace_tensors_(kept: Contents, new: Mapping[int, torch.Tensor]) -> None:
 
 
 def _is_same(container: Any, before: Any) -> bool:
-    """Whether a container holds the same objects in the same order as its copy: then it isn't written to."""
+    """Whether a container holds the same objects in the same order as its copy; then nothing is put back into it."""
     if len(container) != len(before):
         return False
     if not before:
         return True
-    if isinstance(container, dict):
-        pairs: Iterable[tuple[Any, Any]] = zip(container.items(), before.items(), strict=True)
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
     if isinstance(container, set):
         return container == before
-    return all(map(operator.is_, container, before))
+    is_same = all(map(operator.is_, container, before))  # of a dict, these are the keys
+    if isinstance(container, dict):
+        return is_same and all(map(operator.is_, container.values(), before.values()))
+    return is_same
 
 
 EMPTY = object()  # stands for the value of a cell or slot that has none
@@ -286,7 +302,7 @@ def _state(value: Any) -> State | None:
     """How to put back what isn't kept in Python's containers: generators of random numbers, caches, small arrays."""
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
-    if isinstance(value, random.SystemRandom):  # it has no state
+    if isinstance(value, random.SystemRandom):  # it has no state, and `seed` does nothing
         return value.seed, None
     if isinstance(value, random.Random):
         return value.setstate, value.getstate()
@@ -294,26 +310,32 @@ def _state(value: Any) -> State | None:
         return value.set_state, value.get_state()
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return functools.partial(setattr, bits, "state"), bits.state
+        set_bits = functools.partial(setattr, bits, "state")
+        return set_bits, bits.state
     if isinstance(value, functools._lru_cache_wrapper):
-        return functools.partial(_forget, value), value.cache_info().misses
+        forget = functools.partial(_forget, value)
+        return forget, value.cache_info().misses
     if type(value) is np.ndarray:
         can_be_written = value.flags.writeable and not value.dtype.hasobject
         if can_be_written and value.nbytes <= LARGE:
-            return functools.partial(np.copyto, value), value.copy()
+            fill = functools.partial(np.copyto, value)
+            return fill, value.copy()
     return None
 
 
 def _forget(cache: Any, misses: int) -> None:
-    """Empties a cache that has taken in something since then; a single entry can't be taken out."""
+    """Empties a cache that had fewer misses when it was remembered: then it has taken in new entries."""
+    # a single entry can't be taken out
     if cache.cache_info().misses != misses:
         cache.cache_clear()
 
 
 def _cells(function: Any) -> Iterator[State]:
     """The variables that a function shares with the functions around it."""
-    for cell in getattr(function, "__closure__", None) or ():
-        yield functools.partial(_put_back_cell, cell), _value(cell)
+    cells = getattr(function, "__closure__", None) or ()
+    for cell in cells:
+        put_back_value = functools.partial(_put_back_cell, cell)
+        yield put_back_value, _value(cell)
 
 
 def _value(cell: types.CellType) -> Any:
@@ -354,14 +376,19 @@ def _members(cls: type) -> Iterator[types.MemberDescriptorType]:
 
 def slots_of(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
     """(slot, value) of those slots of an object that have a value."""
-    return [(slot, slot.__get__(value)) for slot in _members(type(value)) if hasattr(value, slot.__name__)]
+    found = []
+    for slot in _members(type(value)):
+        if hasattr(value, slot.__name__):
+            found.append((slot, slot.__get__(value)))
+    return found
 
 
 def _slots(value: Any) -> Iterator[State]:
     """All slots of an object, with EMPTY for those without a value."""
     value_of_slot = dict(slots_of(value))
     for slot in _members(type(value)):
-        yield functools.partial(_put_back_slot, slot, value), value_of_slot.get(slot, EMPTY)
+        put_back_value = functools.partial(_put_back_slot, slot, value)
+        yield put_back_value, value_of_slot.get(slot, EMPTY)
 
 
 def _put_back_slot(slot: types.MemberDescriptorType, owner: Any, value: Any) -> None:
@@ -375,53 +402,30 @@ def _put_back_class(cls: type, before: Mapping[str, Any]) -> None:
     for name in vars(cls).keys() - before.keys():
         delattr(cls, name)
     for name, value in before.items():
-        if vars(cls).get(name) is not value and not name.startswith("__"):
+        is_changed = vars(cls).get(name) is not value
+        # some of Python's own attributes, such as `__dict__`, can't be set
+        if is_changed and not name.startswith("__"):
             setattr(cls, name, value)
 
 
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, functools._lru_cache_wrapper)
+
+
 def _attributes(cls: type) -> list[Any]:
-    """The attributes of a class that may change: what is no function, and caches."""
-    values = [value for name, value in vars(cls).items() if not name.startswith("__") and not callable(value)]
-    caches = [value for value in vars(cls).values() if isinstance(value, functools._lru_cache_wrapper)]
+    """The attributes of a class that may change: caches, and everything that is no function."""
+    values = []
+    caches = []
+    for name, value in vars(cls).items():
+        if _is_cache(value):
+            caches.append(value)
+        elif not name.startswith("__") and not callable(value):
+            values.append(value)
     return values + caches
 
 
-NAMED: weakref.WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
-
-
-def _named_globals(cls: type) -> Iterator[Any]:
+def _kept_in_globals(cls: type) -> Iterator[Any]:
     """The containers and caches that are global variables of a file and that the functions of a class name."""
-    if cls not in NAMED:
-        NAMED[cls] = [*_names(cls)]
-    for file_globals, name in NAMED[cls]:
-        value = file_globals.get(name)
-        if type(value) in CONTAINERS or isinstance(value, functools._lru_cache_wrapper):
+    for value in named_globals(cls):
+        if type(value) in CONTAINERS or _is_cache(value):
             yield value
-
-
-def _names(cls: type) -> Iterator[tuple[dict[str, Any], str]]:
-    """(globals of a file, name) of all global variables that the functions of a class name, or that functions named by
-    these do; functions, classes and modules themselves are left out."""
-    functions = [value for value in vars(cls).values() if isinstance(value, types.FunctionType)]
-    seen = set(map(id, functions))
-    while functions:
-        function = functions.pop()
-        for name in _names_in_code(function.__code__):
-            if name not in function.__globals__ or id(function.__globals__[name]) in seen:
-                continue
-            value = function.__globals__[name]
-            seen.add(id(value))
-            if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
-                yield function.__globals__, name
-            inner = getattr(value, "__wrapped__", value)  # what is inside a decorator
-            if isinstance(inner, types.FunctionType) and inner.__module__.partition(".")[0] not in NOBODY_WRITES:
-                functions.append(inner)
-
-
-def _names_in_code(code: types.CodeType) -> Iterator[str]:
-    """The names of globals and attributes in a function's code, and in that of the functions inside it."""
-    codes = [code]
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        yield from code.co_names

@@ -2,13 +2,14 @@
 
 Removed zeros leave a sum of squares as it is, but the compact model divides the sum by a smaller number of positions.
 So let every tensor of the compact model be that of the dense model times (size / kept) ** exponent, for each axis.
-The exponents follow the rules of units of measure: a product adds them, a sum wants equal ones, an average adds 1,
-and what isn't linear wants 0. Solved for the parameters, they say by how much each parameter has to be scaled.
+The exponents follow the rules of units of measure: a product adds exponents, a sum demands equal exponents, an average
+adds 1, and an operation that isn't linear demands the exponent 0. These demands are equations. Their solution says by
+how much each parameter has to be scaled.
 
 Worked example: in norm(x) * w, with x an embedding of 16 channels of which 4 stay, let x have the exponent a.
 Then x ** 2 has 2 a, its average 2 a + 1, and adding eps demands 2 a + 1 = 0. So a is -1/2: the compact embedding is
-scaled by (16 / 4) ** -1/2 = 1/2. The root of the average has the exponent 0, so x / root has -1/2. If what reads the
-norm's result wants the exponent 0, the weight w must have 1/2: w is scaled by 2.
+scaled by (16 / 4) ** -1/2 = 1/2. The root of the average has the exponent 0, so x / root has -1/2. If the reader of
+the norm's result demands the exponent 0, the weight w must have 1/2: w is scaled by 2.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils._pytree import tree_iter
 
+from .axes import Leaf
 from .rules import RULES as AXIS_RULES
 from .rules import Axes, contractions, layout, lookups, reduced_dims, reductions
 from .sizes import Ref
@@ -31,32 +34,34 @@ from .zigs import Scale, ZIGPartition
 Exponent = dict[int, Fraction]
 
 
-def plus(a: Exponent, b: Exponent, times: int | Fraction = 1) -> Exponent:
-    """a + times * b
+def plus(one: Exponent, other: Exponent, times: int | Fraction = 1) -> Exponent:
+    """one + times * other
 
     Example:
         >>> plus({0: Fraction(1)}, {0: Fraction(1), ~2: Fraction(1, 2)}, times=-1)
         {-3: Fraction(-1, 2)}
     """
     total = {}
-    for key in a | b:
-        coefficient = a.get(key, 0) + times * b.get(key, 0)
+    for key in one | other:
+        addend = times * other.get(key, 0)
+        coefficient = one.get(key, 0) + addend
         if coefficient:
             total[key] = coefficient
     return total
 
 
 class Exponents:
-    """The exponent of every tensor, and the equations between unknown exponents, which are solved as they come.
+    """The exponent of every tensor, and the equations between unknown exponents, each solved as soon as it is found.
 
     Attributes:
         found: the dimensions of every tensor.
         zig_of, axis_of: the ZIG and the axis of every index id, -1 for none, (count,).
         sizes: the number of ZIGs of every axis.
         of: tensor number -> its exponent; a tensor without an entry has exponent 0.
-        cost: unknown -> the number of its elements. An equation is solved for its smallest unknown.
-        sums: number of a tensor p + n -> the parameter p, where p is read in this sum alone: then the sum can be
-            scaled, by scaling and shifting p.
+        solved: unknown -> what it equals.
+        cost: unknown -> the number of its elements. An equation is solved for its unknown of the lowest cost.
+        parameter_of_sum: number of a tensor p + n -> the parameter p, which is read in such sums alone. The sum can be
+            scaled although n can't: p takes a scale and a shift.
         conflicts: axes that no exponents suit.
     """
 
@@ -67,35 +72,47 @@ class Exponents:
         self.cost = cost
         axis_of_zig = np.repeat(np.arange(len(sizes)), sizes)
         self.axis_of = np.append(axis_of_zig, -1)[zig_of]  # zig -1 reads the appended last element
-        self.of: dict[int, Exponent] = {unknown: {unknown: Fraction(1)} for unknown in cost}
+        self.of: dict[int, Exponent] = {}
+        for unknown in cost:
+            self.of[unknown] = {unknown: Fraction(1)}
         self.solved: dict[int, Exponent] = {}
-        self.sums: dict[int, int] = {}
+        self.parameter_of_sum: dict[int, int] = {}
         self.conflicts: set[int] = set()
 
-    def read(self, ref: Ref) -> Exponent:
-        """The exponent of a tensor in terms of what is still unknown."""
-        exponent = self.known(self.of.get(ref.value, {}))
-        self.of[ref.value] = exponent  # so that the next reading has fewer unknowns to replace
+    def read(self, operand: Any) -> Exponent:
+        """The exponent of a tensor in terms of what is still unknown; a number has exponent 0."""
+        if not isinstance(operand, Ref):
+            return {}
+        exponent = self.of.get(operand.value, {})
+        exponent = self.known(exponent)
+        self.of[operand.value] = exponent  # so that the next reading has fewer unknowns to replace
         return exponent
 
     def known(self, exponent: Exponent) -> Exponent:
         """An exponent with its solved unknowns replaced."""
         while solved := exponent.keys() & self.solved.keys():
             for key in solved:
-                solution_minus_key = plus(self.solved[key], {key: Fraction(-1)})
-                exponent = plus(exponent, solution_minus_key, exponent.get(key, 0))
+                others = dict(exponent)
+                # the solution of another key may have cancelled this one
+                coefficient = others.pop(key, 0)
+                exponent = plus(others, self.solved[key], coefficient)
         return exponent
 
-    def equate(self, a: Exponent, b: Exponent) -> None:
+    def equate(self, one: Exponent, other: Exponent) -> None:
         """Makes two exponents equal: solves for one of their unknowns, or notes a conflict where they have none."""
-        difference = self.known(plus(a, b, -1))
+        difference = self.known(plus(one, other, -1))
         unknowns = [key for key in difference if key >= 0]
         if not unknowns:
             self.conflicts |= {~key for key in difference}
             return
-        pivot = min(unknowns, key=lambda key: (self.cost[key], key))
-        factor = difference.pop(pivot)
-        self.solved[pivot] = {key: -coefficient / factor for key, coefficient in difference.items()}
+        pivot = min(unknowns, key=self._cost_and_number)
+        coefficient_of_pivot = difference.pop(pivot)
+        factor = -1 / coefficient_of_pivot
+        self.solved[pivot] = plus({}, difference, factor)
+
+    def _cost_and_number(self, unknown: int) -> tuple[int, int]:
+        """The order of unknowns: the number of an unknown breaks a tie, so that a model always has one solution."""
+        return self.cost[unknown], unknown
 
     def follow(self, call: Call) -> None:
         """Finds the exponents of the tensors that a call makes."""
@@ -104,23 +121,30 @@ class Exponents:
         may_begin = rule in (mean, rms_norm, filled)
         if not may_begin and not any(map(self.read, call.refs)):
             return
-        if call.outs and call.outs[0].value in self.sums:
-            parameter = self.sums[call.outs[0].value]
-            self.of[call.outs[0].value] = self.of[parameter]
+        first_out = call.outs[0].value if call.outs else None
+        if first_out in self.parameter_of_sum:
+            parameter = self.parameter_of_sum[first_out]
+            self.of[first_out] = self.of[parameter]
             return
         try:
             result = rule(self, call)
         except Exception:  # the op was called in a way that the rule doesn't know
             result = none(self, call)
-        for argument in call.op._schema.arguments:
-            written = call.given[argument.name]
-            # the tensors that share memory with a tensor that is written in place hold the result, too
-            if argument.alias_info and argument.alias_info.is_write and isinstance(written, Ref):
-                self.equate(result, self.read(written))
-        # the further results of these two are statistics, of no use to a forward
-        outs = call.outs[:1] if rule in (attention, rms_norm) else call.outs
+        self._equate_written(call, result)
+        outs = call.outs
+        if rule in (attention, rms_norm):  # the further results of these two are statistics, of no use to a forward
+            outs = outs[:1]
         for ref in outs:
             self.of[ref.value] = result
+
+    def _equate_written(self, call: Call, result: Exponent) -> None:
+        """Gives the tensors that a call writes in place the exponent of its result."""
+        for argument in call.op._schema.arguments:
+            is_written = argument.alias_info and argument.alias_info.is_write
+            written = call.given[argument.name]
+            # the tensors that share memory with a tensor that is written in place hold the result, too
+            if is_written and isinstance(written, Ref):
+                self.equate(result, self.read(written))
 
 
 # one short function per kind of op: the exponent of the result ---------------------------------------
@@ -131,115 +155,159 @@ VALUES = {  # the arguments of an op that its result is made of, where these are
     **dict.fromkeys("index_add index_copy index_fill scatter_add".split(), (0, 3)),
     "where": (1, 2),
 }
+OF_ANY_EXPONENT = (None, 0, math.inf, -math.inf)  # what scaling leaves as it is; None is an absent operand
 
 
-def same(x: Exponents, call: Call) -> Exponent:
-    """Sums and rearrangements want equal exponents: 0 and infinity have any, every other number has 0."""
-    dtype = call.kwargs.get("dtype")
-    if dtype is not None and not dtype.is_floating_point:
-        return none(x, call)
+def same(exponents: Exponents, call: Call) -> Exponent:
+    """Sums and rearrangements demand equal exponents: 0 and infinity have any, every other number has 0."""
+    if _makes_integers(call):
+        return none(exponents, call)
     operands = []
     for i in VALUES.get(call.name, (0,)):
         operands += tree_iter(call.args[i : i + 1])  # an operand may be a list of tensors
-    exponents = [x.read(a) for a in operands if isinstance(a, Ref) and 0 not in a.shape]
-    for a in operands:
-        if not isinstance(a, Ref) and a not in (None, 0, math.inf, -math.inf):
-            exponents.append({})
-    for other in exponents[1:]:
-        x.equate(exponents[0], other)
-    return exponents[0] if exponents else {}
+
+    tensors: list[Ref] = []
+    numbers: list[Any] = []
+    for operand in operands:
+        if isinstance(operand, Ref):
+            is_empty = 0 in operand.shape
+            if not is_empty:  # what holds nothing has any exponent
+                tensors.append(operand)
+        elif operand not in OF_ANY_EXPONENT:
+            numbers.append(operand)
+
+    # tensors stand first: where no scales suit, the result has the exponent of the first tensor
+    found = [exponents.read(operand) for operand in [*tensors, *numbers]]
+    if not found:
+        return {}
+    first, *others = found
+    for other in others:
+        exponents.equate(first, other)
+    return first
 
 
-def product(x: Exponents, call: Call) -> Exponent:
+def _makes_integers(call: Call) -> bool:
+    """Whether a call is given a dtype for its result in which a scaled value would be rounded."""
+    dtype = call.kwargs.get("dtype")
+    return dtype is not None and not dtype.is_floating_point
+
+
+def product(exponents: Exponents, call: Call) -> Exponent:
     """A product adds the exponents of its factors, and a bias must have the exponent of the result."""
+    is_rounded = call.kwargs.get("rounding_mode") is not None
+    if is_rounded:
+        return none(exponents, call)
     bias: list[Ref] = []
     if call.name in ("mul", "div"):
-        a, b = call.args[:2]
+        left, right = call.args[:2]
     elif "convolution" in call.name:
-        a, b, *bias = call.refs
+        left, right, *bias = call.refs
     else:
-        *bias, a, b = call.refs
-    if call.kwargs.get("rounding_mode") is not None:
-        return none(x, call)
-    of_a = x.read(a) if isinstance(a, Ref) else {}
-    of_b = x.read(b) if isinstance(b, Ref) else {}
-    total = plus(of_a, of_b, -1 if call.name == "div" else 1)
+        *bias, left, right = call.refs
+    sign = -1 if call.name == "div" else 1
+    of_left = exponents.read(left)
+    of_right = exponents.read(right)
+    total = plus(of_left, of_right, sign)
     for ref in bias:
-        x.equate(total, x.read(ref))
+        exponents.equate(total, exponents.read(ref))
     return total
 
 
 POWERS = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}
 
 
-def power(x: Exponents, call: Call) -> Exponent:
+def power(exponents: Exponents, call: Call) -> Exponent:
     """A power by a number multiplies the exponent."""
-    n = POWERS[call.name] if call.name in POWERS else call.args[1]
-    if not (isinstance(call.args[0], Ref) and isinstance(n, (int, float))):
-        return none(x, call)
-    return plus({}, x.read(call.args[0]), Fraction(n))
+    base = call.args[0]
+    if call.name in POWERS:
+        n = POWERS[call.name]
+    else:
+        n = call.args[1]
+    is_number = isinstance(n, (int, float))
+    if not isinstance(base, Ref) or not is_number:
+        return none(exponents, call)
+    return plus({}, exponents.read(base), Fraction(n))
 
 
-def mean(x: Exponents, call: Call) -> Exponent:
+def mean(exponents: Exponents, call: Call) -> Exponent:
     """An average adds 1 for each axis that it runs over."""
-    return averaged(x, call.args[0], reduced_dims(call), x.read(call.args[0]))
+    ref = call.args[0]
+    dims = reduced_dims(call)
+    return averaged(exponents, ref, dims, exponents.read(ref))
 
 
-def averaged(x: Exponents, ref: Ref, which: Iterable[int], total: Exponent) -> Exponent:
+def averaged(exponents: Exponents, ref: Ref, which: Iterable[int], total: Exponent) -> Exponent:
     """`total` with 1 more for each axis in the dimensions `which` of a tensor."""
-    dims = x.found.of(ref)
+    dims = exponents.found.of(ref)
     for d in which:
         for leaf in dims[d]:
-            axes = set(x.axis_of[leaf.ids].tolist())
-            if axes == {-1}:
+            axes = set(exponents.axis_of[leaf.ids].tolist())
+            if axes == {-1}:  # all positions stay
                 continue
-            zigs, counts = np.unique(x.zig_of[leaf.ids], return_counts=True)
-            is_whole_axis = len(axes) == 1 and len(zigs) >= x.sizes[min(axes)]
-            if is_whole_axis and (counts == counts[0]).all():
-                total = plus(total, {~axes.pop(): Fraction(1)})
+            axis = min(axes)
+            is_one_axis = len(axes) == 1
+            if is_one_axis and _has_every_zig_equally(exponents, leaf, axis):
+                one_more = {~axis: Fraction(1)}
+                total = plus(total, one_more)
             else:  # size / kept is then not by how much the number of positions shrinks
-                x.conflicts |= axes - {-1}
+                exponents.conflicts |= axes - {-1}
     return total
 
 
-def rms_norm(x: Exponents, call: Call) -> Exponent:
+def _has_every_zig_equally(exponents: Exponents, leaf: Leaf, axis: int) -> bool:
+    """Whether each ZIG of the axis has equally many positions of a leaf whose positions all belong to the axis."""
+    zig_of_position = exponents.zig_of[leaf.ids]  # (n,)
+    zigs, counts = np.unique(zig_of_position, return_counts=True)
+    is_every_zig_there = len(zigs) >= exponents.sizes[axis]
+    is_count_equal = (counts == counts[0]).all()
+    return is_every_zig_there and bool(is_count_equal)
+
+
+def rms_norm(exponents: Exponents, call: Call) -> Exponent:
     """x / sqrt(mean(x ** 2) + eps) * weight: eps has exponent 0, so the average must have it, too"""
     ref, shape, weight = call.args[:3]
     ndim = len(ref.shape)
     normed_dims = range(ndim - len(shape), ndim)
-    of_square = plus({}, x.read(ref), 2)
-    x.equate(averaged(x, ref, normed_dims, of_square), {})
-    return plus(x.read(ref), x.read(weight)) if weight is not None else x.read(ref)
+    of_square = plus({}, exponents.read(ref), 2)
+    of_average = averaged(exponents, ref, normed_dims, of_square)
+    exponents.equate(of_average, {})
+    return plus(exponents.read(ref), exponents.read(weight))
 
 
-def attention(x: Exponents, call: Call) -> Exponent:
+def attention(exponents: Exponents, call: Call) -> Exponent:
     """softmax(q k + mask) v: what the softmax takes must have exponent 0"""
-    q, k, v = call.args[:3]
-    x.equate(plus(x.read(q), x.read(k)), {})
+    query, key, value = call.args[:3]
+    of_query = exponents.read(query)
+    of_key = exponents.read(key)
+    of_scores = plus(of_query, of_key)
+    exponents.equate(of_scores, {})
     for ref in call.refs[3:]:
-        x.equate(x.read(ref), {})
-    return x.read(v)
+        exponents.equate(exponents.read(ref), {})
+    return exponents.read(value)
 
 
-def filled(x: Exponents, call: Call) -> Exponent:
+def filled(exponents: Exponents, call: Call) -> Exponent:
     """A new tensor: zeros have any exponent until something is added to them or written into them, numbers have 0."""
-    is_zero = "zeros" in call.name or "empty" in call.name or call.args[-1] in (0, False)
-    dtype = call.kwargs.get("dtype")
-    if not is_zero or (dtype is not None and not dtype.is_floating_point):
+    has_no_number = "zeros" in call.name or "empty" in call.name
+    is_zero = has_no_number or call.args[-1] in (0, False)
+    if not is_zero:
+        return {}
+    if _makes_integers(call):
         return {}
     unknown = call.outs[0].value
-    x.cost[unknown] = 0  # nothing has to be stored for it: equations are solved for it first
+    exponents.cost[unknown] = 0  # nothing has to be stored for it: equations are solved for it first
     return {unknown: Fraction(1)}
 
 
-def none(x: Exponents, call: Call) -> Exponent:
+def none(exponents: Exponents, call: Call) -> Exponent:
     """An op that is not linear, or not known: every tensor that it takes must have exponent 0."""
     for ref in call.refs:
-        x.equate(x.read(ref), {})
+        exponents.equate(exponents.read(ref), {})
     return {}
 
 
-_NAMES: dict[Callable[[Exponents, Call], Exponent], str] = {
+Rule = Callable[[Exponents, Call], Exponent]
+_NAMES: dict[Rule, str] = {
     same: """scatter_add index_put index_add index_copy index_fill alias detach clone contiguous copy _to_copy lift
         lift_fresh add sub where masked_fill neg abs sum cumsum tril triu""",
     product: "mul div",
@@ -261,7 +329,11 @@ _BY_AXIS_RULE = {
     reductions.rms_norm: rms_norm,
     **dict.fromkeys(MOVES, same),
 }
-RULES = {name: _BY_AXIS_RULE[rule] for name, rule in AXIS_RULES.items() if rule in _BY_AXIS_RULE}
+RULES: dict[str, Rule] = {}
+for _name, _axis_rule in AXIS_RULES.items():
+    if _axis_rule in _BY_AXIS_RULE:
+        RULES[_name] = _BY_AXIS_RULE[_axis_rule]
+# an op that stands in _NAMES has that rule, whatever its axis rule is
 for _rule, _names in _NAMES.items():
     RULES |= dict.fromkeys(_names.split(), _rule)
 
@@ -284,60 +356,80 @@ def solve_scales(
         The scales of every axis that an average is taken over, axis number -> `PrunableAxis.scales`, and the numbers
         of the axes that no scales suit.
     """
-    may_be_scaled = set()
+    may_be_scaled: set[str] = set()
     for axis in partition.axes:
-        may_be_scaled |= {m.param for m in axis.members if m.role != "statistic"}
-    unknown_of = {name: ref.value for name, ref in traced.sources.items() if name in may_be_scaled}
-    cost = {unknown: math.prod(traced.sources[name].shape) for name, unknown in unknown_of.items()}
+        for member in axis.members:
+            if member.role != "statistic":
+                may_be_scaled.add(member.param)
+    unknown_of: dict[str, int] = {}
+    cost: dict[int, int] = {}
+    for name, ref in traced.sources.items():
+        if name in may_be_scaled:
+            unknown_of[name] = ref.value
+            cost[ref.value] = math.prod(ref.shape)
 
-    x = Exponents(found, zig_of, [axis.size for axis in partition.axes], cost)
-    x.sums, offset = _sums(found.calls, cost)
+    sizes = [axis.size for axis in partition.axes]
+    exponents = Exponents(found, zig_of, sizes, cost)
+    parameter_of_sum, offset = _whole_sums(found.calls, cost)
+    exponents.parameter_of_sum = parameter_of_sum
     for call in found.calls:
-        x.follow(call)
+        exponents.follow(call)
     for ref in traced.outputs:
-        x.equate(x.read(ref), {})
+        exponents.equate(exponents.read(ref), {})
 
-    scales: dict[int, list[Scale]] = {}
+    scales: dict[int, tuple[Scale, ...]] = {}
     for name, unknown in unknown_of.items():
-        for key, coefficient in x.known(x.of[unknown]).items():
-            is_axis = key < 0  # an unknown that nothing determines is taken as 0
-            if is_axis:
-                scales.setdefault(~key, []).append(Scale(name, coefficient, offset.get(unknown, 0)))
-    return {axis: tuple(scales_of_axis) for axis, scales_of_axis in scales.items()}, x.conflicts
+        exponent = exponents.known(exponents.of[unknown])
+        for key, coefficient in exponent.items():
+            is_axis = key < 0
+            if not is_axis:  # an unknown that nothing determines is taken as 0
+                continue
+            axis_number = ~key
+            scale = Scale(name, coefficient, offset.get(unknown, 0))
+            scales_so_far = scales.get(axis_number, ())
+            scales[axis_number] = (*scales_so_far, scale)
+    return scales, exponents.conflicts
 
 
-def _sums(calls: Sequence[Call], parameters: Container[int]) -> tuple[dict[int, int], dict[int, int]]:
-    """Finds the parameters p that are read as p + n alone, with a whole number n (a norm's 1 + weight, say).
+class WholeSums(NamedTuple):
+    """The parameters p that are read as p + n alone, with one whole number n (a norm's 1 + weight, say)."""
 
-    Returns:
-        The number of every tensor p + n -> p, and p -> n, where n is 0 for a parameter that is read as it is.
-    """
+    parameter_of_sum: dict[int, int]  # number of a tensor p + n -> p, where n is not 0
+    offset: dict[int, int]  # p -> n, where n is 0 for a parameter that is read as it is
+
+
+def _whole_sums(calls: Sequence[Call], parameters: Container[int]) -> WholeSums:
+    """Finds the sums of a parameter and a whole number."""
     parameter_of_copy: dict[int, int] = {}
     addends: dict[int, dict[int, int]] = {}  # parameter -> the tensors made from it -> what was added
     for call in calls:
         for ref in call.refs:
-            p = parameter_of_copy.get(ref.value, ref.value)
-            if p not in parameters:
+            parameter = parameter_of_copy.get(ref.value, ref.value)
+            if parameter not in parameters or not call.outs:
                 continue
+            out = call.outs[0].value
             if call.name in ("_to_copy", "detach", "alias"):
-                parameter_of_copy[call.outs[0].value] = p
-            elif call.outs:
-                addends.setdefault(p, {})[call.outs[0].value] = _whole_addend(call)
-    offset = {}
-    for p, addend_of in addends.items():
-        if len(set(addend_of.values())) == 1:
-            offset[p] = min(addend_of.values())
-    sums = {}
-    for p, addend_of in addends.items():
-        if offset.get(p):
-            sums |= dict.fromkeys(addend_of, p)
-    return sums, offset
+                parameter_of_copy[out] = parameter
+            else:
+                addends.setdefault(parameter, {})[out] = _whole_addend(call)
+
+    sums = WholeSums({}, {})
+    for parameter, addend_of in addends.items():
+        addend, *others = set(addend_of.values())
+        if others:  # no one offset makes all of these sums scale
+            continue
+        sums.offset[parameter] = addend
+        if addend:
+            sums.parameter_of_sum.update(dict.fromkeys(addend_of, parameter))
+    return sums
 
 
 def _whole_addend(call: Call) -> int:
     """The n of a call that adds a whole number n to a tensor, out of place; 0 for any other call."""
-    if call.name != "add" or call.kwargs or call.op._schema.is_mutable:
+    is_in_place = call.op._schema.is_mutable
+    if call.name != "add" or call.kwargs or is_in_place:
         return 0
     n = call.args[-1]
-    is_whole = isinstance(n, (int, float)) and float(n).is_integer()
-    return int(n) if is_whole else 0
+    if not isinstance(n, (int, float)):
+        return 0
+    return int(n) if float(n).is_integer() else 0

@@ -187,7 +187,7 @@ def _group_norm(ref, out, input, num_groups, *_, **__) -> Pairs:
     yield num_groups, ("//", channels, width)
 
 
-def _default_scale(ref, out, query, *_, scale=None, **__) -> Pairs:
+def _default_softmax_factor(ref, out, query, *_, scale=None, **__) -> Pairs:
     if scale is None:  # torch then takes 1 / sqrt(head_dim), with the query's last dimension as head_dim
         head_dim = query.shape[-1]
         yield head_dim, span(ref(query), -1)
@@ -242,7 +242,7 @@ SIZE_RULES: dict[str, Callable[..., Pairs]] = {
     "conv_transpose2d": _transposed_groups,
     "conv_transpose3d": _transposed_groups,
     "group_norm": _group_norm,
-    "scaled_dot_product_attention": _default_scale,
+    "scaled_dot_product_attention": _default_softmax_factor,
     "multi_head_attention_forward": _all_heads,
     "affine_grid": _affine_grid,
     "affine_grid_generator": _affine_grid,

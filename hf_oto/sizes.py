@@ -1,8 +1,8 @@
 """Sizes that modules keep to themselves (`num_heads`, say): what each must become for a cut model to run.
 
-While the model is traced, each of these ints is a `Size`, which remembers as an expression where it came from, and
-what torch's functions say of such sizes (size_rules.py) becomes an `Equation`. `Sizes` solves the equations for a set
-of removed ZIGs: the solution is the new attributes, a contradiction names the ZIGs that can't be removed together.
+While the model is traced, each of these ints is a `Size`, which remembers where it came from as an expression. What
+torch's functions say of such sizes (size_rules.py) becomes an `Equation`. `Sizes` solves the equations for a set of
+removed ZIGs. The solution gives the new attributes, and a contradiction names the ZIGs that can't be removed together.
 
 Worked example: `x.view(b, n, self.num_heads, 64)` says that num_heads equals what a cut leaves of dimension 2 of the
 result. A cut that removes 3 of 12 heads makes num_heads 9. The 64 is written in the code, so it is a constant: a cut
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import operator
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +21,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .expressions import (
+    Attribute,
+    Equation,
+    Expr,
+    attributes_in,
+    bare_attributes,
+    compute,
+    has_bare_attribute,
+    is_comparison,
+    spans_of,
+)
 from .modeling_oto import is_cut_size
 
-# An expression is one of these tuples:
-#   ("const", number)
-#   ("attribute", module path, name, index)      a size that a module keeps, as in `Attribute`
-#   ("span", tensor number, dim, start, stop)    how many of the positions [start, stop) a cut leaves
-#   (operation, left, right)                     arithmetic, or a comparison, which is 1 or 0
-Expr = tuple
-
-
-Attribute = tuple[str, str, int | None]  # module path, name, index in a list
 Values = Mapping[Attribute, int]
-Spans = dict[tuple[int, int], tuple[np.ndarray, ...]]
+Factors = tuple[np.ndarray, ...]  # the ZIG of every position of each factor of a dimension, -1 for those that stay
+Spans = dict[tuple[int, int], Factors]
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,6 @@ class Ref:
 
     value: int
     shape: tuple[int, ...]
-
-
-class Equation(NamedTuple):
-    """`left == right` must hold before and after a cut."""
-
-    left: Expr
-    right: Expr
-    layer: str
-
-    @property
-    def sides(self) -> tuple[Expr, Expr]:
-        """Both expressions, without the layer."""
-        return self.left, self.right
 
 
 # tagged ints ---------------------------------------------------------------------------------------
@@ -81,10 +70,15 @@ class Size(int):
         size.equations = equations
         return size
 
+    def _demand(self, left: Expr, right: Expr) -> None:
+        """Adds an equation. The layer that runs is not known here."""
+        equation = Equation(left, right, "")
+        self.equations.append(equation)
+
     def _leave(self) -> int:
-        """Leaves the algebra: from now on the expression has to keep its value."""
+        """Returns the bare int; because code uses it as a number, the expression has to keep its value."""
         value = plain(self)
-        self.equations.append(Equation(self.expr, ("const", value), ""))
+        self._demand(self.expr, ("const", value))
         return value
 
     def __eq__(self, other: object) -> bool:
@@ -92,9 +86,9 @@ class Size(int):
         if equal is NotImplemented:
             return equal
         if equal and isinstance(other, Size):
-            # Code that has found two sizes equal uses one for the other, so they have to stay equal.
+            # code that has found two sizes equal uses one for the other, so they have to stay equal
             if other.expr != self.expr:
-                self.equations.append(Equation(self.expr, other.expr, ""))
+                self._demand(self.expr, other.expr)
         else:
             self._note("==", other, equal)
         return equal
@@ -102,14 +96,14 @@ class Size(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    # A table or set compares a size only with entries of the same hash: a size that is not found leaves no equation.
+    # a table or set compares a size only with entries of the same hash: a size that is not found leaves no equation
     __hash__ = int.__hash__
 
     def _note(self, comparison: str, other: Any, outcome: bool) -> None:
-        """A comparison has to come out the same after a cut: code takes the other branch otherwise."""
+        """Demands that a comparison comes out the same after a cut, so that code takes the same branch."""
         if isinstance(other, int):
             compared = (comparison, self.expr, expr_of(other))
-            self.equations.append(Equation(compared, ("const", int(outcome)), ""))
+            self._demand(compared, ("const", int(outcome)))
 
     def __int__(self) -> int:
         return self._leave()
@@ -118,7 +112,7 @@ class Size(int):
         return float(self._leave())
 
     def __reduce__(self) -> tuple:
-        return int, (plain(self),)
+        return int, (plain(self),)  # a copy must not demand anything of the model
 
 
 def _operation(name: str, op: str | None) -> Callable:
@@ -127,7 +121,7 @@ def _operation(name: str, op: str | None) -> Callable:
     Args:
         op: the operation in expressions. None: expressions have no such operation, and the operands leave the algebra.
     """
-    compute = getattr(int, name)
+    method_of_int = getattr(int, name)
     is_reflected = name.startswith("__r")
 
     def operate(self: Size, other: Any) -> Any:
@@ -135,20 +129,23 @@ def _operation(name: str, op: str | None) -> Callable:
             value = self._leave()
             if isinstance(other, Size):
                 other = other._leave()
-            return compute(value, other)
-        mine, its = self.expr, expr_of(other)
-        expr = (op, its, mine) if is_reflected else (op, mine, its)
-        return Size(compute(plain(self), plain(other)), expr, self.equations)
+            return method_of_int(value, other)
+        if is_reflected:
+            expr = (op, expr_of(other), self.expr)
+        else:
+            expr = (op, self.expr, expr_of(other))
+        value = method_of_int(plain(self), plain(other))
+        return Size(value, expr, self.equations)
 
     return operate
 
 
 def _comparison(name: str, op: str) -> Callable:
     """The method `Size.name`, which notes how the comparison came out."""
-    compute = getattr(int, name)
+    method_of_int = getattr(int, name)
 
     def compare(self: Size, other: Any) -> bool:
-        outcome = compute(self, other)
+        outcome = method_of_int(self, other)
         if outcome is not NotImplemented:
             self._note(op, other, outcome)
         return outcome
@@ -156,13 +153,14 @@ def _comparison(name: str, op: str) -> Callable:
     return compare
 
 
-# The results of true division and of powers may be no ints.
+# the results of true division and of powers may be no ints
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": None, "pow": None}
 for _word, _op in _OPERATORS.items():
     for _method in (f"__{_word}__", f"__r{_word}__"):
         setattr(Size, _method, _operation(_method, _op))
 
-for _method, _op in {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}.items():
+_COMPARISONS = {"__lt__": "<", "__le__": "<=", "__gt__": ">", "__ge__": ">="}
+for _method, _op in _COMPARISONS.items():
     setattr(Size, _method, _comparison(_method, _op))
 
 
@@ -210,23 +208,25 @@ class Sizes:
 
     Args:
         equations: as traced.
-        spans: (value, dim) -> the ZIG of every position of each of its factors, -1 for those that stay; dimensions
-            that no cut touches are left out.
+        spans: (tensor number, dim) -> its factors; dimensions that no cut touches are left out.
         values: attribute -> its value in the dense model.
     """
 
     def __init__(self, equations: Sequence[Equation], spans: Spans, values: dict[Attribute, int]) -> None:
         self.values = values
-        self.spans: dict[Expr, tuple[np.ndarray, ...]] = {}
+        self.spans: dict[Expr, Factors] = {}
         self._names: dict[int, bytes] = {}
         bound = self._bound(equations, spans)
         largest_zig = -1
         for factors in self.spans.values():
             for zigs in factors:
                 largest_zig = max(largest_zig, int(zigs.max()))
-        nothing_removed = np.zeros(largest_zig + 2, bool)
-        # An equation that does not even hold for the dense model was misunderstood, and says nothing of a cut.
-        self.equations = [equation for equation in bound if self._holds(equation, values, nothing_removed)]
+        nothing_removed = np.zeros(largest_zig + 2, bool)  # (ZIGs up to the largest + 1,), as `removed` of `_Solution`
+        # an equation that does not even hold for the dense model was misunderstood, and says nothing of a cut
+        self.equations: list[Equation] = []
+        for equation in bound:
+            if self._holds(equation, values, nothing_removed):
+                self.equations.append(equation)
 
     def _bound(self, equations: Sequence[Equation], spans: Spans) -> list[Equation]:
         """The equations that say something of a cut, each once."""
@@ -236,21 +236,23 @@ class Sizes:
             left = self._bind(equation.left, spans)
             right = self._bind(equation.right, spans)
             is_of_constants = left[0] == right[0] == "const"
-            if (left, right) in seen or left == right or is_of_constants:
+            says_nothing = left == right or is_of_constants
+            if says_nothing or (left, right) in seen:
                 continue
             seen.add((left, right))
             bound.append(Equation(left, right, equation.layer))
         return bound
 
     def _bind(self, expr: Expr, spans: Spans) -> Expr:
-        """The expression with spans that no cut touches as constants, and equal spans under equal keys."""
+        """The expression in which untouched spans are constants, and spans with the same ZIGs have the same key."""
         kind = expr[0]
         if kind == "span":
             _, value, dim, start, stop = expr
             factors = spans.get((value, dim))
             if factors is None:
                 return ("const", stop - start)
-            key = ("span", *map(self._name, factors), start, stop)
+            names = [self._name(zigs) for zigs in factors]
+            key = ("span", *names, start, stop)
             self.spans[key] = factors
             return key
         if kind in ("const", "attribute"):
@@ -258,13 +260,16 @@ class Sizes:
         left = self._bind(expr[1], spans)
         right = self._bind(expr[2], spans)
         if left[0] == right[0] == "const":
-            return ("const", _compute(kind, left[1], right[1]))
+            number = compute(kind, left[1], right[1])
+            return ("const", number)
         return (kind, left, right)
 
     def _name(self, zigs: np.ndarray) -> bytes:
         """A short name of the contents of an array."""
+        # the caller keeps the arrays of all spans alive meanwhile, so no id stands for two of them
         if id(zigs) not in self._names:
-            self._names[id(zigs)] = hashlib.blake2b(zigs.tobytes(), digest_size=16).digest()
+            contents = hashlib.blake2b(zigs.tobytes(), digest_size=16)
+            self._names[id(zigs)] = contents.digest()
         return self._names[id(zigs)]
 
     def _value(self, expr: Expr, attributes: Values, removed: np.ndarray) -> float:
@@ -276,13 +281,14 @@ class Sizes:
             return attributes[expr[1:]]
         if kind == "span":
             *_, start, stop = expr
-            stays = [~removed[zigs] for zigs in self.spans[expr]]
-            # A position of a dimension stays if its position in every factor stays.
-            whole = functools.reduce(np.logical_and.outer, stays)
-            return int(whole.reshape(-1)[start:stop].sum())
+            stays_in_factor = [~removed[zigs] for zigs in self.spans[expr]]  # each (size of the factor,)
+            # a position of a dimension stays if its position in every factor stays
+            stays = functools.reduce(np.logical_and.outer, stays_in_factor)
+            stays_in_span = stays.reshape(-1)[start:stop]
+            return int(stays_in_span.sum())
         left = self._value(expr[1], attributes, removed)
         right = self._value(expr[2], attributes, removed)
-        return _compute(kind, left, right)
+        return compute(kind, left, right)
 
     def _holds(self, equation: Equation, attributes: Values, removed: np.ndarray) -> bool:
         left = self._value(equation.left, attributes, removed)
@@ -299,28 +305,40 @@ class Sizes:
         solution = _Solution(removed, dict(self.values), set())
         touched: set[Equation] = set()
         for equation in self.equations:
-            if any(removed[zigs].any() for zigs in self._factors(equation)):
+            if self._is_touched(equation, removed):
                 touched.add(equation)
                 continue
-            # An attribute that an untouched equation sets equal to something known keeps its value.
-            for attribute, other in _alone(equation):
-                if not _attributes(other):
+            # an attribute that an untouched equation sets equal to something known keeps its value
+            for attribute, other in bare_attributes(equation):
+                if not attributes_in(other):
                     solution.fixed.add(attribute)
-        # A comparison has to come out as it did, but says nothing about what its sides should be.
+
+        # a comparison has to come out as it did, but says nothing about what its sides should be
         telling = [equation for equation in self.equations if not is_comparison(equation)]
         pending = [equation for equation in telling if equation in touched]
-        # Equations with an attribute alone on one side go first: they leave no choice.
-        self._settle([equation for equation in pending if _has_bare_attribute(equation)], solution)
+        # equations with an attribute alone on one side go first: they leave no choice
+        without_choice = [equation for equation in pending if has_bare_attribute(equation)]
+        self._settle(without_choice, solution)
         self._settle(pending, solution)
-        # Attributes that have changed meanwhile contradict equations that no removed ZIG touches.
+        # attributes that have changed meanwhile may contradict equations that no removed ZIG touches
         self._settle(telling, solution, only_broken=True)
-        changed = {a: size for a, size in solution.attributes.items() if size != self.values[a]}
+
+        changed: dict[Attribute, int] = {}
+        for attribute, size in solution.attributes.items():
+            if size != self.values[attribute]:
+                changed[attribute] = size
         conflicts = []
         for equation in self.equations:
-            concerned = equation in touched or changed.keys() & _attributes(*equation.sides)
+            changed_in_it = changed.keys() & attributes_in(*equation.sides)
+            concerned = equation in touched or changed_in_it
             if concerned and not self._holds(equation, solution.attributes, removed):
                 conflicts.append(equation)
         return changed, conflicts
+
+    def _is_touched(self, equation: Equation, removed: np.ndarray) -> bool:
+        """Whether a removed ZIG has positions in a span of the equation."""
+        factors = self._factors(equation)
+        return any(removed[zigs].any() for zigs in factors)
 
     def _settle(self, equations: Sequence[Equation], solution: _Solution, only_broken: bool = False) -> None:
         """Fixes the attribute of every equation that has one unknown attribute, until there is no such equation.
@@ -329,29 +347,33 @@ class Sizes:
             only_broken: leave equations alone that hold as things are.
         """
         removed, attributes, fixed = solution
-        count = -1
-        while count < len(fixed):
-            count = len(fixed)
+        num_fixed = -1
+        # a fixed attribute may leave another equation with one unknown attribute
+        while num_fixed < len(fixed):
+            num_fixed = len(fixed)
             for equation in equations:
-                unknown = _attributes(*equation.sides) - fixed
+                unknown = attributes_in(*equation.sides) - fixed
                 if len(unknown) != 1:
                     continue
                 if only_broken and self._holds(equation, attributes, removed):
                     continue
                 (attribute,) = unknown
                 size = self._fit(equation, attribute, solution)
+                # else the attribute keeps its old value, and the equation becomes a conflict
                 if is_cut_size(self.values[attribute], size):
                     attributes[attribute] = size
                     fixed.add(attribute)
 
     def _fit(self, equation: Equation, attribute: Attribute, solution: _Solution) -> float:
-        """The value of one attribute that satisfies an equation: the old value if it does, else the smallest; nan if
-        none does."""
-        for bare_attribute, other in _alone(equation):
+        """The value of one attribute that satisfies an equation.
+
+        The old value is taken if it satisfies the equation, else the smallest value that does; nan if none does.
+        """
+        for bare_attribute, other in bare_attributes(equation):
             if bare_attribute == attribute:
                 return self._value(other, solution.attributes, solution.removed)
         old = self.values[attribute]
-        for size in (old, *range(1, old)):
+        for size in (old, *range(1, old)):  # a cut makes no size larger
             trial = ChainMap({attribute: size}, solution.attributes)
             if self._holds(equation, trial, solution.removed):
                 return size
@@ -367,81 +389,32 @@ class Sizes:
 
     def _removed_in(self, equations: Iterable[Equation], removed: np.ndarray) -> np.ndarray:
         """The removed ZIGs that equations speak of, in order."""
-        factors = [np.zeros(0, np.int64)]
+        factors = [np.zeros(0, np.int64)]  # numpy concatenates no empty list
         for equation in equations:
             factors += self._factors(equation)
         zigs = np.unique(np.concatenate(factors))
-        zigs = zigs[zigs >= 0]
-        return zigs[removed[zigs]]
+        zigs = zigs[zigs >= 0]  # -1 stands for positions that stay
+        is_removed = removed[zigs]
+        return zigs[is_removed]
 
     def involved(self, equations: Sequence[Equation], removed: np.ndarray) -> np.ndarray:
         """The removed ZIGs that are to blame for equations that can't hold.
 
-        These are the removed ZIGs that the equations speak of. If the equations speak of no removed ZIG, then those
-        that all equations with the same attributes speak of are to blame; if there is none either, all removed ZIGs.
+        These are the removed ZIGs that the equations speak of. If the equations speak of no removed ZIG, then the ZIGs
+        are to blame that any equation with one of their attributes speaks of. If there are none either, all removed
+        ZIGs are.
         """
         zigs = self._removed_in(equations, removed)
         if len(zigs):
             return zigs
         attributes: set[Attribute] = set()
         for equation in equations:
-            attributes |= _attributes(*equation.sides)
-        related = [equation for equation in self.equations if attributes & _attributes(*equation.sides)]
+            attributes |= attributes_in(*equation.sides)
+        related = []
+        for equation in self.equations:
+            if attributes & attributes_in(*equation.sides):
+                related.append(equation)
         zigs = self._removed_in(related, removed)
         if len(zigs):
             return zigs
         return np.flatnonzero(removed)
-
-
-# expressions ---------------------------------------------------------------------------------------
-
-ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
-COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-OPERATIONS = ARITHMETIC | COMPARISONS
-
-
-def is_comparison(equation: Equation) -> bool:
-    """Whether it only says how a comparison came out."""
-    return equation.left[0] in COMPARISONS
-
-
-def _compute(op: str, left: float, right: float) -> float:
-    """The result of an operation; a division by zero gives nan, which equals nothing."""
-    if op in ("//", "%") and right == 0:
-        return math.nan
-    return OPERATIONS[op](left, right)
-
-
-def _atoms(expr: Expr) -> list[Expr]:
-    """The constants, attributes and spans in an expression."""
-    if expr[0] in ("const", "attribute", "span"):
-        return [expr]
-    return [*_atoms(expr[1]), *_atoms(expr[2])]
-
-
-def _attributes(*exprs: Expr) -> set[Attribute]:
-    """The attributes in expressions."""
-    return {atom[1:] for expr in exprs for atom in _atoms(expr) if atom[0] == "attribute"}
-
-
-def _has_bare_attribute(equation: Equation) -> bool:
-    """Whether one side is an attribute and nothing else."""
-    return equation.left[0] == "attribute" or equation.right[0] == "attribute"
-
-
-def _alone(equation: Equation) -> list[tuple[Attribute, Expr]]:
-    """(attribute, other side) of every side that is an attribute and nothing else.
-
-    An attribute that stands in the other side too is left out, for that side does not tell its value.
-    """
-    left, right = equation.sides
-    pairs = []
-    for side, other in ((left, right), (right, left)):
-        if side[0] == "attribute" and side[1:] not in _attributes(other):
-            pairs.append((side[1:], other))
-    return pairs
-
-
-def spans_of(expr: Expr) -> list[Expr]:
-    """The spans in an expression."""
-    return [atom for atom in _atoms(expr) if atom[0] == "span"]

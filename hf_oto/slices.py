@@ -1,6 +1,6 @@
 """Parameters seen as ZIGs: which ZIG each position of a parameter belongs to, of a whole parameter or of a shard.
 
-ZIGs are summed up, scaled and zeroed with no more than that, also by a rank that holds one shard.
+ZIGs are summed up, multiplied and zeroed with no more than that, also by a rank that holds one shard.
 
 Worked example: a dimension holds an axis of 3 heads, each 2 channels wide, and then 3 positions of no ZIG. Its `owner`
 is 0 0 1 1 2 2 3 3 3, where 3, the number of ZIGs, stands for none. Of 2 ranks the first one holds 0 0 1 1 2, and the

@@ -1,7 +1,11 @@
-"""The tags of a traced model: every size that it passes around is a `Size`, and says where it is used as a size.
+"""The tags of a traced model: each size that the model passes around becomes a `Size`, which knows where it came from.
 
-While the model runs, `Tagger` hands each call of a torch function to its rule in size_rules.py, and calls the function
-itself with bare ints. A size that goes where no rule knows it has to stay what it is.
+While the model runs, `Tagger` calls each torch function with bare ints, and shows the call with its tagged sizes to
+the function's rule in size_rules.py. If a function has no rule, then the sizes that it takes have to stay as they are.
+
+Worked example: a module keeps num_heads = 12, and `tag_` makes it Size(12, ("attribute", path, "num_heads", None)).
+Its forward calls `x.view(b, n, self.num_heads, 64)`. The view gets a bare 12, and the rule of `view` states the
+equation "num_heads equals what a cut leaves of dimension 2 of the result".
 """
 
 from __future__ import annotations
@@ -24,26 +28,29 @@ logger = logging.getLogger(__name__)
 
 
 def tag_(model: nn.Module, equations: list[Equation]) -> None:
-    """Tags every size that a module keeps, and those it reads from its config, in place: `restored` undoes it."""
+    """Tags the sizes that each module keeps or reads from its config, in place; `restored` takes the tags off."""
     for path, module in model.named_modules():
         tagged: dict[str, Any] = {}
         for name, value in sizes_of(module).items():
             if isinstance(value, int):
-                tagged[name] = Size(value, ("attribute", path, name, None), equations)
-            elif len(value) <= MANY:  # longer ones are data
+                expr = ("attribute", path, name, None)
+                tagged[name] = Size(value, expr, equations)
+            elif len(value) <= MANY:  # longer lists are data
                 sizes = []
                 for i, entry in enumerate(value):
-                    sizes.append(Size(entry, ("attribute", path, name, i), equations))
+                    expr = ("attribute", path, name, i)
+                    sizes.append(Size(entry, expr, equations))
                 tagged[name] = type(value)(sizes)
         set_sizes_(module, tagged)
 
 
 class Tagger(TorchFunctionMode):
-    """Sees size arguments before C++ does: turns tags into equations, and shapes into tags.
+    """While open, the shapes of tensors are tagged, and each tag that a torch function takes becomes an equation.
 
     Args:
-        recorder: has `ref(tensor)`, the `Ref` of a tensor, and `layers`, of which the last is the one that runs.
-        equations: receives the equations.
+        recorder: has `ref(tensor)`, which returns the `Ref` of a tensor, and `layers`, whose last entry is the path
+            of the module that runs.
+        equations: the list that receives the equations.
     """
 
     def __init__(self, recorder: Any, equations: list[Equation]) -> None:
@@ -54,50 +61,68 @@ class Tagger(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
+        # `tensor.shape` arrives as the getter of that property
         if name == "__get__" and func.__self__ is torch.Tensor.shape:
-            return self._tagged_shape(args[0], func(*args))
+            return self._tagged_shape(args[0])
         if name == "size" and func is torch.Tensor.size:
-            shape = self._tagged_shape(args[0], args[0].shape)
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            return shape if dim is None else shape[dim]
+            return self._tagged_size(*args, **kwargs)
+
         sizes: list[Size] = []
-        plain_args, plain_kwargs = mapped((args, kwargs), functools.partial(_untagged, sizes))
+        untag = functools.partial(_untagged, sizes)
+        plain_args = mapped(args, untag)
+        plain_kwargs = mapped(kwargs, untag)
         out = func(*plain_args, **plain_kwargs)
-        layer = self.recorder.layers[-1]
         if name in SIZE_RULES:
             self._apply_rule(name, out, args, kwargs)
             return out
-        for size in sizes:  # the function uses the sizes as numbers, so they have to stay what they are
+
+        # a function without a rule uses the sizes as numbers, so they have to stay what they are
+        layer = self.recorder.layers[-1]
+        for size in sizes:
             number = ("const", plain(size))
-            self.equations.append(Equation(size.expr, number, layer))
+            equation = Equation(size.expr, number, layer)
+            self.equations.append(equation)
         return out
 
     def _apply_rule(self, name: str, out: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Adds the equations that a function's rule gives for one call."""
+        """Adds the equations that the size rule of a function states for one call."""
         layer = self.recorder.layers[-1]
+        rule = SIZE_RULES[name]
         stated: list[Equation] = []
-        mark = len(self.equations)
+        count_before = len(self.equations)
         try:
-            for size, expr in SIZE_RULES[name](self.recorder.ref, out, *args, **kwargs):
-                stated.append(Equation(expr_of(size), expr, layer))
-        except Exception as error:  # a way of calling it that the rule doesn't know: the rehearsal has to judge
+            for size, expr in rule(self.recorder.ref, out, *args, **kwargs):
+                equation = Equation(expr_of(size), expr, layer)
+                stated.append(equation)
+        except Exception as error:  # the rule doesn't know this way of calling: the rehearsal has to judge the cut
             logger.info("the size rule of %s failed in %s: %s", name, layer, error)
-        # The rule itself compares and computes with sizes; what follows from that is no part of the model.
-        self.equations[mark:] = stated
+        # the rule itself compares and computes with sizes, which adds equations that are no part of the model
+        self.equations[count_before:] = stated
 
-    def _tagged_shape(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
+    def _tagged_size(self, tensor: torch.Tensor, dim: int | None = None) -> torch.Size | int:
+        """The result of `tensor.size()` or `tensor.size(dim)`, with tags."""
+        tagged_shape = self._tagged_shape(tensor)
+        if dim is None:
+            return tagged_shape
+        return tagged_shape[dim]
+
+    def _tagged_shape(self, tensor: torch.Tensor) -> torch.Size:
+        shape = tensor.shape
         ref = self.recorder.ref(tensor)
         sizes = []
         for dim, size in enumerate(shape):
-            sizes.append(Size(size, span(ref, dim), self.equations))
-        return torch.Size(sizes)
+            expr = span(ref, dim)
+            sizes.append(Size(size, expr, self.equations))
+        return torch.Size(sizes)  # a tuple: its entries keep their tags
 
 
 def _untagged(sizes: list[Size], value: Any) -> Any:
-    """An argument as torch takes it; the sizes that were tagged are added to `sizes`."""
+    """An argument without tags, as torch takes it; the tagged sizes are added to `sizes`."""
     if type(value) is slice:
-        bounds = (value.start, value.stop, value.step)
-        return slice(*[_untagged(sizes, bound) for bound in bounds])
+        start = _untagged(sizes, value.start)
+        stop = _untagged(sizes, value.stop)
+        step = _untagged(sizes, value.step)
+        return slice(start, stop, step)
     if type(value) is not Size:
         return value
     sizes.append(value)
@@ -105,7 +130,8 @@ def _untagged(sizes: list[Size], value: Any) -> Any:
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Arguments with every leaf mapped: several times as fast as a pytree, and a trace maps many thousands."""
+    """Arguments in which each value that is no tuple, list or dict is replaced by `leaf(value)`."""
+    # torch's tree_map takes several times as long, and a trace maps the arguments of many thousands of calls
     kind = type(value)
     if kind is tuple or kind is list:
         return kind(mapped(inner, leaf) for inner in value)

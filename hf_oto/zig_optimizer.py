@@ -1,4 +1,4 @@
-"""An optimizer that knows the ZIGs of its parameters: it sums over them, scales them, and makes them zero for good.
+"""An optimizer that knows the ZIGs of its parameters: it sums over them, shrinks them, and makes them zero for good.
 
 It steps the base optimizer and leaves to a subclass what is done to which ZIGs before and after a step. DHSPG is such
 a rule, and so is the paper's own. What a rank holds of the ZIGs is in slices.py, how they stay zero in zeros.py.
@@ -187,7 +187,7 @@ class ZIGOptimizer(AroundOptimizer):
 
     # changes of ZIGs --------------------------------------------------------------------------
 
-    def _scale(self, zigs: Tensor, factor: float) -> None:
+    def _multiply(self, zigs: Tensor, factor: float) -> None:
         """Multiplies the ZIGs of a mask by a factor."""
         if not zigs.any():
             return

@@ -127,12 +127,12 @@ def triangle(s: Axes, call: Call) -> Dims:
 def fake_quantize(s: Axes, call: Call) -> Dims:
     """rounded to a grid that zero is a point of (observers see to that where the zero point is a tensor); functions of
     channels round each position of an axis to a grid of its own"""
-    x, scale, zero_point = call.args[:3]
+    x, grid_step, zero_point = call.args[:3]
     given = call.given
     dims = s.of(x)
     if "axis" in given:
         d = given["axis"]
-        for ref in (scale, zero_point):
+        for ref in (grid_step, zero_point):
             (dims[d],) = s.join([dims[d]], ref, first)
     elif isinstance(zero_point, int):
         has_zero = given["quant_min"] <= zero_point <= given["quant_max"]
