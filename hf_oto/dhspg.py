@@ -204,6 +204,11 @@ class DHSPG(ZIGOptimizer):
             f"    step {self._own['dhspg_step']}, {self.phase}; {self._own['run']}"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the axes and their sizes, which tells partitions apart."""
+        return self._own["partition"]
+
     # where the run is -------------------------------------------------------------------------
 
     @property

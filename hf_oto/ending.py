@@ -30,6 +30,7 @@ from .modeling_oto import OTOError
 from .ranks import WholeModel, of_rank_zero
 from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
 from .report import Report, measure, scores, size
+from .shrinking import CUTS_NAME
 from .uniform import plain
 from .zigs import PruningPlan, random_half
 
@@ -43,7 +44,7 @@ class Ending:
         self.plan: PruningPlan | None = None
         self.report: Report | None = None
         self._cut: Cut | None = None  # what was cut
-        self._saved_in: str | None = None  # the trained full model of this run, once it is on disk
+        self._saved_in: str | None = None  # the trained model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
         super().__init__(*args, **kwargs)
@@ -94,7 +95,7 @@ class Ending:
         return made > 0 and (self.control.should_training_stop or made >= self.state.max_steps)
 
     def _where_trained_is_safe(self) -> str | None:
-        """Saves the trained full model, if it isn't yet, and says where; None if that isn't for this process to do."""
+        """Saves the trained model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
             if self.is_fsdp_enabled and not self._all_ranks_are_here():  # one alone can't gather a model
                 return None
@@ -103,12 +104,12 @@ class Ending:
             if self.is_fsdp_enabled:
                 self._without_training_memory()
             if not self.is_world_process_zero():
-                return f"the trained full model is saved by rank 0 in {self.args.output_dir}"
+                return f"the trained model is saved by rank 0 in {self.args.output_dir}"
             try:
                 self._saved_in = self._save_trained()
             except Exception as error:
-                return f"saving the trained full model failed too ({error}): it is in memory still, as trainer.model"
-        return f"the trained full model is saved in {self._saved_in}"
+                return f"saving the trained model failed too ({error}): it is in memory still, as trainer.model"
+        return f"the trained model is saved in {self._saved_in}"
 
     def _all_ranks_are_here(self) -> bool:
         """Whether all ranks have come to this line, within a minute: whatever failed has failed on each of them."""
@@ -120,27 +121,27 @@ class Ending:
         return True
 
     def _save_trained(self) -> str:
-        """Saves the model as it is now, whole and uncut, and returns the folder.
+        """Saves the model as it is now, before its last cut, and returns the folder.
 
-        That is `dense` in the output folder, with a number if another run has left one there; where it can't be
+        That is `trained` in the output folder, with a number if another run has left one there; where it can't be
         written the checkpoint of the last step, if there is one, or a folder in the system's temporary one.
         """
-        dense = Path(self.args.output_dir, "dense")
-        free = itertools.chain([dense], (dense.with_name(f"dense-{n}") for n in itertools.count(2)))
+        wanted = Path(self.args.output_dir, "trained")
+        free = itertools.chain([wanted], (wanted.with_name(f"trained-{n}") for n in itertools.count(2)))
         try:
             return self._save_whole(next(folder for folder in free if not folder.exists()))
         except Exception as error:
             step, folder = self._last_saved
             if step == max(self.state.global_step, self._steps_made) and os.path.isdir(folder):
-                logger.warning("the trained full model is saved in %s only, not in %s: %s", folder, dense, error)
+                logger.warning("the trained model is saved in %s only, not in %s: %s", folder, wanted, error)
                 return folder
-            elsewhere = Path(tempfile.mkdtemp(prefix="dense-"))
+            elsewhere = Path(tempfile.mkdtemp(prefix="trained-"))
             elsewhere.rmdir()  # its name is free
             try:
                 self._save_whole(elsewhere)
             except Exception:
                 raise error from None
-            logger.warning("the trained full model is saved in %s, not in %s: %s", elsewhere, dense, error)
+            logger.warning("the trained model is saved in %s, not in %s: %s", elsewhere, wanted, error)
             return str(elsewhere)
 
     def _save_whole(self, folder: Path) -> str:
@@ -226,7 +227,8 @@ class Ending:
         checkpoints = [self._last_saved[1], self.state.best_model_checkpoint or ""]
         for folder in checkpoints:  # the last one may have been deleted for the best one
             if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and os.path.isdir(folder):
-                where += f" ({folder} holds the full one)"
+                full = "the one that was trained" if Path(folder, CUTS_NAME).exists() else "the full one"
+                where += f" ({folder} holds {full})"
                 break
         return f"hf_oto cut {', '.join(cut)}; {where}"
 

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 FIGURES = ("oto_widths.png", "oto_training.png")
 
 IN_PROGRESS = """\
-> **Training is not over.** This is a checkpoint from the middle of it: the dense model, with every width that training
-> started with. At the end the compact model takes its place.
+> **Training is not over.** This is a checkpoint from the middle of it: {model}. At the end the compact model takes its
+> place.
 """
 
 COMPACT = """\
@@ -205,7 +205,9 @@ class Hub:
 
     def _add_to_card(self) -> None:
         optimizer = f"DHSPG of hf_oto around {self._optimizer_text}"
-        folder, text = self.args.output_dir, IN_PROGRESS
+        folder = self.args.output_dir
+        kind = "a model that is partly cut" if self._has_shrunk else "the dense model, with all its widths"
+        text = IN_PROGRESS.format(model=kind)
         if self.report is not None:
             name = self.hub_model_id or Path(folder).name
             arguments = as_code(self.args, self.state.max_steps)

@@ -200,6 +200,7 @@ class Shrinking:
         """Writes what has been cut so far beside the weights of a checkpoint."""
         if self._has_shrunk and self.args.should_save:
             saved = {
+                "partition": self._dhspg().fingerprint,
                 "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
                 "certificates": [list(certificate) for certificate in self._certificates],
             }
@@ -209,7 +210,7 @@ class Shrinking:
         """Cuts the model as that of a checkpoint was, before its weights are loaded.
 
         Raises:
-            OTOError: the checkpoint is of another model, or of this one as it was cut already.
+            OTOError: the checkpoint is of a run with another partition.
         """
         file = Path(checkpoint, CUTS_NAME)
         if not file.exists():
@@ -220,13 +221,12 @@ class Shrinking:
         if self._dhspg() is None:
             self.create_optimizer()  # of the dense model: `Trainer` finds it later
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        try:
-            cut = self._compaction.resolve(PruningPlan(saved["plan"]), warn=False)
-        except ValueError as error:
+        if saved["partition"] != self._dhspg().fingerprint:
             raise OTOError(
-                f"{checkpoint} holds a model that was cut while it trained, and this is not the dense model that the "
-                f"run began with ({error}): make the trainer with that one, and resume"
-            ) from error
+                f"{checkpoint} was saved with another partition, of other ZIGs: resume with the dense model that the "
+                "run began with, not with the one in the checkpoint, and with the same `protect`"
+            )
+        cut = self._compaction.resolve(PruningPlan(saved["plan"]), warn=False)
         self._cut_(model, cut)
         self._certificates = [Certificate(*values) for values in saved["certificates"]]
 

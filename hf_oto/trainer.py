@@ -83,7 +83,7 @@ class OTOMixin(FirstCalls, Resuming, Shrinking, Ending, Hub):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
 
-        Whatever fails after the last step, the trained full model is then in the folder `dense` of the output folder,
+        Whatever fails after the last step, the trained model is then in the folder `trained` of the output folder,
         and the error names it. Called again after it was interrupted, it trains its whole schedule, from the weights
         as they are.
 

@@ -143,12 +143,12 @@ def test_trainer_under_ddp_and_fsdp2(tmp_path):
 
     # a certificate that fails on one rank stops them all, and the full model is saved though training was sharded
     assert errors[0] == errors[1] and "certificate failed" in errors[0]
-    full = load_file(tmp_path / "failed" / "dense" / "model.safetensors")
+    full = load_file(tmp_path / "failed" / "trained" / "model.safetensors")
     assert {n: t.shape for n, t in full.items()} == {n: t.shape for n, t in worker.bert().state_dict().items()}
 
     # so it is when a callback of the user's fails in the end, while it is sharded still
-    assert all("the trained full model is saved" in text and kind == "ZeroDivisionError" for text, kind in broken)
-    full = load_file(tmp_path / "broken" / "dense" / "model.safetensors")
+    assert all("the trained model is saved" in text and kind == "ZeroDivisionError" for text, kind in broken)
+    full = load_file(tmp_path / "broken" / "trained" / "model.safetensors")
     assert {n: t.shape for n, t in full.items()} == {n: t.shape for n, t in worker.bert().state_dict().items()}
 
     # the recipe, sharded, ends where one process does

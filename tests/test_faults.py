@@ -99,7 +99,7 @@ NOT_ARGUMENTS = {"callbacks", "eval_dataset", "data_collator", "compute_loss_fun
 
 def leftovers(folder):
     """What a run has left in its folder that only it knows of."""
-    return [path.name for path in Path(folder).glob("*") if path.name.startswith(("dense", "rehearsal"))]
+    return [path.name for path in Path(folder).glob("*") if path.name.startswith(("trained", "rehearsal"))]
 
 
 def last_weights_of(cls):
@@ -161,7 +161,7 @@ def test_a_callback_that_fails_after_the_last_step(tmp_path, event):
         trainer.train()
     assert raised.value.__cause__ is own
     assert same_weights(saved_in(raised.value), trainer.after_step)
-    assert leftovers(tmp_path) == ["dense"]
+    assert leftovers(tmp_path) == ["trained"]
 
 
 @pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
@@ -172,7 +172,7 @@ def test_the_last_step_itself(tmp_path, event):
     trained = event == "on_optimizer_step"
     with pytest.raises(OTOError if trained else RuntimeError, match="my own error") as raised:
         trainer.train()
-    assert leftovers(tmp_path) == (["dense"] if trained else [])
+    assert leftovers(tmp_path) == (["trained"] if trained else [])
     assert not trained or same_weights(saved_in(raised.value), trainer.after_step)
 
 
@@ -197,9 +197,9 @@ def test_what_stops_a_program_stays_what_it_is(tmp_path, stop, step, caplog):
     with pytest.raises(type(stop)) as raised:
         trainer.train()
     assert raised.value is stop
-    assert leftovers(tmp_path) == (["dense"] if step == STEPS else [])
+    assert leftovers(tmp_path) == (["trained"] if step == STEPS else [])
     if step == STEPS:
-        assert same_weights(tmp_path / "dense", trainer.after_step) and str(tmp_path / "dense") in caplog.text
+        assert same_weights(tmp_path / "trained", trainer.after_step) and str(tmp_path / "trained") in caplog.text
 
 
 def test_ctrl_c_stays_ctrl_c_on_a_full_disk(tmp_path, monkeypatch, caplog):
@@ -288,10 +288,10 @@ def test_what_fails_while_compacting(tmp_path, monkeypatch, broken, error):
 
     trainer.add_callback(type("Late", (tf.TrainerCallback,), {"on_train_end": break_it})())
     expected = OTOError if type(error) is RuntimeError else torch.OutOfMemoryError
-    with pytest.raises(expected, match=r"the trained full model is saved in .*dense") as raised:
+    with pytest.raises(expected, match=r"the trained model is saved in .*trained") as raised:
         trainer.train()
     assert raised.value.__cause__ is error
-    assert same_weights(tmp_path / "dense", trainer.after_step)
+    assert same_weights(tmp_path / "trained", trainer.after_step)
 
 
 def test_evaluation_and_best_model_loading_that_fail(tmp_path, monkeypatch):
@@ -354,9 +354,9 @@ def test_an_old_folder_of_that_name_is_not_this_runs(tmp_path):
         again.train()
     assert same_weights(saved_in(raised.value), again.after_step)
     assert not same_weights(saved_in(raised.value), first.after_step)
-    assert same_weights(tmp_path / "dense", first.after_step)
+    assert same_weights(tmp_path / "trained", first.after_step)
     make(tmp_path).train()  # one that succeeds leaves what others left
-    assert same_weights(tmp_path / "dense", first.after_step)
+    assert same_weights(tmp_path / "trained", first.after_step)
 
 
 def test_a_second_train_that_fails_before_it_begins(tmp_path, monkeypatch):
