@@ -155,21 +155,21 @@ class DHSPG(ZIGOptimizer):
         self._salience = salience
         self._elements = elements_of_zig(axes, self.parameters_by_name())
         self._take_zigs(axes, process_group)
+        self.fingerprint = _fingerprint(axes)
         events = ", ".join(map(str, self.schedule.events)) or "no step"
         self._begin(
             salience=torch.zeros(self.num_zigs, dtype=torch.float32, device="cpu"),
             salience_of_axes=torch.zeros(len(axes), dtype=torch.float32, device="cpu"),
             # axes whose gradients were seen since the last choice
             sampled=torch.zeros(len(axes), dtype=torch.uint8, device="cpu"),
-            partition=_fingerprint(axes),
+            partition=self.fingerprint,
             run=f"{target.kind}={target.value}, events at {events}",
         )
 
     def _scheduled(self, total_steps: int, window: tuple[float, float] | None, num_events: int | None) -> Schedule:
-        dense = self.budget.dense
-        if self.budget.goal >= dense:
+        if self.budget.goal >= self.budget.dense:
             return Schedule()
-        return Schedule.over(total_steps, self.budget.goal / dense, window, num_events)
+        return Schedule.over(total_steps, self.budget.goal / self.budget.dense, window, num_events)
 
     # state ------------------------------------------------------------------------------------
 
@@ -203,11 +203,6 @@ class DHSPG(ZIGOptimizer):
             f"    {self.num_zigs:,} ZIGs on {len(self.axis_names)} axes, {self.group_sparsity:.3f} of them zero\n"
             f"    step {self._own['dhspg_step']}, {self.phase}; {self._own['run']}"
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the axes and their sizes, which tells partitions apart."""
-        return self._own["partition"]
 
     # where the run is -------------------------------------------------------------------------
 

@@ -260,15 +260,17 @@ def rows(kind):
 
 
 class Watch(tf.TrainerCallback):
-    """What a run looked like from inside: are its parameters sharded, and its buffers when it ended."""
+    """What a run looked like from inside: whether its parameters were sharded, how many parameters the model had in
+    its steps, and its buffers when it ended."""
 
     def __init__(self):
-        self.sharded, self.buffers = set(), {}
+        self.sharded, self.sizes, self.buffers = set(), set(), {}
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
         groups = optimizer.param_groups
         found = [*model.parameters(), *(p for g in groups for p in g["params"])]
         self.sharded |= {isinstance(p, DTensor) for p in found}
+        self.sizes.add(sum(p.numel() for p in model.parameters()))
 
     def on_train_end(self, args, state, control, model=None, **_):
         self.buffers = {
@@ -315,7 +317,7 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
     assert (trainer.model is model) is not args.uniform  # sharded or not, it is the user's own
     trainer.save_model(str(folder / "compact"))
     return {
-        "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded,
+        "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded, "sizes": watch.sizes,
         "buffers": watch.buffers, "loss": trainer.evaluate()["eval_loss"],
         "sparsity": trainer.report["group_sparsity"],
         "difference": trainer.report["max_output_difference"], "files": sorted(os.listdir(folder / "compact")),
@@ -323,9 +325,16 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
 
 
 def trainer_ddp(rank, world, folder):
+    checkpoints = {"save_strategy": "steps", "save_steps": 15}
+    accumulated = {"world": world, "accumulate": 2, "ddp_find_unused_parameters": True}
+    ddp = trained(folder / "ddp", world=world, **checkpoints)
+    checkpoint = folder / "ddp" / "checkpoint-30"
+    assert (checkpoint / "oto_cuts.json").exists()
     return {
-        "ddp": trained(folder / "ddp", world=world),
-        "ddp accumulated": trained(folder / "accumulated", world=world, accumulate=2),
+        "ddp": ddp,
+        "ddp resumed": trained(folder / "ddp resumed", world=world, resume=str(checkpoint), **checkpoints),
+        "ddp whole": trained(folder / "ddp whole", world=world, shrink=False),
+        "ddp accumulated": trained(folder / "accumulated", **accumulated),
         "ddp resnet": trained(folder / "resnet", "resnet", world=world),
     }
 
