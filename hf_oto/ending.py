@@ -6,13 +6,11 @@ what can't be done at the end is found out before the first step.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,22 @@ import torch
 from accelerate.utils import broadcast
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .calls import raise_if_out_of_memory
 from .certificate import certify, largest_difference, own_outputs, zeroed
-from .cut import Cut, TrialCut, resolve
+from .cut import Cut, TrialCut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
 from .modeling_oto import OTOError
 from .ranks import WholeModel, of_rank_zero
-from .rehearsal import no_progress_bars, refuse_adapter, rehearse_saving
 from .report import Report, measure, scores, size
 from .shrinking import CUTS_NAME
 from .uniform import plain
-from .zigs import PruningPlan, random_half
+from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
 
 
 class Ending:
-    """The part of `OTOMixin` that rehearses the end, and makes it."""
+    """The part of `OTOMixin` that makes the end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.plan: PruningPlan | None = None
@@ -48,44 +44,6 @@ class Ending:
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
         super().__init__(*args, **kwargs)
-
-    # rehearsal -------------------------------------------------------------------------------------
-
-    def _rehearse_the_end(self, model: torch.nn.Module) -> None:
-        """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
-        what can't be done in the end is an error before the first step."""
-        cut = resolve(self.partition, random_half(self.partition), warn=False)
-        with self._room_for_rehearsal(model) as folder:
-            try:
-                rehearse_saving(model, cut, lambda: self._save(folder), folder)
-            except Exception as error:
-                raise_if_out_of_memory(error)
-                raise OTOError(
-                    f"a compact {type(model).__name__} can't be saved and loaded again, which was tried before the "
-                    f"first step: {type(error).__name__}: {error}"
-                ) from error
-
-    def _refuse_adapters(self, model: torch.nn.Module) -> None:
-        """Saves a model with frozen parameters once: what saves a part of its weights only is an error, even before
-        anything is analysed."""
-        if not all(p.requires_grad for p in model.parameters()):
-            with self._room_for_rehearsal(model) as folder, no_progress_bars():
-                try:
-                    self._save(folder)
-                except Exception:  # the rehearsal will say why
-                    return
-                refuse_adapter(model, folder)
-
-    @contextlib.contextmanager
-    def _room_for_rehearsal(self, model: torch.nn.Module) -> Iterator[str]:
-        """An empty folder, for a moment, beside where the trained model will be."""
-        place = self.args.output_dir
-        os.makedirs(place, exist_ok=True)
-        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
-        if disk.total and disk.free < needed:  # some network disks say they have none at all
-            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
-        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
-            yield folder
 
     # what was trained is never lost ---------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The end of a run, tried before its first step: the cut model is saved and built again from what was saved.
 
 So what can't be done in the end is found out while nothing is lost yet: a config that isn't JSON, say, weights that
-share memory, or a class whose constructor wants more than its config.
+share memory, or a class whose constructor wants more than its config. `Rehearsing` is a part of `OTOMixin`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,10 +19,52 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calls import outermost_pretrained
+from .calls import outermost_pretrained, raise_if_out_of_memory
 from .compaction import trial_compact
-from .cut import Cut
+from .cut import Cut, resolve
 from .modeling_oto import OTOError
+from .report import size
+from .zigs import random_half
+
+
+class Rehearsing:
+    """The part of `OTOMixin` that tries the end of a run before its first step."""
+
+    def _rehearse_the_end(self, model: nn.Module) -> None:
+        """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
+        what can't be done in the end is an error before the first step."""
+        cut = resolve(self.partition, random_half(self.partition), warn=False)
+        with self._room_for_rehearsal(model) as folder:
+            try:
+                rehearse_saving(model, cut, lambda: self._save(folder), folder)
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                raise OTOError(
+                    f"a compact {type(model).__name__} can't be saved and loaded again, which was tried before the "
+                    f"first step: {type(error).__name__}: {error}"
+                ) from error
+
+    def _refuse_adapters(self, model: nn.Module) -> None:
+        """Saves a model with frozen parameters once: what saves a part of its weights only is an error, even before
+        anything is analysed."""
+        if not all(p.requires_grad for p in model.parameters()):
+            with self._room_for_rehearsal(model) as folder, no_progress_bars():
+                try:
+                    self._save(folder)
+                except Exception:  # the rehearsal will say why
+                    return
+                refuse_adapter(model, folder)
+
+    @contextlib.contextmanager
+    def _room_for_rehearsal(self, model: nn.Module) -> Iterator[str]:
+        """An empty folder, for a moment, beside where the trained model will be."""
+        place = self.args.output_dir
+        os.makedirs(place, exist_ok=True)
+        disk, needed = shutil.disk_usage(place), size(model)["bytes"]
+        if disk.total and disk.free < needed:  # some network disks say they have none at all
+            raise OTOError(f"the trained model takes {needed:,} bytes, and {disk.free:,} bytes are free in {place}")
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=place, ignore_cleanup_errors=True) as folder:
+            yield folder
 
 
 def rehearse_saving(model: nn.Module, cut: Cut, save: Callable[[], None], folder: str) -> None:

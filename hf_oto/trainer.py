@@ -1,7 +1,8 @@
 """The Trainer: partitions on the first batch, trains with DHSPG, holds the compact model when `train()` returns.
 
 `OTOMixin` is made of parts, each with a file of its own: the first examples (first_calls.py), going on from
-checkpoints (resume.py), the end of a run (ending.py), the Hub (hub.py).
+checkpoints (resume.py), the end of a run, tried before the first step (rehearsal.py), shrinking while it trains
+(shrinking.py), the end (ending.py), the Hub (hub.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .modeling_oto import OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
 from .ranks import DEEPSPEED, FSDP1, WholeModel, of_rank_zero, refuse_sharding
+from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
 from .shrinking import Shrinking
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 PLAN_NAME = "oto_plan.json"
 
 
-class OTOMixin(FirstCalls, Resuming, Shrinking, Ending, Hub):
+class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.

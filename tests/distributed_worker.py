@@ -317,8 +317,8 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
     assert (trainer.model is model) is not args.uniform  # sharded or not, it is the user's own
     trainer.save_model(str(folder / "compact"))
     return {
-        "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded, "sizes": watch.sizes,
-        "buffers": watch.buffers, "loss": trainer.evaluate()["eval_loss"],
+        "weights": dict(trainer.model.state_dict()), "plan": trainer.plan.to_json(), "sharded": watch.sharded,
+        "sizes": watch.sizes, "buffers": watch.buffers, "loss": trainer.evaluate()["eval_loss"],
         "sparsity": trainer.report["group_sparsity"],
         "difference": trainer.report["max_output_difference"], "files": sorted(os.listdir(folder / "compact")),
     }  # fmt: skip
