@@ -174,7 +174,9 @@ def grow_(model: nn.Module, cut: Cut) -> None:
     sizes_before = {}
     if cut.partition.sizes is not None:
         sizes_before = {attribute: cut.partition.sizes.values[attribute] for attribute in cut.attributes}
-    roles = {m.param: m.role for axis in cut.partition.axes for m in axis.members}
+    statistics = set()  # a direction of a weight is one along its rows only: along its columns it reads
+    for axis in cut.partition.axes:
+        statistics.update((m.param, m.dim) for m in axis.members if m.role == "statistic")
     places_of_id = places(model)
     tensors = named_tensors(model)
     grown = set()
@@ -186,7 +188,7 @@ def grow_(model: nn.Module, cut: Cut) -> None:
         new = old.detach()
         for dim, gone in gone_of_dims.items():
             # a variance of zero would divide by zero
-            new = _with_positions(new, dim, gone, fill=1.0 if roles[name] == "statistic" else 0.0)
+            new = _with_positions(new, dim, gone, fill=1.0 if (name, dim) in statistics else 0.0)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
             vars(new).update(vars(old))
