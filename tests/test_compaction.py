@@ -519,6 +519,22 @@ def test_the_class_is_compact_only_while_it_is_cut(name):
     assert type(model) is stock
 
 
+def test_marks_on_parameters_stay():
+    """And whether they train; a parameter that isn't cut is the same object."""
+    model = make("gated").eval()
+    partition = partition_zigs(model, hidden(2))
+    model.up.weight.mark = "a mark"
+    model.up.weight.requires_grad_(False)
+    up, bias_of_output = model.up.weight, model.down.bias
+    compaction = cut_piecewise(model, partition, growing_plans(partition))
+    for _ in range(2):
+        assert model.up.weight is not up
+        assert model.down.bias is bias_of_output
+        assert model.up.weight.mark == "a mark" and not vars(model.down.weight)
+        assert not model.up.weight.requires_grad and model.down.weight.requires_grad
+        compaction.undo_(model)
+
+
 def test_statistics_of_zero_show(outputs, difference, monkeypatch):
     """Control: a direction of zeros has no norm to divide by."""
     model, inputs = make("weight_norm").eval(), TABLE["weight_norm"].inputs(2)
