@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +77,7 @@ class Compaction:
         self._dense: dict[str, _Dense] = {}  # path of a Transformers model in the model -> what it was
         for path, part in outermost_pretrained(model).items():
             record = copy.deepcopy(vars(part.config).get("oto"))
-            self._dense[path] = _Dense(type(part), part.config.architectures, record, _sizes(part))
+            self._dense[path] = _Dense(type(part), part.config.architectures, record, {})
 
     @functools.cached_property
     def left(self) -> ZIGPartition:
@@ -109,13 +109,17 @@ class Compaction:
         """
         if not cut.removed.any():
             return
+        parts = outermost_pretrained(model)
+        # not those at the beginning of training: a forward may set sizes, too
+        sizes_before = {path: _sizes(part) for path, part in parts.items()}
         cut_(model, cut)
         renew_caches_(model)
         gone = self.gone.copy()
         gone[~self.gone] = cut.removed
         self.gone = gone
         vars(self).pop("left", None)  # it is another one now
-        for path, part in outermost_pretrained(model).items():
+        for path, part in parts.items():
+            self._dense[path].note_changes(sizes_before[path], _sizes(part))
             self._record_(part, path)
 
     def _record_(self, part: PreTrainedModel, path: str) -> None:
@@ -148,6 +152,7 @@ class Compaction:
             dense.put_back_record_(part)
             part.__class__ = dense.cls
             part.config.architectures = dense.architectures
+            dense.sizes.clear()
         self.gone = np.zeros_like(self.gone)
         vars(self).pop("left", None)
 
@@ -158,7 +163,13 @@ class _Dense(NamedTuple):
     cls: type[PreTrainedModel]
     architectures: list[str] | None
     record: dict[str, Any] | None  # of an earlier compaction
-    sizes: dict[SizeKey, Any]
+    sizes: dict[SizeKey, Any]  # those that cuts have changed, as they were before
+
+    def note_changes(self, before: Mapping[SizeKey, Any], after: Mapping[SizeKey, Any]) -> None:
+        """Notes what a cut has changed; what an earlier cut has changed is noted already."""
+        for key, size in before.items():
+            if after.get(key, size) != size:
+                self.sizes.setdefault(key, size)
 
     def put_back_record_(self, part: PreTrainedModel) -> None:
         vars(part.config).pop("oto", None)
@@ -204,14 +215,14 @@ def _sizes(model: nn.Module) -> dict[SizeKey, Any]:
 
 
 def _record(
-    model: PreTrainedModel, partition: ZIGPartition, gone: np.ndarray, sizes_before: dict[SizeKey, Any], prefix: str
+    model: PreTrainedModel, partition: ZIGPartition, gone: np.ndarray, sizes_before: Mapping[SizeKey, Any], prefix: str
 ) -> dict[str, Any]:
     """What modeling_oto.py needs to build the compact model from a stock one, and `to_dense` to undo the cut.
 
     Args:
         partition: of the model before the cut.
         gone: which of its ZIGs have been cut out, bool (num_zigs,).
-        sizes_before: `_sizes` of the model before the cut.
+        sizes_before: of what `_sizes` finds, all that was changed by the cut, as it was before.
         prefix: of the names of its parameters in the model that was cut.
     """
     modules: dict[str, dict[str, dict[str, Any]]] = {}

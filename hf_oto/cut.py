@@ -96,14 +96,15 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone:
 
 
 def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray, gone: np.ndarray) -> None:
-    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`.
+    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`, and not none.
 
-    What is gone left a multiple, too, so that the others are enough.
+    What is gone left such a multiple, so that the others are enough.
     """
     parts = zip(partition.split(removed), partition.split(gone), strict=True)
     for (axis, removed_of_axis), (_, gone_of_axis) in parts:
         num_kept = int((~removed_of_axis).sum())
-        num_missing = -num_kept % axis.multiple
+        # none is kept where the plan keeps only what is gone
+        num_missing = -num_kept % axis.multiple if num_kept else axis.multiple
         may_return = np.flatnonzero(removed_of_axis & ~gone_of_axis)
         removed_of_axis[may_return[:num_missing]] = False
 
@@ -174,7 +175,9 @@ def grow_(model: nn.Module, cut: Cut) -> None:
     sizes_before = {}
     if cut.partition.sizes is not None:
         sizes_before = {attribute: cut.partition.sizes.values[attribute] for attribute in cut.attributes}
-    roles = {m.param: m.role for axis in cut.partition.axes for m in axis.members}
+    statistics = set()  # a direction of a weight is one along its rows only: along its columns it reads
+    for axis in cut.partition.axes:
+        statistics.update((m.param, m.dim) for m in axis.members if m.role == "statistic")
     places_of_id = places(model)
     tensors = named_tensors(model)
     grown = set()
@@ -186,7 +189,7 @@ def grow_(model: nn.Module, cut: Cut) -> None:
         new = old.detach()
         for dim, gone in gone_of_dims.items():
             # a variance of zero would divide by zero
-            new = _with_positions(new, dim, gone, fill=1.0 if roles[name] == "statistic" else 0.0)
+            new = _with_positions(new, dim, gone, fill=1.0 if (name, dim) in statistics else 0.0)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
             vars(new).update(vars(old))
