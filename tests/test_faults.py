@@ -224,8 +224,8 @@ def fill_the_disk(monkeypatch, trainer, after=1):
 
 
 @pytest.mark.parametrize("event", ["on_train_end", None])
-def test_a_disk_that_is_full_in_the_end(tmp_path, monkeypatch, event):
-    """What was half saved is no trained model: the whole one is still the trainer's."""
+def test_a_full_disk_leaves_the_trained_model_in_memory(tmp_path, monkeypatch, event):
+    """The half-saved folder is deleted, and the trainer still has the whole model."""
     trainer = make(
         tmp_path, cls=last_weights_of(OTOTrainer), callbacks=[Breaking(event, RuntimeError("own"))] if event else []
     )
@@ -259,7 +259,7 @@ def test_a_full_disk_and_a_checkpoint_of_the_last_step(tmp_path, monkeypatch):
         third.train()
 
 
-def test_a_full_disk_and_another_one(tmp_path, monkeypatch):
+def test_a_full_output_disk_makes_it_save_on_another_one(tmp_path, monkeypatch):
     """Where only the output folder can't be written, the model is saved in the system's temporary one."""
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()
@@ -332,7 +332,7 @@ def test_early_stopping_counts_as_trained(tmp_path):
 
 
 def test_resumed_at_its_last_step(tmp_path):
-    """Nothing is left to train there, and what fails then fails after the last step."""
+    """Nothing is left to train there, so an error counts as one after the last step."""
     data = rows(4 * STEPS)
     make(tmp_path / "a", data=data, save_strategy="steps", save_steps=STEPS).train()
     again = make(tmp_path / "b", data=data, callbacks=[Breaking("on_train_end", RuntimeError("own"))])
@@ -386,7 +386,7 @@ def test_after_a_failure_the_same_trainer_goes_on(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_after_success(tmp_path):
-    """And what rotates, pushes or lists checkpoints never sees our folders."""
+    """Code that rotates, pushes or lists checkpoints never sees our folders either."""
     seen = set()
 
     class Looking(tf.TrainerCallback):
@@ -476,7 +476,7 @@ def test_a_card_that_fails_only_warns(tmp_path, monkeypatch, caplog):
 
 
 def test_a_model_without_multiplications_has_a_report(tmp_path):
-    """Nothing is divided by its no MACs."""
+    """Its share of MACs is no division by zero."""
     from hf_oto.report import table
 
     text = table({"params": 10, "macs": 0}, {"params": 5, "macs": 0})
@@ -1259,7 +1259,7 @@ def test_the_analysis_leaves_nothing_behind(tmp_path, collator):
 
 
 def test_a_first_batch_taken_from_the_loader_leaves_nothing_behind(tmp_path):
-    """Where only the loader itself gives a batch, its random numbers are given back too."""
+    """Only the loader itself can give a batch here, and the random numbers that it draws are given back too."""
 
     class Mine(Counting):
         def get_train_dataloader(self):

@@ -752,7 +752,7 @@ def test_a_reader_that_cannot_be_zero_pins_what_is_not_zero(reader, offered):
 
 
 def test_a_small_loss_is_measured_on_the_scale_of_the_logits():
-    """Where a model is sure of itself, rounding shows in its loss a hundredfold; control: logits that do differ."""
+    """The loss of a confident model shows rounding a hundredfold; control: logits that do differ."""
     logits = torch.tensor([[20.0, 5.0, -3.0]])
     loss = torch.tensor(3e-3)
     moved = [loss + 2e-6, logits + 2e-6]

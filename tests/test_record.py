@@ -443,7 +443,7 @@ def test_what_no_cut_accounts_for_is_refused(table, name, monkeypatch):
 
 
 def test_cuts_that_the_shapes_do_not_know_justify_nothing(compacts):
-    """Neither a cut made up, nor a shape: they have to agree."""
+    """A made-up cut justifies no attribute, because cuts and shapes have to agree."""
     c = compacts["resnet_basic"]
     stride = attribute(CONV, "stride", [1, 1])
     for made_up in ([f"{CONV}.weight", 2, 0, 0, 1, 1], [f"{CONV}.weight", 0, 0, 0, 1, 1]):
@@ -454,8 +454,8 @@ def test_cuts_that_the_shapes_do_not_know_justify_nothing(compacts):
             built(c, sealed(record))
 
 
-def test_fewer_ways_than_widths():
-    """What a number may be after cuts: it has a share in every ZIG, but is not the width of one."""
+def test_a_number_shrinks_by_whole_zigs():
+    """A cut may change a number that has an equal share in every ZIG, but never the width of one ZIG."""
     cuts = [RecordedCut(0, 4, 3, 0b1101, [], []), RecordedCut(1, 3, 2, 0b11, [], [])]
     heads, again = Taken(0, 8), Taken(1, 8)
     for number, expected in {4: {4, 3}, 32: {32, 24}, 8: {8}, 16: {16, 12}, 12: {12}, 64: {64}, 1: {1}}.items():
@@ -563,7 +563,7 @@ def test_what_grows_faster_is_seen():
 
 @pytest.mark.parametrize("size", [10**12, 2**62])
 def test_an_absurd_size_is_refused_at_once(compacts, size):
-    """Nothing as long as what a record says is ever made; the record itself is short."""
+    """The record is short, and reading it never makes anything as long as the sizes it names."""
     c = compacts["bert"]
     for change in (
         lambda r: r["cuts"][0].update(size=size),
