@@ -941,13 +941,22 @@ def test_a_stream_that_is_too_short_ends_as_with_the_stock_trainer(tmp_path):
 
 def test_the_control_of_the_batches(tmp_path):
     """One example that is taken beforehand changes them, and so does one random number."""
-    right = make(tmp_path, cls=Stock, data=Once(5 * STEPS), args=arguments(tmp_path, tf.TrainingArguments))
-    right.train()
-    short = Once(5 * STEPS)
-    next(short.iterator)
-    wrong = make(tmp_path, cls=Stock, data=short, args=arguments(tmp_path, tf.TrainingArguments))
-    wrong.train()
-    assert not torch.equal(right.batches[0]["input_ids"], wrong.batches[0]["input_ids"])
+
+    def first_batch(taken=0, drawn=0):
+        """Of a training before which so many examples were taken, and so many random numbers drawn."""
+        data = Once(5 * STEPS)
+        args = arguments(tmp_path, tf.TrainingArguments)
+        trainer = make(tmp_path, cls=Stock, data=data, args=args, data_collator=masked)
+        for _ in range(taken):
+            next(data.iterator)
+        torch.rand(drawn)
+        trainer.train()
+        return trainer.batches[0]["input_ids"]
+
+    right = first_batch()
+    assert torch.equal(right, first_batch())
+    assert not torch.equal(right, first_batch(taken=1))
+    assert not torch.equal(right, first_batch(drawn=1))
 
 
 @pytest.mark.parametrize("data", [Epochs, rows, Augmented])
