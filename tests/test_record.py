@@ -144,6 +144,20 @@ def mutations(draw, record):
     return box[0]
 
 
+@st.composite
+def made_up_sizes(draw, record, dense):
+    """A copy of the record that gives one more number of one module, be it a width or a stride; it never grows."""
+    sizes = {path: sizes_of(module) for path, module in dense.named_modules() if sizes_of(module)}
+    path = draw(st.sampled_from(sorted(sizes)))
+    name = draw(st.sampled_from(sorted(sizes[path])))
+    old = sizes[path][name]
+    is_list = isinstance(old, (list, tuple))
+    new = [draw(st.integers(min(n, 1), n)) for n in (old if is_list else [old])]
+    changed = copy.deepcopy(record)
+    attribute(path, name, new if is_list else new[0])(changed)
+    return changed
+
+
 def text(record):
     return json.dumps(record, sort_keys=True)
 
@@ -202,7 +216,7 @@ def test_what_is_damaged_is_an_error(compacts, folder_with, outputs, difference,
 @given(data=st.data())
 def test_what_is_made_up_only_chooses_widths(compacts, folder_with, data):
     c = compacts[data.draw(st.sampled_from(MODELS))]
-    record = data.draw(mutations(c.config["oto"]))
+    record = data.draw(mutations(c.config["oto"]) | made_up_sizes(c.config["oto"], c.dense))
     if isinstance(record, dict):
         record = sealed(record)
     for load in (built, made_dense, lambda c, record: c.stock.from_pretrained(folder_with(c, record))):
