@@ -263,7 +263,8 @@ def test_scales_are_rounded_once(dtype, outputs, difference):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_averages_of_what_zeros_do_not_silence_are_pinned():
+@pytest.mark.parametrize(("function", "offered"), [(torch.neg, True), (torch.cos, False)])
+def test_averages_of_what_zeros_do_not_silence_are_pinned(function, offered):
     """cos(0) is 1: zero producers don't silence these positions, so the average over them pins the axis."""
 
     class Net(nn.Module):
@@ -272,8 +273,9 @@ def test_averages_of_what_zeros_do_not_silence_are_pinned():
             self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16)
 
         def forward(self, x):
-            h = self.up(x).cos()
+            h = function(self.up(x))
             return self.down(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))
 
     partition = partition_zigs(randomise_(Net()), {"x": waves(2, 7, 16)})
-    assert not partition.axes and partition.pinned["up.weight[0]"] == "an average is taken over it"
+    assert [axis.size for axis in partition.axes] == ([12] if offered else [])
+    assert (partition.pinned.get("up.weight[0]") == "an average is taken over it") is not offered
