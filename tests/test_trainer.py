@@ -179,9 +179,11 @@ def test_paper_mode_runs(tmp_path):
 
 
 def test_the_best_model_is_never_from_before_the_target(tmp_path):
+    """The largest loss, that of the first evaluation, is the best one here."""
     trainer = train(
-        tmp_path, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True
-    )
+        tmp_path, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
     assert trainer.state.best_global_step >= 24
     assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)
 
