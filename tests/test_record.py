@@ -146,15 +146,18 @@ def mutations(draw, record):
 
 @st.composite
 def made_up_sizes(draw, record, dense):
-    """A copy of the record that gives one more number of one module, be it a width or a stride; it never grows."""
-    sizes = {path: sizes_of(module) for path, module in dense.named_modules() if sizes_of(module)}
-    path = draw(st.sampled_from(sorted(sizes)))
-    name = draw(st.sampled_from(sorted(sizes[path])))
-    old = sizes[path][name]
-    is_list = isinstance(old, (list, tuple))
-    new = [draw(st.integers(min(n, 1), n)) for n in (old if is_list else [old])]
+    """A copy of the record that makes one more number of one module smaller, be it a width or a stride."""
+    numbers = {}
+    for path, module in dense.named_modules():
+        for name, old in sizes_of(module).items():
+            is_list = isinstance(old, (list, tuple))
+            if max(old if is_list else [old]) > 1:
+                numbers[path, name] = list(old) if is_list else old
+    path, name = draw(st.sampled_from(sorted(numbers)))
+    old = numbers[path, name]
+    new = [draw(st.integers(1, n - 1)) if n > 1 else n for n in (old if isinstance(old, list) else [old])]
     changed = copy.deepcopy(record)
-    attribute(path, name, new if is_list else new[0])(changed)
+    attribute(path, name, new if isinstance(old, list) else new[0])(changed)
     return changed
 
 
