@@ -22,7 +22,7 @@ from hf_oto.certificate import certify
 from hf_oto.cut import TrialCut, compact_, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
-from hf_oto.sizes import Equation, Size, Sizes
+from hf_oto.sizes import Equation, Sizes
 
 TOLERANCE = 1e-5
 
@@ -357,6 +357,10 @@ ASKS = {
     "wide": lambda net, h: h.shape[-1] > 3,
     "narrow": lambda net, h: 6 > h.shape[-1],
     "just so": lambda net, h: net.up.out_features == 8,
+    "wide layer": lambda net, h: net.up.out_features > 3,
+    "wide reader": lambda net, h: net.down.in_features > 3,
+    "long weight": lambda net, h: len(net.up.weight) > 3,
+    "many elements": lambda net, h: net.up.weight.numel() > 50,
     "not so": lambda net, h: h.size(-1) != 5,
     "even": lambda net, h: h.shape[-1] % 2 == 0,
     "in a table": lambda net, h: {8: True}.get(h.shape[-1], False),
@@ -379,13 +383,18 @@ def cut_to_every_width(asks, outputs, difference):
     return worst, cuts
 
 
+def unseen(*_):
+    """A rehearsal that sees no difference."""
+
+
 @pytest.mark.parametrize("name", ASKS)
 def test_no_cut_takes_another_branch(name, outputs, difference, monkeypatch):
     worst, cuts = cut_to_every_width(ASKS[name], outputs, difference)
     assert worst <= TOLERANCE
     assert (cuts == sum(range(8))) is (name == "as wide")  # of the others some stay as zeros, or all are pinned
-    monkeypatch.setattr(Size, "_note", lambda *_: None)  # control: comparisons that nobody notes
-    monkeypatch.setattr(hf_oto.partition, "_differs", lambda *_: None)  # and no rehearsal, which sees some of them
+    monkeypatch.setattr(Sizes, "solve", lambda *_: ({}, []))  # control: sizes that nobody compares
+    for module in ("attempts", "partition"):  # and no rehearsal, which sees some of them
+        monkeypatch.setattr(f"hf_oto.{module}.differs", unseen)
     worst, _ = cut_to_every_width(ASKS[name], outputs, difference)
     assert (worst > 1e-3) is (name != "as wide")
 
