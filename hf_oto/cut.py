@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .layers import is_of_one_group, names_of_own_sizes
 from .modeling_oto import named_tensors, set_sizes_
 from .restore import contents, places, put_back, restored
 from .sizes import Attribute
@@ -279,23 +279,10 @@ class TrialCut(Trial):
         return self.result
 
 
-OWN_SIZES = {  # the attributes that hold the sizes of the first dimensions of a weight; a subclass before its base
-    nn.Linear: ("out_features", "in_features"),
-    Conv1D: ("nx", "nf"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.modules.conv._ConvTransposeNd: ("in_channels", "out_channels"),
-    nn.modules.conv._ConvNd: ("out_channels", "in_channels"),
-    nn.modules.batchnorm._NormBase: ("num_features",),
-    nn.GroupNorm: ("num_channels",),
-}
-
-
 def own_sizes(module: nn.Module) -> dict[str, int]:
     """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
-    names = next((names for layer, names in OWN_SIZES.items() if isinstance(module, layer)), None)
-    if names is None:
-        return {}
-    weight = _weight_in_eval_mode(module)
+    names = names_of_own_sizes(module)
+    weight = _weight_in_eval_mode(module) if names else None
     if weight is None:
         return {}
     shape = list(weight.shape)
@@ -306,9 +293,9 @@ def own_sizes(module: nn.Module) -> dict[str, int]:
             if name.startswith("weight_") and p.dim() == len(shape):
                 parts.append(p.shape)
         shape = [max(sizes) for sizes in zip(*parts, strict=True)] or shape
-    sizes = dict(zip(names, shape, strict=False))
-    if isinstance(module, nn.modules.conv._ConvNd):
-        sizes[names[1]] *= module.groups  # the weight has the channels of one group
+    sizes = {}
+    for dim, (name, size) in enumerate(zip(names, shape, strict=False)):
+        sizes[name] = size * module.groups if is_of_one_group(module, dim) else size
     return sizes
 
 

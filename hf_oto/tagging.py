@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,21 +20,27 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .layers import is_of_one_group, names_of_own_sizes
 from .modeling_oto import set_sizes_, sizes_of
 from .restore import MANY
 from .size_rules import SIZE_RULES
-from .sizes import Equation, Size, expr_of, plain, span
+from .sizes import Equation, Expr, Ref, Size, expr_of, plain, span
 
 logger = logging.getLogger(__name__)
 
 
-def tag_(model: nn.Module, equations: list[Equation]) -> None:
-    """Tags the sizes that each module keeps or reads from its config, in place; `restored` takes the tags off."""
+def tag_(model: nn.Module, equations: list[Equation], ref: Callable[[torch.Tensor], Ref]) -> None:
+    """Tags the sizes that each module keeps or reads from its config, in place; `restored` takes the tags off.
+
+    Args:
+        ref: the `Ref` of a tensor.
+    """
     for path, module in model.named_modules():
+        expr_of_own = _own_sizes_as_spans(module, path, ref)
         tagged: dict[str, Any] = {}
         for name, value in sizes_of(module).items():
             if isinstance(value, int):
-                expr = ("attribute", path, name, None)
+                expr = expr_of_own.get(name, ("attribute", path, name, None))
                 tagged[name] = Size(value, expr, equations)
             elif len(value) <= MANY:  # longer lists are data
                 sizes = []
@@ -42,6 +49,20 @@ def tag_(model: nn.Module, equations: list[Equation]) -> None:
                     sizes.append(Size(entry, expr, equations))
                 tagged[name] = type(value)(sizes)
         set_sizes_(module, tagged)
+
+
+def _own_sizes_as_spans(module: nn.Module, path: str, ref: Callable[[torch.Tensor], Ref]) -> dict[str, Expr]:
+    """The sizes of its weight that one of torch's layers keeps, as the dimensions that they are sizes of."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return {}
+    exprs: dict[str, Expr] = {}
+    for dim, name in enumerate(names_of_own_sizes(module)):
+        expr = span(ref(weight), dim)
+        if is_of_one_group(module, dim):
+            expr = ("*", expr, ("attribute", path, "groups", None))
+        exprs[name] = expr
+    return exprs
 
 
 class Tagger(TorchFunctionMode):
@@ -66,6 +87,8 @@ class Tagger(TorchFunctionMode):
             return self._tagged_shape(args[0])
         if name == "size" and func is torch.Tensor.size:
             return self._tagged_size(*args, **kwargs)
+        if name in ("numel", "nelement"):
+            return math.prod(self._tagged_shape(args[0]))
 
         sizes: list[Size] = []
         untag = functools.partial(_untagged, sizes)
@@ -76,6 +99,9 @@ class Tagger(TorchFunctionMode):
             self._apply_rule(name, out, args, kwargs)
             return out
 
+        if name == "__len__":  # `len` makes a bare int of whatever it gets
+            (first_size, *_) = self._tagged_shape(args[0])
+            sizes.append(first_size)
         # a function without a rule uses the sizes as numbers, so they have to stay what they are
         layer = self.recorder.layers[-1]
         for size in sizes:

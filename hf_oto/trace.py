@@ -343,7 +343,7 @@ class _Runs:
                 if name in self.sources:
                     recorder.name(tensor, self.sources[name])
             experts_at_once_(model)
-            tag_(model, self.equations)
+            tag_(model, self.equations, recorder.ref)
             with self._recording(on_fakes):
                 enter_mode_(model, training)  # what modules compute from their weights at this moment is recorded too
             for forward, inputs in zip(self.forwards, self._inputs, strict=True):

@@ -336,7 +336,7 @@ def test_every_zig_keeps_every_constraint_and_none_is_larger_than_it_must_be(pro
 
 @laws
 @given(problems())
-def test_all_that_can_go_goes(problem):
+def test_every_position_that_can_go_goes(problem):
     """Completeness, by brute force: of single positions of a leaf, those that can go with nothing else are ZIGs."""
     algebra, sources = problem
     _, zig_of = zigs_of(algebra, *sources)

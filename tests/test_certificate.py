@@ -377,7 +377,7 @@ def test_rounding_hides_wrong_cuts(wrong_cuts):
 
 
 def test_large_outputs_are_compared_in_pieces(monkeypatch):
-    """The same whatever the pieces; control: none of them is left out."""
+    """The size of the pieces changes nothing; control: each piece counts."""
     x = torch.randn(7, 11, dtype=torch.float64) + 1000
     x[3, 4], x[6, 10] = torch.nan, torch.inf
     y = x.clone()
@@ -408,7 +408,7 @@ class AsksForItsDtype(torch.nn.Module):
 
 
 def test_what_does_not_compute_in_double_is_certified_as_it_is(caplog):
-    """More coarsely, and a warning says so; a wrong cut is refused all the same."""
+    """Its tolerance is coarser, and a warning says so; a wrong cut is refused all the same."""
     model, inputs = AsksForItsDtype(), {"x": torch.randn(4, 16)}
     partition = partition_zigs(model, inputs)
     assert [axis.size for axis in partition.axes] == [12]

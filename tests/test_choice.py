@@ -190,7 +190,7 @@ def test_limits_do_not_hold_by_themselves():
 
 @pytest.mark.parametrize("some_stay", [False, True])
 def test_the_goal_is_met_or_all_is_gone(some_stay):
-    """And a share that is met is overshot by a block at most, of what blocks cost at first."""
+    """A share that is met is overshot by one block at most, whose cost is that in the dense model."""
     met = exhausted = 0
     for seed in SEEDS:
         for case, share, zero, chosen, may_go in run(seed, some_stay=some_stay):
@@ -217,7 +217,7 @@ def forgetful(salience, zero, *more):
 
 
 @pytest.mark.parametrize("choice", [choose, forgetful])
-def test_what_is_met_already_takes_no_more(choice):
+def test_a_goal_that_is_met_takes_no_more_zigs(choice):
     """A block that overshot an early goal is gone: no other is taken in its place."""
     idle = taken = 0
     for seed in SEEDS:

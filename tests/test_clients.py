@@ -199,7 +199,7 @@ def test_trainers_of_trl(tmp_path, name):
 
 
 def test_the_law_of_the_clients_can_fail(tmp_path):
-    """What is not as the report says, or not saved as it is, is seen."""
+    """Negative control of `holds`: it sees weights that differ from the saved ones, and a wrong report."""
     trainer = trl_trainer("sft: text", tmp_path)
     dense = count(trainer.model)
     trainer.train()
@@ -227,7 +227,7 @@ def logits(model):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_reference_of_dpo_stays_whole(tmp_path, own):
-    """A model of the user's, or one that the trainer has loaded: neither a weight of it changes nor an output."""
+    """No weight and no output of the reference changes, whether the user gives it or the trainer loads it."""
     given = dict(ref_model=llama(seed=1)) if own else {}
     trainer = trl_trainer("dpo", tmp_path, **given)
     reference = trainer.ref_model
@@ -795,7 +795,7 @@ def test_one_line_says_what_was_cut_and_where_it_is(tmp_path, capsys, bars):
     assert sum(p.numel() for p in full.parameters()) == before["params"]
 
 
-def test_without_a_checkpoint_the_line_names_none(tmp_path, capsys):
+def test_the_line_names_no_checkpoint_without_one(tmp_path, capsys):
     OTOTrainer(bert(), settings(tmp_path), train_dataset=labelled()).train()
     out = capsys.readouterr().out
     assert "trainer.save_model() saves it\n" in out and "checkpoint" not in out

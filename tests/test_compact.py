@@ -14,6 +14,7 @@ from models import TABLE, Gated, GatedConfig, hidden, make, randomise_, waves
 from torch import nn
 from transformers import PreTrainedModel
 
+import hf_oto.partition
 import hf_oto.restore
 from hf_oto import PruningPlan, compact, partition_zigs, to_dense
 from hf_oto.calls import tensors_of
@@ -22,7 +23,7 @@ from hf_oto.compaction import Compaction
 from hf_oto.cut import TrialCut, cut_, own_sizes, resolve
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
-from hf_oto.sizes import Equation, Size, Sizes
+from hf_oto.sizes import Equation, Sizes
 
 TOLERANCE = 1e-5
 
@@ -137,7 +138,7 @@ def test_sizes_that_modules_keep_follow_each_layer():
     ]
 
 
-def test_what_is_tied_stays_tied(case, pruned):
+def test_tied_parameters_stay_tied(case, pruned):
     model, plan, _ = pruned
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     unique = [n for n, _ in model.named_parameters()]
@@ -282,7 +283,7 @@ class Shared(nn.Module):
 
 
 def test_sizes_that_contradict_each_other_leave_zeros(outputs, difference, caplog):
-    """Axes of two: random cuts always leave one of each, so that the partition offers what some plans contradict."""
+    """Random cuts of axes of two leave one of each, so the partition offers axes that other plans cut unequally."""
     model, inputs = randomise_(Shared(2)), hidden(2)
     partition = partition_zigs(model, inputs)
     assert [axis.size for axis in partition.axes] == [2, 2, 12]
@@ -328,7 +329,7 @@ def test_sizes_solve_what_the_code_computes():
 
 
 def test_sizes_never_grow_or_vanish():
-    """An attribute that would, here 7 minus the heads that stay, or these minus 3, contradicts the cut instead."""
+    """Here 7 minus the heads that stay would grow, and these minus 3 would vanish: both contradict the cut."""
     pad, zig = ("attribute", "attn", "pad", None), np.arange(4)
     heads, spans = ("span", 0, 0, 0, 4), {(0, 0): (zig,)}
     removed = np.array([False, True, False, False])
@@ -357,6 +358,10 @@ ASKS = {
     "wide": lambda net, h: h.shape[-1] > 3,
     "narrow": lambda net, h: 6 > h.shape[-1],
     "just so": lambda net, h: net.up.out_features == 8,
+    "wide layer": lambda net, h: net.up.out_features > 3,
+    "wide reader": lambda net, h: net.down.in_features > 3,
+    "long weight": lambda net, h: len(net.up.weight) > 3,
+    "many elements": lambda net, h: net.up.weight.numel() > 50,
     "not so": lambda net, h: h.size(-1) != 5,
     "even": lambda net, h: h.shape[-1] % 2 == 0,
     "in a table": lambda net, h: {8: True}.get(h.shape[-1], False),
@@ -379,14 +384,20 @@ def cut_to_every_width(asks, outputs, difference):
     return worst, cuts
 
 
+def unseen(*_):
+    """A rehearsal that sees no difference."""
+
+
 @pytest.mark.parametrize("name", ASKS)
 def test_no_cut_takes_another_branch(name, outputs, difference, monkeypatch):
     worst, cuts = cut_to_every_width(ASKS[name], outputs, difference)
     assert worst <= TOLERANCE
     assert (cuts == sum(range(8))) is (name == "as wide")  # of the others some stay as zeros, or all are pinned
-    monkeypatch.setattr(Size, "_note", lambda *_: None)  # control: comparisons that nobody notes
-    worst, cuts = cut_to_every_width(ASKS[name], outputs, difference)
-    assert (worst > 1e-3) is (name != "as wide" and cuts > 0)
+    monkeypatch.setattr(Sizes, "solve", lambda *_: ({}, []))  # control: sizes that nobody compares
+    for module in ("attempts", "partition"):  # and no rehearsal, which sees some of them
+        monkeypatch.setattr(f"hf_oto.{module}.differs", unseen)
+    worst, _ = cut_to_every_width(ASKS[name], outputs, difference)
+    assert (worst > 1e-3) is (name != "as wide")
 
 
 # put on, taken off, kept
@@ -471,7 +482,7 @@ def test_compacting_never_holds_two_models(monkeypatch):
 
 
 def test_what_stays_as_zeros_is_said_once(tmp_path, caplog):
-    """A plan is resolved once in a run: certificate, measurements, cut and figures are of the same."""
+    """A plan is resolved once in a run, and certificate, measurements, cut and figures all use the result."""
     model, inputs = randomise_(Shared(2)), hidden(2)
     partition = partition_zigs(model, inputs)
     with caplog.at_level(logging.WARNING, "hf_oto"):
@@ -525,7 +536,7 @@ def test_compact_models_are_dense_again(case, pruned, draw_plan, outputs, differ
 
 
 def test_dense_zigs_are_zero():
-    """Negative control of `to_dense`: what was cut is there again, as zeros, and nothing else is."""
+    """Negative control of `to_dense`: the positions that were cut are zeros in the dense model, and no others are."""
     model, inputs = make("gated"), hidden(2)
     partition = partition_zigs(model, inputs)
     dense = to_dense(compact(model, partition, PruningPlan({"up.weight[0]": [2, 5, 6]})))

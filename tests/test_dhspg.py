@@ -221,8 +221,8 @@ def test_the_released_rule_misses_its_target_at_a_fine_tuning_rate():
     ("target", "steps", "count", "end"),
     [(0.5, 1000, 8, 600), (0.9, 1000, 16, 250), (0.9, 60, 16, 24), (0.9, 32, 16, 19)],
 )
-def test_where_little_is_left_it_is_chosen_early(target, steps, count, end):
-    """What is to stay then has most of the run for itself; a short run takes the steps that the choices need."""
+def test_high_targets_choose_early(target, steps, count, end):
+    """The ZIGs that stay then train alone for most of the run. A short run takes the steps that its choices need."""
     events = make(net(), total_steps=steps, target_group_sparsity=target).schedule.events
     assert (len(events), events[0], events[-1]) == (count + 1, round(steps / 10), end)
     asked = make(net(), total_steps=steps, target_group_sparsity=target, window=(0.2, 0.8)).schedule.events
@@ -250,7 +250,7 @@ def test_exactly_the_target_whatever_the_learning_rate(base, target, lr):
 
 
 def test_the_floor_is_what_keeps_layers_alive():
-    """Negative control of the floor: with a lower one, a layer where one unit does it all loses the others."""
+    """Negative control of the floor: with a lower floor, a layer with one important unit loses all the others."""
 
     def kept(min_keep):
         model = net()
@@ -490,7 +490,7 @@ def pruned(steps=40, **settings):
 
 @pytest.mark.parametrize("piece", [2**20, 7])
 def test_salience_is_a_mean_over_batches(monkeypatch, piece):
-    """Of <x, gradient>^2, by hand in float64; no single batch is like it."""
+    """The mean of <x, gradient>^2 is computed by hand in float64; no single batch gives the same."""
     monkeypatch.setattr(salience, "PIECE", piece)
     model = net()
     optimizer, terms = make(model), []
@@ -507,7 +507,7 @@ def test_salience_is_a_mean_over_batches(monkeypatch, piece):
 
 
 def test_axes_under_norms_lose_alike():
-    """Where the scale of an axis changes nothing, its last ZIGs count more, and one event doesn't empty it."""
+    """A norm makes the scale of an axis irrelevant: its last ZIGs count more there, and one event doesn't empty it."""
     torch.manual_seed(0)
     blocks = [(nn.Conv2d(n, 16, 1), nn.BatchNorm2d(16), nn.ReLU()) for n in (3, 16, 16)]
     model = nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * 4, 3))
@@ -559,7 +559,7 @@ def test_wide_axes_are_aligned_and_the_number_is_exact(target, divisible):
 
 @pytest.mark.parametrize("divisible", [1, 2])
 def test_a_number_of_zigs_is_exact_whatever_the_cut_leaves(divisible):
-    """Stacked experts are cut to multiples of 8; without a wish for multiples the zeros are as many as asked for."""
+    """Stacked experts keep multiples of 8; unless other multiples are asked for, the number of zeros is exact."""
     partition = ZIGPartition(tuple(dataclasses.replace(axis, multiple=8) for axis in PARTITION.axes), {})
     model = net()
     run(model, make(model, partition=partition, target_group_sparsity=0.4, group_divisible=divisible), 60)

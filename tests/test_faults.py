@@ -224,8 +224,8 @@ def fill_the_disk(monkeypatch, trainer, after=1):
 
 
 @pytest.mark.parametrize("event", ["on_train_end", None])
-def test_a_disk_that_is_full_in_the_end(tmp_path, monkeypatch, event):
-    """What was half saved is no trained model: the whole one is still the trainer's."""
+def test_a_full_disk_leaves_the_trained_model_in_memory(tmp_path, monkeypatch, event):
+    """The half-saved folder is deleted, and the trainer still has the whole model."""
     trainer = make(
         tmp_path, cls=last_weights_of(OTOTrainer), callbacks=[Breaking(event, RuntimeError("own"))] if event else []
     )
@@ -259,7 +259,7 @@ def test_a_full_disk_and_a_checkpoint_of_the_last_step(tmp_path, monkeypatch):
         third.train()
 
 
-def test_a_full_disk_and_another_one(tmp_path, monkeypatch):
+def test_a_full_output_disk_makes_it_save_on_another_one(tmp_path, monkeypatch):
     """Where only the output folder can't be written, the model is saved in the system's temporary one."""
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()
@@ -332,7 +332,7 @@ def test_early_stopping_counts_as_trained(tmp_path):
 
 
 def test_resumed_at_its_last_step(tmp_path):
-    """Nothing is left to train there, and what fails then fails after the last step."""
+    """Nothing is left to train there, so an error counts as one after the last step."""
     data = rows(4 * STEPS)
     make(tmp_path / "a", data=data, save_strategy="steps", save_steps=STEPS).train()
     again = make(tmp_path / "b", data=data, callbacks=[Breaking("on_train_end", RuntimeError("own"))])
@@ -386,7 +386,7 @@ def test_after_a_failure_the_same_trainer_goes_on(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_after_success(tmp_path):
-    """And what rotates, pushes or lists checkpoints never sees our folders."""
+    """Code that rotates, pushes or lists checkpoints never sees our folders either."""
     seen = set()
 
     class Looking(tf.TrainerCallback):
@@ -412,6 +412,8 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
         def on_train_end(self, *args, model, optimizer, lr_scheduler, **kwargs):
             inner = optimizer.optimizer
             states = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)  # a callback's own backward leaves gradients, the Trainer leaves none
             held.extend(map(weakref.ref, [optimizer, inner, lr_scheduler, *states]))
 
     right = ending.certify
@@ -476,7 +478,7 @@ def test_a_card_that_fails_only_warns(tmp_path, monkeypatch, caplog):
 
 
 def test_a_model_without_multiplications_has_a_report(tmp_path):
-    """Nothing is divided by its no MACs."""
+    """Its share of MACs is no division by zero."""
     from hf_oto.report import table
 
     text = table({"params": 10, "macs": 0}, {"params": 5, "macs": 0})
@@ -941,13 +943,22 @@ def test_a_stream_that_is_too_short_ends_as_with_the_stock_trainer(tmp_path):
 
 def test_the_control_of_the_batches(tmp_path):
     """One example that is taken beforehand changes them, and so does one random number."""
-    right = make(tmp_path, cls=Stock, data=Once(5 * STEPS), args=arguments(tmp_path, tf.TrainingArguments))
-    right.train()
-    short = Once(5 * STEPS)
-    next(short.iterator)
-    wrong = make(tmp_path, cls=Stock, data=short, args=arguments(tmp_path, tf.TrainingArguments))
-    wrong.train()
-    assert not torch.equal(right.batches[0]["input_ids"], wrong.batches[0]["input_ids"])
+
+    def first_batch(taken=0, drawn=0):
+        """Of a training before which so many examples were taken, and so many random numbers drawn."""
+        data = Once(5 * STEPS)
+        args = arguments(tmp_path, tf.TrainingArguments)
+        trainer = make(tmp_path, cls=Stock, data=data, args=args, data_collator=masked)
+        for _ in range(taken):
+            next(data.iterator)
+        torch.rand(drawn)
+        trainer.train()
+        return trainer.batches[0]["input_ids"]
+
+    right = first_batch()
+    assert torch.equal(right, first_batch())
+    assert not torch.equal(right, first_batch(taken=1))
+    assert not torch.equal(right, first_batch(drawn=1))
 
 
 @pytest.mark.parametrize("data", [Epochs, rows, Augmented])
@@ -1172,7 +1183,7 @@ def test_a_loss_that_needs_what_training_has_says_the_way_out(tmp_path):
 
 
 class Counting(OTOTrainer):
-    """Keeps metrics wherever people keep them, and logs from its loss."""
+    """Keeps metrics wherever people keep them, logs from its loss, and draws before it traces."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -1180,6 +1191,10 @@ class Counting(OTOTrainer):
         self.losses, self.calls = deque(maxlen=3), 0
         self.total = torch.zeros(())
         self.state.seen = 0
+
+    def trace_calls(self):
+        torch.rand(3)
+        return super().trace_calls()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -1259,7 +1274,7 @@ def test_the_analysis_leaves_nothing_behind(tmp_path, collator):
 
 
 def test_a_first_batch_taken_from_the_loader_leaves_nothing_behind(tmp_path):
-    """Where only the loader itself gives a batch, its random numbers are given back too."""
+    """Only the loader itself can give a batch here, and the random numbers that it draws are given back too."""
 
     class Mine(Counting):
         def get_train_dataloader(self):

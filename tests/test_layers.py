@@ -469,8 +469,8 @@ def test_what_is_cut_is_exact(name, mode):
 
 
 @pytest.mark.parametrize("name", sorted(EXACT.keys() - {"encoder", "decoder"}))  # there `down` reads what stays
-def test_positions_one_off_show(name):
-    """Negative control."""
+def test_reading_neighbouring_positions_shows(name):
+    """Negative control of the test above: the last layer reads every position where the one before it was."""
     assert cut(EXACT[name], "eval", shifted)[1] > 100 * TOLERANCE
 
 
@@ -501,8 +501,8 @@ PINNED = {  # build, a dimension of a parameter, why it stays
 
 
 @pytest.mark.parametrize("name", PINNED)
-def test_what_stays_says_why(name):
-    """And no reason that is known asks for a report."""
+def test_pinned_dimensions_say_why(name):
+    """The reason is the right one, and none of these asks for a report."""
     build, param, why = PINNED[name]
     row = Row(build, [], values=True)
     partition = partition_of(row)

@@ -218,8 +218,8 @@ def test_lbfgs_goes_on_from_a_file():
 
 @pytest.mark.parametrize("salience", [None, lambda moments: moments.weight_squared.double()], ids=["default", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_its_tensors_are_small_and_no_float64(dtype, salience):
-    """Apple's MPS has no float64, and a checkpoint goes there."""
+def test_the_tensors_of_its_state_are_small_and_no_float64(dtype, salience):
+    """A checkpoint may go to Apple's MPS, which has no float64."""
     model = net(dtype)
     optimizer = make(model, salience=salience, steps=STEPS)
 
@@ -456,7 +456,7 @@ def test_a_closure_is_a_backward_before_the_step(base):
 
 @EVERY_BASE
 def test_a_parameter_without_gradients_keeps_its_axis(base):
-    """Nothing is known of the salience of its ZIGs: all that goes is of the other axis."""
+    """The salience of its ZIGs is unknown, so all ZIGs that go are of the other axis."""
     model = net()
     optimizer = make(model, base, steps=STEPS)
     model.b.bias.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -513,7 +513,7 @@ def frozen_for(first, last, seen=None):
 
 @pytest.mark.parametrize(("first", "last"), [(0, 15), (11, 60), (15, 27)], ids=["unfrozen", "frozen", "between"])
 def test_an_axis_that_does_not_train_is_not_chosen(first, last):
-    """Its salience would be that of long ago, or 0. What was chosen before goes on to zero; later it may go again."""
+    """Its salience is old, or 0. ZIGs chosen before still go to zero; once it trains again, it may lose more."""
     history = frozen_for(first, last)
     events = [6, 10, 14, 17, 21, 25, 28, 32, 36]
     seen = [any(first > s or s >= last for s in range(a, b)) for a, b in itertools.pairwise([0, *events])]
@@ -526,7 +526,7 @@ def test_an_axis_that_does_not_train_is_not_chosen(first, last):
 
 
 def test_an_axis_without_gradients_would_be_chosen_first():
-    """Negative control: if a salience of 0 counted, all that never trained would go."""
+    """Negative control: if a salience of 0 counted, the axis that never trained would lose all the ZIGs."""
     assert frozen_for(0, 60)[-1].tolist() == [0, 9]
     assert frozen_for(0, 60, seen=[True, True])[-1].tolist() == [15, 0]
 
@@ -831,8 +831,8 @@ def smallest_norm(moments):
     return moments.weight_squared / moments.elements
 
 
-def test_a_salience_of_ones_own():
-    """Magnitude: the ZIGs of smallest norm go. The default doesn't choose those."""
+def test_users_may_give_a_salience():
+    """With magnitude as the salience, the ZIGs of smallest norm go. The default chooses others."""
 
     def gone(salience):
         model = net()

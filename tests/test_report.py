@@ -66,7 +66,7 @@ def test_sizes_by_hand():
 
 
 def test_latencies_are_taken_in_turn(monkeypatch):
-    """What else the machine does then slows both alike."""
+    """Other work on the machine then slows both models alike."""
     calls, models = [], [Net(), Net(0.02)]
 
     def latency(model, forwards, right=report._latency):
@@ -331,7 +331,7 @@ def test_the_lines_are_those_of_the_log(evaluations):
     assert (round(window.x0), round(window.x1)) == (100, 600)
 
 
-def test_nothing_logged_is_an_empty_picture():
+def test_a_run_without_logs_has_an_empty_picture():
     assert not [line for panel in figures.progress([], []).axes for line in panel.lines]
 
 

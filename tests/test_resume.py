@@ -345,7 +345,7 @@ class OneTooMany(OTOTrainer):
 
 
 @pytest.mark.parametrize("cls", [OTOTrainer, OneTooMany])
-def test_resumed_at_the_last_step_nothing_is_trained(tmp_path, cls):
+def test_a_run_resumed_at_its_last_step_trains_nothing(tmp_path, cls):
     """That step is in the middle of an epoch, and the learning rate is not zero there."""
     more = dict(max_steps=20, lr_scheduler_type="constant")
     ended = trained(tmp_path / "a", save_strategy="steps", save_steps=20, **more)
@@ -495,7 +495,7 @@ def test_a_checkpoint_of_another_model(tmp_path, whole):
         trained(tmp_path, model=tf.ViTForImageClassification(config), resume=checkpoint(whole("vit"), 6))
 
 
-def test_what_is_not_there_is_the_stock_trainers_error(tmp_path):
+def test_a_missing_checkpoint_is_the_stock_trainers_error(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         trained(tmp_path, resume=True)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
@@ -564,8 +564,8 @@ def test_a_run_that_is_killed_while_it_saves(tmp_path, whole, monkeypatch, caplo
 
 
 def test_the_control_of_the_kills(tmp_path, monkeypatch):
-    """As the stock Trainer writes over an older folder, it takes that for complete with weights of one run and the
-    optimizer of another."""
+    """The stock Trainer writes into an older folder of that name, which then looks complete, with the weights
+    of one run and the optimizer of another."""
     trained(tmp_path, seed=3, save_strategy="steps", save_steps=8, max_steps=8, target_group_sparsity=0.0)
     monkeypatch.setattr(OTOTrainer, "_save_checkpoint", tf.Trainer._save_checkpoint)
     kill_while_saving(monkeypatch, "after the weights", step=8)
@@ -662,7 +662,7 @@ def test_interrupted_before_its_first_step_after_resuming(tmp_path, whole):
     assert same_run(trainer, trained(tmp_path / "b", model=model))
 
 
-def test_an_optimizer_made_beforehand_is_the_one_that_trains(tmp_path):
+def test_the_trainer_trains_with_an_optimizer_made_beforehand(tmp_path):
     trainer, steps = make(tmp_path), []
     made_before = trainer.create_optimizer()
     made_before.register_step_post_hook(lambda *_: steps.append(1))
@@ -683,8 +683,8 @@ class OutOfMemory(tf.TrainerCallback):
 
 
 @pytest.mark.parametrize("cls", [OTOTrainer, GoingOn])
-def test_resumed_with_another_batch_size_once_memory_ran_out(tmp_path, whole, cls):
-    """It begins where it was resumed, not with weights that have gone on and an optimizer that has not."""
+def test_a_resumed_run_that_runs_out_of_memory_begins_where_it_was_resumed(tmp_path, whole, cls):
+    """It begins again from the checkpoint: without that its weights would be ahead of its optimizer."""
     folder = copied(whole("vit"), 6, tmp_path)
     more = dict(auto_find_batch_size=True, resume=str(folder))
     trainer = trained(tmp_path / "a", cls=cls, callbacks=[OutOfMemory(9)], **more)

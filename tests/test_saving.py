@@ -521,7 +521,7 @@ def test_threads_may_share_a_config(compact_bert, cls):
     assert model.config.oto is record and model.config.to_dict() == before
 
 
-def test_a_record_taken_out_of_the_config_is_no_way(compact_bert):
+def test_taking_the_record_out_of_the_config_fails_in_threads(compact_bert):
     """Negative control: while one thread has taken the record out, another builds a dense model, or fails."""
     config = copy.deepcopy(compact_bert[0].config)
 
@@ -597,7 +597,7 @@ def test_hooks_of_others_are_called_too(hooks, saved, when):
 
 
 def test_a_hook_that_calls_nobody_is_the_end_of_ours(hooks, compact_bert):
-    """Negative control: such a one makes dense models, until ours is installed over it."""
+    """Negative control: a hook that calls no other makes dense models, until ours is installed over it."""
     config = compact_bert[0].config
     hooks.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
     assert type(tf.BertForSequenceClassification(config)) is tf.BertForSequenceClassification
@@ -834,7 +834,7 @@ def custom(tmp_path_factory):
 
 @pytest.mark.parametrize("hf_oto_is", ["with", "without"])
 def test_custom_code_comes_back(custom, tmp_path, hf_oto_is):
-    """Beside it lies a file that makes its classes compact, and auto_map names it: they load without hf_oto too."""
+    """A file beside the custom code makes its classes compact, and auto_map names that file: hf_oto isn't needed."""
     names = {file.name for file in (custom / "compact").iterdir()}
     assert names >= {"modeling_mine.py", "configuration_mine.py", "modeling_oto.py", "compact_modeling_mine.py"}
     assert json.loads((custom / "compact" / "config.json").read_text())["auto_map"] == {

@@ -223,7 +223,7 @@ def test_the_rehearsal_sees_a_scale_that_is_hardly_wrong(dtype, wrong, monkeypat
 
 
 def test_a_body_alone_is_dense_again(tmp_path, outputs, difference):
-    """Its scales are taken back too, those of the head that it came with are not missed."""
+    """The body's scales are undone too, and it doesn't need those of the head that it was saved with."""
     model = make("llama").eval()
     partition = partition_zigs(model, text(2))
     plan = half(partition)
@@ -263,8 +263,9 @@ def test_scales_are_rounded_once(dtype, outputs, difference):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_waves_are_no_zeros():
-    """Positions that zero producers don't silence keep an average pinned."""
+@pytest.mark.parametrize(("function", "offered"), [(torch.neg, True), (torch.cos, False)])
+def test_averages_of_what_zeros_do_not_silence_are_pinned(function, offered):
+    """cos(0) is 1: zero producers don't silence these positions, so the average over them pins the axis."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -272,8 +273,9 @@ def test_waves_are_no_zeros():
             self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16)
 
         def forward(self, x):
-            h = self.up(x).cos()
+            h = function(self.up(x))
             return self.down(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))
 
     partition = partition_zigs(randomise_(Net()), {"x": waves(2, 7, 16)})
-    assert not partition.axes and partition.pinned["up.weight[0]"] == "an average is taken over it"
+    assert [axis.size for axis in partition.axes] == ([12] if offered else [])
+    assert (partition.pinned.get("up.weight[0]") == "an average is taken over it") is not offered

@@ -17,6 +17,7 @@ from torch import nn
 import hf_oto
 from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments, ending
 from hf_oto import trainer as trainer_module
+from hf_oto.paper import PaperDHSPG
 from hf_oto.zigs import OTOError
 
 BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
@@ -173,12 +174,16 @@ def test_a_checkpoint_of_the_stock_trainer_is_refused(tmp_path):
 def test_paper_mode_runs(tmp_path):
     trainer = train(tmp_path, pruning_mode="paper", optim="sgd", learning_rate=0.1)
     assert 0 <= trainer.report["group_sparsity"] <= 0.5
+    again = OTOTrainer(bert(), trainer.args, train_dataset=sentences())
+    assert type(again.create_optimizer()) is PaperDHSPG
 
 
 def test_the_best_model_is_never_from_before_the_target(tmp_path):
+    """The largest loss, that of the first evaluation, is the best one here."""
     trainer = train(
-        tmp_path, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True
-    )
+        tmp_path, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
     assert trainer.state.best_global_step >= 24
     assert trainer.report["group_sparsity"] == pytest.approx(0.5, abs=1e-3)
 
@@ -428,10 +433,10 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
 def test_a_failed_certificate_saves_the_full_model_first(tmp_path, monkeypatch, half):
     right = ending.certify
     monkeypatch.setattr(ending, "certify", lambda *given: right(*given)._replace(**{half: 0.5}))
-    trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
-    with pytest.raises(OTOError, match=r"certificate failed.*5.0e-01.*saved in .*dense"):
+    trainer = OTOTrainer(bert(), arguments(tmp_path, shrink=False), train_dataset=sentences())
+    with pytest.raises(OTOError, match=r"certificate failed.*5.0e-01.*saved in .*trained"):
         trainer.train()
-    saved = tf.BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    saved = tf.BertForSequenceClassification.from_pretrained(tmp_path / "trained")
     assert saved.bert.encoder.layer[0].intermediate.dense.out_features == 48
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trainer.model.parameters(), strict=True))
     zeros = hf_oto.PruningPlan.from_zeros(saved, trainer.partition)

@@ -368,7 +368,7 @@ def test_running_statistics_are_kept_in_their_own_dtype():
     assert model[1].num_batches_tracked == 1
 
 
-def test_what_is_stored_is_written_in_its_own_dtype():
+def test_writes_into_stored_tensors_keep_their_dtype():
     buffer, given = waves(6).bfloat16(), waves(6).bfloat16()
     expected = (buffer.double() + given.double() / 3).bfloat16()
     with torch.no_grad(), WideArithmetic():
@@ -660,7 +660,7 @@ SCALED = {  # ways to read a weight of (6, 4)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("way", SCALED)
 def test_what_is_stored_unscaled_is_scaled_as_it_is_widened(way, offset, dtype):
-    """Once, whichever way it is read, and without rounding; control: the scale left out."""
+    """The scale is applied once, however the weight is read, and without rounding; control: no scale is given."""
     weight, x = waves(6, 4).to(dtype), waves(2, 4).to(dtype)
     with torch.no_grad(), WideArithmetic():
         exact = SCALED[way]((weight.double() + offset) * 1.7 - offset, x.double())

@@ -150,7 +150,7 @@ def test_zero_is_in_the_weights_whatever_moves_them(name):
 
 
 @pytest.mark.parametrize("name", MOVERS)
-def test_without_the_guard_they_move(name):
+def test_zeros_move_without_the_guard(name):
     model, partition, optimizer = run(name, cls=Unguarded)
     made = optimizer.param_groups[0]["zero"].numpy() > 0
     assert made.sum() == half(partition)
@@ -229,7 +229,7 @@ def test_an_average_of_weights_is_looked_at_before_the_cut(tmp_path, caplog):
     assert float(text.split("move by ")[1].split(",")[0]) > 1e-6
 
 
-def test_without_one_nothing_is_said(tmp_path, caplog):
+def test_a_run_without_an_average_warns_of_nothing(tmp_path, caplog):
     assert trained(tmp_path, caplog)[1] == []
 
 
