@@ -190,6 +190,7 @@ class DHSPG(ZIGOptimizer):
                 "this optimizer state was saved with another partition, of other ZIGs: resume with the same model and "
                 "the same `protect` (and the same frozen parameters), or begin a new run"
             )
+        _refuse_other_cuts(saved, own)
         if saved["run"] != own["run"]:
             zero = np.asarray(torch.as_tensor(saved["zero"]).cpu()) > 0
             _refuse_what_cannot_go_on(saved, own["run"], self._left(zero), self.budget, self.schedule)
@@ -335,6 +336,17 @@ def _trained_axes(partition: ZIGPartition, params: Mapping[str, Tensor]) -> list
             "merge it, or let it train): %s", len(frozen), ", ".join(frozen[:3] + ["..."] * (len(frozen) > 3)),
         )  # fmt: skip
     return axes
+
+
+def _refuse_other_cuts(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises where a state has other shapes than the parameters, which torch doesn't notice."""
+    gone_then = torch.as_tensor(saved.get("gone", torch.zeros_like(own["gone"]))).cpu()
+    gone_now = own["gone"].cpu()
+    if not torch.equal(gone_then, gone_now):
+        raise OTOError(
+            f"{int(gone_then.sum())} ZIGs were cut out of the model of this optimizer state, and {int(gone_now.sum())} "
+            "out of this one: cut the model as that one was before its state is loaded, as `OTOTrainer` does"
+        )
 
 
 def _refuse_what_cannot_go_on(

@@ -54,10 +54,10 @@ PLAN_NAME = "oto_plan.json"
 class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
-    After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model. From
-    the first event of the pruning window on, the model shrinks while it trains (`shrink`). A callback that keeps copies
-    of weights has to cut them: its `on_compact(args, state, control, model=, optimizer=, cut=)` is called after each
-    cut, and `cut.of_tensors` cuts tensors by the names of the parameters.
+    After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
+    From the first event of the pruning window on, the model shrinks while it trains (`shrink`). A callback that keeps
+    copies of weights has to cut them: its `on_compact(args, state, control, model=, optimizer=, cut=)` is called after
+    each cut, and `cut.of_tensors` cuts tensors by the names of the parameters.
     Under FSDP2 that is the model passed in, plain and unsharded, and every rank must have room for the full one once.
 
     Attributes:

@@ -72,6 +72,8 @@ class ZIGOptimizer(AroundOptimizer):
             dhspg_step=0,
             zero=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
             redundant=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
+            # of which ZIGs no parameter has anything, because they were cut out
+            gone=torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu"),
             **more,
         )
 
@@ -229,6 +231,10 @@ class ZIGOptimizer(AroundOptimizer):
         self._group = slices_left(self._group, kept)
         self._readers = slices_left(self._readers, kept)
         self.held = HeldZeros(self._group, self.held.restless)
+        is_left = torch.zeros(self.num_zigs + 1, dtype=torch.bool, device="cpu")
+        for s in self._group:
+            is_left[s.owner.long()] = True
+        self._own["gone"] = (~is_left[:-1]).to(torch.uint8)
 
     def _forget_past_steps(self) -> None:
         """LBFGS takes every change of the weights since its last step for its own: after another it begins anew."""
