@@ -344,8 +344,8 @@ def _refuse_other_cuts(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None
     gone_now = own["gone"].cpu()
     if not torch.equal(gone_then, gone_now):
         raise OTOError(
-            f"{int(gone_then.sum())} ZIGs were cut out of the model of this optimizer state, and {int(gone_now.sum())} "
-            "out of this one: cut the model as that one was before its state is loaded, as `OTOTrainer` does"
+            f"{int(gone_then.sum())} ZIGs were cut out of the model of this optimizer state, and {int(gone_now.sum())}"
+            " out of this one: cut the model as that one was before its state is loaded, as `OTOTrainer` does"
         )
 
 
