@@ -96,14 +96,16 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone:
 
 
 def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray, gone: np.ndarray) -> None:
-    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`.
+    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`, and not none.
 
-    What is gone left a multiple, too, so that the others are enough.
+    What is gone left such a multiple, too, so that the others are enough.
     """
     parts = zip(partition.split(removed), partition.split(gone), strict=True)
     for (axis, removed_of_axis), (_, gone_of_axis) in parts:
         num_kept = int((~removed_of_axis).sum())
         num_missing = -num_kept % axis.multiple
+        if num_kept == 0:  # the one ZIG that a plan kept may be gone
+            num_missing = axis.multiple
         may_return = np.flatnonzero(removed_of_axis & ~gone_of_axis)
         removed_of_axis[may_return[:num_missing]] = False
 

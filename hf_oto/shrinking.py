@@ -109,7 +109,7 @@ class Shrinking:
 
     def _is_worth_it(self, cut: Cut, optimizer: DHSPG) -> bool:
         """Whether a cut saves enough, or no other follows it."""
-        if optimizer.phase == "training the rest":
+        if optimizer.phase == "training the rest" or optimizer.target_reached:
             return True
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return False  # every cut compiles the model anew
@@ -184,8 +184,8 @@ class Shrinking:
         if self.accelerator.state.dynamo_plugin.use_regional_compilation:
             return "its layers are compiled one by one, and each would be compiled anew"
         best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best and not Path(best, CUTS_NAME).exists():
-            return f"the best checkpoint so far, {best}, is not cut"
+        if self.args.load_best_model_at_end and best:
+            return f"the best checkpoint so far, {best}, may be loaded at the end, and is of the larger model"
         for name, p in model.named_parameters():
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 return f"{name} has a hook, which may know its shape"
@@ -198,12 +198,17 @@ class Shrinking:
 
     def _save_cuts(self, folder: str) -> None:
         """Writes what has been cut so far beside the weights of a checkpoint."""
-        if self._has_shrunk and self.args.should_save:
-            saved = {
-                "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
-                "certificates": [list(certificate) for certificate in self._certificates],
-            }
-            Path(folder, CUTS_NAME).write_text(json.dumps(saved))
+        if not self.args.should_save:
+            return
+        file = Path(folder, CUTS_NAME)
+        if not self._has_shrunk:
+            file.unlink(missing_ok=True)  # another run may have left it in a folder of that name
+            return
+        saved = {
+            "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
+            "certificates": [list(certificate) for certificate in self._certificates],
+        }
+        file.write_text(json.dumps(saved))
 
     def _repeat_cuts_of(self, checkpoint: str) -> None:
         """Cuts the model as that of a checkpoint was, before its weights are loaded.
@@ -225,7 +230,7 @@ class Shrinking:
         except ValueError as error:
             raise OTOError(
                 f"{checkpoint} holds a model that was cut while it trained, and this is not the dense model that the "
-                f"run began with ({error}): make the trainer with that one, and resume"
+                f"run began with, or `protect` is another ({error}): make the trainer with that one, and resume"
             ) from error
         self._cut_(model, cut)
         self._certificates = [Certificate(*values) for values in saved["certificates"]]
@@ -238,6 +243,6 @@ def _keeps_tensors(callback: Any, model: nn.Module) -> bool:
         if isinstance(value, nn.Module):
             if id(value) not in own and any(True for _ in value.parameters()):
                 return True
-        elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and any(tensors_of(value)):
+        elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and tensors_of(value):
             return True
     return False

@@ -109,8 +109,11 @@ class OTOMixin(FirstCalls, Resuming, Shrinking, Ending, Hub):
             self.partition = self._ties = None
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        if isinstance(self.optimizer, AcceleratedOptimizer):
+        was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
+        if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
+        if self.model_init is not None:
+            self._compaction = None  # of an earlier model
         earlier = self.state
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
