@@ -55,6 +55,12 @@ class OTOMixin(FirstCalls, Resuming, Shrinking, Ending, Hub):
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
     Under FSDP2 that is the model passed in, plain and unsharded, and every rank must have room for the full one once.
 
+    With `shrink=True` the model gets smaller during training: the same module, with new parameters. A callback that
+    keeps copies of its tensors cuts them alike in a method `on_compact(self, args, state, control, model, optimizer,
+    cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. It is called after every cut during training,
+    before callbacks hear of the end of that step. If a callback keeps tensors and has no such method, the model is cut
+    at the end.
+
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
         plan: what was kept (`PruningPlan`), or None before the end of `train()`.
