@@ -63,6 +63,7 @@ def llama():
     return tf.LlamaForCausalLM(tf.LlamaConfig(**size, intermediate_size=48, vocab_size=40))
 
 
+STREAM_TOO = '{"embed": 0.5, "q_proj": 0.5, "mlp": 0.5}'
 MODELS = {"vit": vit, "bert": bert, "resnet": resnet, "llama": llama, "plain": Plain}
 
 
@@ -100,15 +101,16 @@ def make(folder, name="vit", shrink=True, cls=OTOTrainer, seed=0, callbacks=(), 
     given = {
         key: more.pop(key) for key in ("compute_metrics", "optimizers", "optimizer_cls_and_kwargs") if key in more
     }
+    if name == "llama" and not any(key.startswith("target") for key in more):
+        more["target_per_axis"] = STREAM_TOO
     args = short_arguments(folder, **({"max_steps": STEPS, "shrink": shrink} | more))
     data = data or rows(name)
+    steps, watch = Steps(), Watch()
     trainer = cls(
         made(name, seed) if model is None else model, args, train_dataset=data, eval_dataset=rows(name)[:8],
-        callbacks=[*callbacks], **given,
+        callbacks=[steps, *callbacks, watch], **given,
     )  # fmt: skip
-    trainer.steps, trainer.watch = Steps(), Watch()
-    trainer.add_callback(trainer.steps)
-    trainer.add_callback(trainer.watch)
+    trainer.steps, trainer.watch = steps, watch
     return trainer
 
 
@@ -852,7 +854,7 @@ def test_memory_that_runs_out_after_a_cut(tmp_path):
         for shrink in (False, True)
     )  # fmt: skip
     assert whole._train_batch_size == small._train_batch_size == 3
-    assert len(small.steps.params) == 17 + STEPS and small.steps.params[17] == small.steps.params[0]
+    assert len(small.steps.params) == 18 + STEPS and small.steps.params[18] == small.steps.params[0]
     assert_same_end(whole, small)
 
 
@@ -872,16 +874,32 @@ def test_a_checkpoint_that_can_not_be_loaded_leaves_no_cut_model(tmp_path, run):
     assert same_run(trainer, trained(tmp_path / "b"))
 
 
+def test_a_new_model_is_not_taken_for_the_one_that_was_cut(tmp_path, run):
+    """What an earlier training has cut is none of the business of what `model_init` makes for the next one."""
+    args = short_arguments(tmp_path / "a", max_steps=STEPS, **OPTIMIZERS["adamw"])
+    trainer = OTOTrainer(model_init=lambda: made("vit"), args=args, train_dataset=rows("vit"))
+    trainer.train()
+    first = weights(trainer.model)
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint(run("vit", "adamw", True), 2), folder)
+    save(made("bert"), tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(OTOError, match=r"checkpoint-2 is not of this"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    trainer.train()
+    assert same(weights(trainer.model), first)
+
+
 class FailingOnce(OTOTrainer):
-    """Fails after the weights are loaded, before the first step."""
+    """Fails after the weights are loaded, for which the optimizer is made, and before the first step."""
 
-    fails = True
+    calls = 0
 
-    def create_scheduler(self, *args, **kwargs):
-        if self.fails:
-            self.fails = False
+    def create_optimizer(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 2:
             raise KeyboardInterrupt
-        return super().create_scheduler(*args, **kwargs)
+        return super().create_optimizer(*args, **kwargs)
 
 
 def test_interrupted_between_the_weights_and_the_first_step(tmp_path, run):
