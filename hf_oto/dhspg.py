@@ -194,6 +194,7 @@ class DHSPG(ZIGOptimizer):
             zero = np.asarray(torch.as_tensor(saved["zero"]).cpu()) > 0
             _refuse_what_cannot_go_on(saved, own["run"], self._left(zero), self.budget, self.schedule)
             logger.warning("the run goes on with another plan: %s; so far: %s", own["run"], saved["run"])
+        _refuse_other_shapes(state_dict, self.param_groups)
         self.base.load_state_dict(state_dict)
         self._own["run"] = own["run"]
 
@@ -356,6 +357,23 @@ def _refuse_what_cannot_go_on(
     choices = schedule.events[:-1]
     if left > budget.goal and (not choices or step >= choices[-1]):
         raise OTOError(f"the target can't be reached any more, the steps at which ZIGs are chosen are over ({runs})")
+
+
+def _refuse_other_shapes(state_dict: Mapping[str, Any], param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises where a state is of smaller or larger weights: torch's fused steps would read past the ends of tensors.
+
+    Averages over a dimension have the size 1 there. States of one dimension may be packed in any way.
+    """
+    for group, saved in zip(param_groups, state_dict["param_groups"], strict=False):
+        for p, key in zip(group["params"], saved["params"], strict=False):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if not isinstance(value, Tensor) or value.dim() != p.dim() or p.dim() < 2:
+                    continue
+                if any(size not in (1, size_of_p) for size, size_of_p in zip(value.shape, p.shape, strict=True)):
+                    raise OTOError(
+                        f"{name} in this optimizer state has shape {tuple(value.shape)}, and its parameter "
+                        f"{tuple(p.shape)}: the model is not as it was when the state was saved"
+                    )
 
 
 def _described(param_groups: Iterable[Mapping[str, Any]]) -> str:

@@ -760,11 +760,20 @@ class Uncut(OTOTrainer):
         pass
 
 
+class Whole(OTOTrainer):
+    """Breaks the rule: loads neither cuts nor weights."""
+
+    def _load_from_checkpoint(self, checkpoint):
+        pass
+
+
 def test_the_controls_of_resuming(tmp_path, run):
     whole = run("vit", "adamw", True)
     folder = tmp_path / "checkpoint-12"
     shutil.copytree(checkpoint(whole, 12), folder)
     assert not same_run(trained(tmp_path / "a", cls=Uncut, resume=str(folder)), whole)
+    with pytest.raises(OTOError, match=r"exp_avg in this optimizer state has shape .*not as it was"):
+        trained(tmp_path / "c", cls=Whole, resume=str(folder))
     (folder / CUTS_NAME).unlink()
     with pytest.raises(OTOError, match=r"checkpoint-12 is not of this .*of another shape there"):
         trained(tmp_path / "b", resume=str(folder))
