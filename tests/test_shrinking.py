@@ -39,8 +39,9 @@ from test_trainer import CHECKPOINTING
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_oto import OTOError, OTOTrainer, ending, paper, shrinking
+from hf_oto import OTOError, OTOTrainer, PruningPlan, compact, ending, paper, shrinking
 from hf_oto.cut_state import why_uncuttable
+from hf_oto.resume import load_weights_
 from hf_oto.shrinking import CUTS_NAME
 
 STEPS = 24  # the window is from step 2 to step 14, with nine events
@@ -670,6 +671,20 @@ def test_no_cut_is_certified(tmp_path, monkeypatch):
         trained(tmp_path)
     dense = tf.ViTForImageClassification.from_pretrained(tmp_path / "dense")
     assert dense.config.intermediate_size == 24 and "oto" not in vars(dense.config)
+
+
+def test_what_is_saved_when_the_end_fails_says_what_was_cut(tmp_path, monkeypatch):
+    """A plain module's weights are of no use without that."""
+    monkeypatch.setattr(shrinking, "certify", failing(shrinking.certify, {2}))
+    monkeypatch.setattr(ending, "certify", failing(ending.certify, {1}))
+    trainer = make(tmp_path, "plain")
+    with pytest.raises(OTOError, match=r"certificate failed.*saved in .*dense"):
+        trainer.train()
+    assert len(trainer.steps.cuts) == 1
+    plan = PruningPlan(json.loads((tmp_path / "dense" / CUTS_NAME).read_text())["plan"])
+    model = compact(made("plain", 1), trainer.partition, plan)
+    load_weights_(model, str(tmp_path / "dense"))
+    assert same(weights(model), weights(trainer.model))
 
 
 # copies of the weights -------------------------------------------------------------------------------
