@@ -54,6 +54,53 @@ class Cut(NamedTuple):
             positions[name] = {dim: np.concatenate(arrays) for dim, arrays in pieces_of_dims.items()}
         return positions
 
+    @torch.no_grad()
+    def of_tensors(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        """Cuts copies of a model's tensors, an average of its weights, say, as the model was cut.
+
+        Args:
+            tensors: copies from before the cut, by the names of the model's parameters and buffers.
+            model: the model after the cut. It knows which names are those of one tied tensor.
+
+        Returns:
+            new tensors, and those that lose nothing as they are.
+
+        Raises:
+            ValueError: the model has no tensor of some name, or a copy hasn't the shape from before the cut.
+
+        Example:
+            >>> from hf_oto import compact, partition_zigs
+            >>> from hf_oto.cut import resolve
+            >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> copies = {"0.weight": model[0].weight.clone(), "2.bias": model[2].bias.clone()}
+            >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})
+            >>> plan = PruningPlan({"0.weight[0]": [0, 2, 5]})
+            >>> cut = resolve(partition, plan)
+            >>> copies = cut.of_tensors(copies, compact(model, partition, plan))
+            >>> {name: tuple(tensor.shape) for name, tensor in copies.items()}
+            {'0.weight': (3, 3), '2.bias': (2,)}
+        """
+        positions = self.positions
+        tensors_of_model = named_tensors(model)
+        name_in_cut = {id(tensors_of_model[name]): name for name in [*positions, *self.scales]}
+        cut_tensors = {}
+        for name, tensor in tensors.items():
+            if name not in tensors_of_model:
+                raise ValueError(f"the model has no parameter or buffer {name!r}")
+            of_model = tensors_of_model[name]
+            name_of_tied = name_in_cut.get(id(of_model), name)
+            gone_of_dims = positions.get(name_of_tied, {})
+            shape_before = list(of_model.shape)
+            for dim, gone in gone_of_dims.items():
+                shape_before[dim] += len(gone)
+            if list(tensor.shape) != shape_before:
+                raise ValueError(f"before the cut {name} had shape {shape_before}, and its copy has {[*tensor.shape]}")
+            new = _without_positions(tensor, gone_of_dims)
+            if name_of_tied in self.scales:
+                new = scaled(new, *self.scales[name_of_tied])
+            cut_tensors[name] = new
+        return cut_tensors
+
 
 def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone: np.ndarray | None = None) -> Cut:
     """Decides what of a plan can be cut.
@@ -103,8 +150,9 @@ def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray, gone: np.ndar
     parts = zip(partition.split(removed), partition.split(gone), strict=True)
     for (axis, removed_of_axis), (_, gone_of_axis) in parts:
         num_kept = int((~removed_of_axis).sum())
-        # none is kept where the plan keeps only what is gone
-        num_missing = -num_kept % axis.multiple if num_kept else axis.multiple
+        num_missing = -num_kept % axis.multiple
+        if num_kept == 0:  # the one ZIG that a plan kept may be gone
+            num_missing = axis.multiple
         may_return = np.flatnonzero(removed_of_axis & ~gone_of_axis)
         removed_of_axis[may_return[:num_missing]] = False
 

@@ -108,6 +108,7 @@ class Ending:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         try:
             self._save(str(partial))
+            self._save_cuts(str(partial))  # without it nobody knows the shapes of a plain module's weights
             os.rename(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -32,6 +32,7 @@ from .calls import raise_if_out_of_memory
 from .dhspg import DHSPG
 from .evaluating import random_states_kept
 from .modeling_oto import OTOError
+from .restore import contents, put_back
 
 logger = logging.getLogger(__name__)
 
@@ -270,9 +271,21 @@ class Resuming:
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """`Trainer`'s, but all the weights or an error."""
-        if model is None:
+        """`Trainer`'s, but all the weights or an error, after which the model is what it was."""
+        if model is not None:
+            self._load_weights_of(resume_from_checkpoint, model)
+            return
+        before = contents(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        try:
             self._repeat_cuts_of(str(resume_from_checkpoint))
+            self._load_weights_of(resume_from_checkpoint, None)
+        except BaseException:
+            if self._has_shrunk:
+                self._forget_earlier_training()
+                put_back(before)
+            raise
+
+    def _load_weights_of(self, resume_from_checkpoint: str, model: Any) -> None:
         inherited = super()._load_from_checkpoint
         if self._loads_otherwise(inherited, Trainer._load_from_checkpoint, resume_from_checkpoint):
             if model is None:

@@ -59,6 +59,7 @@ class Shrinking:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._compaction: Compaction | None = None  # what has been cut out of the model
         self._certificates: list[Certificate] = []  # of the cuts so far
+        self._fingerprint = ""  # of the axes that the optimizer prunes
         self._mask_seen: torch.Tensor | None = None  # the zeros that were looked at last
         self._stays_whole_because: str | None = None  # why nothing more is cut before the end
         super().__init__(*args, **kwargs)
@@ -67,6 +68,7 @@ class Shrinking:
     def _begin_whole(self, model: nn.Module) -> None:
         """Begins with a model from which nothing has been cut."""
         self._compaction = Compaction(model, self.partition)
+        self._fingerprint = self._dhspg().fingerprint
         self._certificates = []
         self._mask_seen = None
         self._stays_whole_because = None
@@ -109,7 +111,7 @@ class Shrinking:
 
     def _is_worth_it(self, cut: Cut, optimizer: DHSPG) -> bool:
         """Whether a cut saves enough, or no other follows it."""
-        if optimizer.phase == "training the rest":
+        if optimizer.phase == "training the rest" or optimizer.target_reached:
             return True
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return False  # every cut compiles the model anew
@@ -184,8 +186,8 @@ class Shrinking:
         if self.accelerator.state.dynamo_plugin.use_regional_compilation:
             return "its layers are compiled one by one, and each would be compiled anew"
         best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best and not Path(best, CUTS_NAME).exists():
-            return f"the best checkpoint so far, {best}, is not cut"
+        if self.args.load_best_model_at_end and best:
+            return f"the best checkpoint so far, {best}, may be loaded at the end, and is of the larger model"
         for name, p in model.named_parameters():
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 return f"{name} has a hook, which may know its shape"
@@ -198,13 +200,18 @@ class Shrinking:
 
     def _save_cuts(self, folder: str) -> None:
         """Writes what has been cut so far beside the weights of a checkpoint."""
-        if self._has_shrunk and self.args.should_save:
-            saved = {
-                "partition": self._dhspg().fingerprint,
-                "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
-                "certificates": [list(certificate) for certificate in self._certificates],
-            }
-            Path(folder, CUTS_NAME).write_text(json.dumps(saved))
+        if not self.args.should_save:
+            return
+        file = Path(folder, CUTS_NAME)
+        if not self._has_shrunk:
+            file.unlink(missing_ok=True)  # another run may have left it in a folder of that name
+            return
+        saved = {
+            "partition": self._fingerprint,
+            "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
+            "certificates": [list(certificate) for certificate in self._certificates],
+        }
+        file.write_text(json.dumps(saved))
 
     def _repeat_cuts_of(self, checkpoint: str) -> None:
         """Cuts the model as that of a checkpoint was, before its weights are loaded.
@@ -221,7 +228,7 @@ class Shrinking:
         if self._dhspg() is None:
             self.create_optimizer()  # of the dense model: `Trainer` finds it later
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if saved["partition"] != self._dhspg().fingerprint:
+        if saved["partition"] != self._fingerprint:
             raise OTOError(
                 f"{checkpoint} was saved with another partition, of other ZIGs: resume with the dense model that the "
                 "run began with, not with the one in the checkpoint, and with the same `protect`"
@@ -238,6 +245,6 @@ def _keeps_tensors(callback: Any, model: nn.Module) -> bool:
         if isinstance(value, nn.Module):
             if id(value) not in own and any(True for _ in value.parameters()):
                 return True
-        elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and any(tensors_of(value)):
+        elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and tensors_of(value):
             return True
     return False

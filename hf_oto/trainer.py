@@ -55,10 +55,13 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
-    From the first event of the pruning window on, the model shrinks while it trains (`shrink`). A callback that keeps
-    copies of weights has to cut them: its `on_compact(args, state, control, model=, optimizer=, cut=)` is called after
-    each cut, and `cut.of_tensors` cuts tensors by the names of the parameters.
     Under FSDP2 that is the model passed in, plain and unsharded, and every rank must have room for the full one once.
+
+    With `shrink=True` the model gets smaller during training: the same module, with new parameters. A callback that
+    keeps copies of its tensors cuts them alike in a method `on_compact(self, args, state, control, model, optimizer,
+    cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. It is called after every cut during training,
+    before callbacks hear of the end of that step. If a callback keeps tensors and has no such method, the model is cut
+    at the end.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
@@ -114,8 +117,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             self.partition = self._ties = None
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        if isinstance(self.optimizer, AcceleratedOptimizer):
+        was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
+        if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
+        if self.model_init is not None:
+            self._compaction = None  # of an earlier model
         earlier = self.state
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
