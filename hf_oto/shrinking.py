@@ -50,7 +50,7 @@ class _CutAfterStep(TrainerCallback):
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._cut_zeros_out()
+        self._trainer._look_for_zeros()
 
 
 class Shrinking:
@@ -80,12 +80,17 @@ class Shrinking:
 
     # the cut ---------------------------------------------------------------------------------------
 
-    def _cut_zeros_out(self) -> None:
-        """Cuts out what is zero since the last step, if that is worth it."""
+    def _look_for_zeros(self) -> None:
+        """Cuts out what has become zero in the last step."""
         optimizer = self._dhspg()
         if optimizer is None or optimizer.mask is self._mask_seen or self._stays_whole_because is not None:
             return
         self._mask_seen = optimizer.mask
+        with random_states_kept(self.model):  # training goes on with the numbers it would have drawn
+            self._cut_zeros_out(optimizer)
+
+    def _cut_zeros_out(self, optimizer: DHSPG) -> None:
+        """Cuts out what is zero, if that is worth it and can be done."""
         cut = self._compaction.resolve(self._plan_for_now(optimizer), warn=False)
         if not cut.removed.any() or not self._is_worth_it(cut, optimizer):
             return
@@ -128,7 +133,7 @@ class Shrinking:
 
     def _certified(self, model: nn.Module, cut: Cut) -> Certificate:
         """The certificate of a cut, in the middle of training: nothing that training uses is changed by it."""
-        with random_states_kept(model), restored(model):
+        with restored(model):
             take_off_autocast_(model)
             return certify(model, cut, self._forwards)
 

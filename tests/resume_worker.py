@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 
-from hf_oto import OTOTrainer, ending
+from hf_oto import OTOTrainer
+from hf_oto.compaction import Compaction
 
 torch.set_num_threads(1)
 ending.measure = functools.partial(ending.measure, seconds=0)
@@ -69,7 +70,7 @@ def killed_in_saving(folder):
 
 
 def killed_in_the_cut(folder):
-    ending.compact_ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    Compaction.keep_ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     law.trained(folder, **EVERY)
 
 

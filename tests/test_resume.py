@@ -22,7 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, PruningPlan, compact, ending, partition_zigs
+from hf_oto import (
+    OTOError,
+    OTOMixin,
+    OTOTrainer,
+    OTOTrainingArguments,
+    PruningPlan,
+    compact,
+    ending,
+    partition_zigs,
+    to_dense,
+)
 from hf_oto.resume import lacks, load_weights_, newest_complete
 
 STEPS = 16
@@ -332,9 +342,16 @@ def test_resume_is_bit_identical(tmp_path, whole, name, step):
     assert same_run(again, whole(name))
 
 
-@pytest.mark.parametrize("cls", [StockLoading, Forgetting])
-def test_the_controls_of_resuming(tmp_path, whole, cls):
-    assert not same_run(trained(tmp_path, cls=cls, seed=1, resume=checkpoint(whole("vit"), 6)), whole("vit"))
+@pytest.mark.parametrize(("cls", "step"), [(StockLoading, 2), (Forgetting, 6)])
+def test_the_controls_of_resuming(tmp_path, whole, cls, step):
+    assert not same_run(trained(tmp_path, cls=cls, seed=1, resume=checkpoint(whole("vit"), step)), whole("vit"))
+
+
+def test_loading_without_the_cuts_of_a_checkpoint_is_refused(tmp_path, whole):
+    with pytest.raises(
+        OTOError, match="ZIGs were cut out of the model of this optimizer state, and 0 out of this one"
+    ):
+        trained(tmp_path, cls=StockLoading, seed=1, resume=checkpoint(whole("vit"), 6))
 
 
 class OneTooMany(OTOTrainer):
@@ -364,9 +381,9 @@ def best_at(folder, name, cls=OTOTrainer):
 
 
 def is_the_checkpoint_cut(trainer, step, name):
-    model = made(name, 1)
-    load_weights_(model, checkpoint(trainer, step))
-    return same(weights(compact(model, trainer.partition, trainer.plan)), weights(trainer.model))
+    model = compact(made(name, 1), trainer.partition, trainer.plan)
+    load_weights_(model, checkpoint(trainer, step))  # it was cut while it trained
+    return same(weights(model), weights(trainer.model))
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "resnet", "bf16", "plain"])
@@ -402,13 +419,10 @@ def test_a_best_model_that_is_not_whole_is_an_error_and_the_trained_one_is_saved
         save_steps=2, load_best_model_at_end=True, metric_for_best_model="rank",
         compute_metrics=lambda _: {"rank": next(ranks)},
     )  # fmt: skip
-    with pytest.raises(OTOError, match=rf"{fact}.*saved in .*dense"):
+    with pytest.raises(OTOError, match=rf"{fact}.*saved in .*trained"):
         trainer.train()
-    dense = made("vit", 1)
-    load_weights_(dense, str(tmp_path / "dense"))
-    last = made("vit", 1)
-    load_weights_(last, str(tmp_path / "checkpoint-16"))
-    assert same(weights(dense), weights(last))
+    saved, last = (type(trainer.model).from_pretrained(tmp_path / name) for name in ("trained", "checkpoint-16"))
+    assert same(weights(saved), weights(last))
 
 
 def test_a_trainer_that_loads_in_a_way_of_its_own_does(tmp_path, whole):
@@ -466,7 +480,7 @@ def test_a_plain_trainers_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_partition(tmp_path, whole):
     folder = checkpoint(whole("vit"), 6)
-    with pytest.raises(OTOError, match=r"resume from .*checkpoint-6: .*another partition.*`protect`"):
+    with pytest.raises(OTOError, match=r"checkpoint-6 was saved with another partition.*`protect`"):
         trained(tmp_path, protect=["layers.0"], resume=folder)
 
 
@@ -611,8 +625,17 @@ def interrupted(folder, step, cls=OTOTrainer, error=None, **more):
     return trainer
 
 
+def whole_copy(model):
+    """The model with zeros in the place of what was cut while it trained."""
+    copied = copy.deepcopy(model)
+    return to_dense(copied) if "oto" in vars(model.config) else copied
+
+
 class GoingOn(OTOTrainer):
-    """Breaks the rule: the optimizer of an interrupted run goes on in the next one."""
+    """Breaks the rule: the optimizer of an interrupted run goes on in the next one, and its cuts stay."""
+
+    def _forget_earlier_training(self):
+        pass
 
     def _inner_training_loop(self, *args, **kwargs):
         return tf.Trainer._inner_training_loop(self, *args, **kwargs)
@@ -623,7 +646,7 @@ class GoingOn(OTOTrainer):
 def test_an_interrupted_run_begins_anew(tmp_path, step, error):
     """From the weights as they are, it trains as a new trainer with this model does."""
     trainer = interrupted(tmp_path / "a", step, error=error)
-    partition, model = trainer.partition, copy.deepcopy(trainer.model)
+    partition, model = trainer.partition, whole_copy(trainer.model)
     tf.set_seed(42)  # as a new trainer does
     trainer.train()
     new = trained(tmp_path / "b", model=model)
@@ -634,7 +657,7 @@ def test_an_interrupted_run_begins_anew(tmp_path, step, error):
 
 def test_the_control_of_beginning_anew(tmp_path):
     trainer = interrupted(tmp_path / "a", 6, GoingOn)
-    model = copy.deepcopy(trainer.model)
+    model = whole_copy(trainer.model)
     tf.set_seed(42)
     trainer.train()
     assert not same_run(trainer, trained(tmp_path / "b", model=model))
@@ -656,7 +679,7 @@ def test_interrupted_before_its_first_step_after_resuming(tmp_path, whole):
     trainer = make(tmp_path / "a", callbacks=[AtOnce(6, KeyboardInterrupt())])
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=checkpoint(whole("vit"), 6))
-    model = copy.deepcopy(trainer.model)
+    model = whole_copy(trainer.model)
     tf.set_seed(42)
     trainer.train()
     assert same_run(trainer, trained(tmp_path / "b", model=model))
