@@ -3,7 +3,6 @@
 It imports once and forks for every run: each of them is as fresh as a new process, and may be killed.
 """
 
-import copy
 import functools
 import os
 import shutil
@@ -18,8 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 
-from hf_oto import OTOTrainer
-from hf_oto.compaction import Compaction
+from hf_oto import OTOTrainer, ending, shrinking
 
 torch.set_num_threads(1)
 ending.measure = functools.partial(ending.measure, seconds=0)
@@ -69,8 +67,20 @@ def killed_in_saving(folder):
     law.trained(folder, **EVERY)
 
 
-def killed_in_the_cut(folder):
-    Compaction.keep_ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+def killed_in_a_cut(folder):
+    """In the second one: what the last checkpoint holds has been cut once."""
+    right, kill = shrinking.certify, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    def certify(*given):
+        shrinking.certify = kill
+        return right(*given)
+
+    shrinking.certify = certify
+    law.trained(folder, **EVERY)
+
+
+def killed_in_the_end(folder):
+    ending.measure = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     law.trained(folder, **EVERY)
 
 
@@ -83,7 +93,7 @@ def ended(folder, resume=None, cls=OTOTrainer):
 
 def kills(folder):
     assert in_a_process(ended, folder / "whole") == 0
-    for killed in (killed_in_training, killed_in_saving, killed_in_the_cut):
+    for killed in (killed_in_training, killed_in_saving, killed_in_a_cut, killed_in_the_end):
         there = folder / killed.__name__
         assert in_a_process(killed, there) == -signal.SIGKILL
         if killed is killed_in_saving:
@@ -106,7 +116,7 @@ def ddp(rank, folder):
     found = {"whole": result(whole), "resumed": result(again)}
     for cls in (OTOTrainer, law.GoingOn):
         trainer = law.interrupted(folder / cls.__name__, 7, cls)
-        model = copy.deepcopy(trainer.model)
+        model = law.whole_copy(trainer.model)
         tf.set_seed(42)
         trainer.train()
         found[f"anew {cls.__name__}"] = result(trainer)
