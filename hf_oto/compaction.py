@@ -62,6 +62,9 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     return model
 
 
+OURS_IN_CONFIG = ("oto", "auto_map", "architectures")  # what cutting and saving a compact model write into a config
+
+
 class Compaction:
     """What has been cut out of a model so far.
 
@@ -76,8 +79,9 @@ class Compaction:
         self.gone = np.zeros(partition.num_zigs, bool)
         self._dense: dict[str, _Dense] = {}  # path of a Transformers model in the model -> what it was
         for path, part in outermost_pretrained(model).items():
-            record = copy.deepcopy(vars(part.config).get("oto"))
-            self._dense[path] = _Dense(type(part), part.config.architectures, record, {})
+            values = vars(part.config)
+            ours = {name: copy.deepcopy(values[name]) for name in OURS_IN_CONFIG if name in values}
+            self._dense[path] = _Dense(type(part), ours, {})
 
     @functools.cached_property
     def left(self) -> ZIGPartition:
@@ -125,7 +129,7 @@ class Compaction:
     def _record_(self, part: PreTrainedModel, path: str) -> None:
         """Writes one record of all cuts into a config, and gives the model its compact class."""
         dense = self._dense[path]
-        dense.put_back_record_(part)
+        dense.put_back_config_(part)  # the model may have been compact before training: its record is continued
         prefix = f"{path}." if path else ""
         record = _record(part, self.partition, self.gone, dense.sizes, prefix)
         if record["cuts"]:
@@ -149,9 +153,8 @@ class Compaction:
         renew_caches_(model)
         for path, part in outermost_pretrained(model).items():
             dense = self._dense[path]
-            dense.put_back_record_(part)
+            dense.put_back_config_(part)
             part.__class__ = dense.cls
-            part.config.architectures = dense.architectures
             dense.sizes.clear()
         self.gone = np.zeros_like(self.gone)
         vars(self).pop("left", None)
@@ -161,8 +164,7 @@ class _Dense(NamedTuple):
     """A Transformers model before the first cut."""
 
     cls: type[PreTrainedModel]
-    architectures: list[str] | None
-    record: dict[str, Any] | None  # of an earlier compaction
+    config_values: dict[str, Any]  # of `OURS_IN_CONFIG`, those that the config had
     sizes: dict[SizeKey, Any]  # those that cuts have changed, as they were before
 
     def note_changes(self, before: Mapping[SizeKey, Any], after: Mapping[SizeKey, Any]) -> None:
@@ -171,10 +173,10 @@ class _Dense(NamedTuple):
             if after.get(key, size) != size:
                 self.sizes.setdefault(key, size)
 
-    def put_back_record_(self, part: PreTrainedModel) -> None:
-        vars(part.config).pop("oto", None)
-        if self.record is not None:
-            part.config.oto = copy.deepcopy(self.record)
+    def put_back_config_(self, part: PreTrainedModel) -> None:
+        for name in OURS_IN_CONFIG:
+            vars(part.config).pop(name, None)
+        vars(part.config).update(copy.deepcopy(self.config_values))
 
 
 @contextlib.contextmanager

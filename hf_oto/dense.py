@@ -60,7 +60,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         record = model.config.oto
         validate(record)
         cuts = cuts_of(record)
-    dense = stock_model(model, _stock_config(model.config))
+    dense = stock_model(model, stock_config(model.config))
     dense_shapes: dict[str, torch.Size] = {}
     for name, tensor in dense.state_dict().items():
         dense_shapes[name] = tensor.shape
@@ -82,13 +82,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of the config of a compact model without what hf_oto has added to it."""
-    stock_config = copy.deepcopy(config)
-    values = vars(stock_config)
+    stock = copy.deepcopy(config)
+    values = vars(stock)
     values.pop("oto", None)
     values.pop("auto_map", None)
-    return stock_config
+    return stock
 
 
 def _copy_buffers_(dense: PreTrainedModel, model: PreTrainedModel, left_out: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .calls import Inputs
 from .certificate import outputs_differ
 from .cut import Cut, TrialCut, resolve
-from .dense import stock_model
+from .dense import stock_config, stock_model
 from .modeling_oto import OTOError
 from .zigs import PrunableAxis, PruningPlan, ZIGPartition
 
@@ -110,8 +110,7 @@ def plain(
 ) -> PreTrainedModel | None:
     """A stock model with the weights of a cut one, whose config says its widths; None if their outputs differ."""
     size_of_axis = {axis.name: axis.size for axis in partition.axes}
-    config = copy.deepcopy(small.config)
-    vars(config).pop("oto", None)
+    config = stock_config(small.config)
     for tie in ties:
         name = tie.axes[0]  # all of them keep the same fraction
         size = size_of_axis[name]

@@ -128,6 +128,7 @@ def test_a_fresh_process_loads_what_was_pushed(pushed, hf_oto, tmp_path):
         assert "mismatch" in answers.pop("refused")
     assert torch.tensor(answers.pop("early")).isfinite().all()
     for key, logits in answers.items():
+        assert not isinstance(logits, str), f"{key}: {logits}"
         name = "end" if key == "snapshot" else key
         assert torch.equal(torch.tensor(logits), torch.load(pushed.folder / f"{name}.pt")), key
 
@@ -149,29 +150,35 @@ def test_what_is_pushed_at_the_end_is_whole_and_nothing_else(pushed):
         assert files["modeling_oto.py"].content == (ROOT / "hf_oto" / "modeling_oto.py").read_bytes()
 
 
-def test_stale_dense_shards_are_deleted_and_only_these(pushed):
+def test_stale_shards_are_deleted_and_only_these(pushed):
     *_, before, end = history(pushed.repos["me/every_save"])
     gone = before.files.keys() - end.files.keys()
-    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert gone == shards | {"model.safetensors.index.json"}
+    shards = {name for name in before.files if re.fullmatch(r"model-0000\d-of-0000\d\.safetensors", name)}
+    assert len(shards) > 1 and gone == shards | {"model.safetensors.index.json"}
     assert (before.message, end.message) == ("End of training", "Delete the dense weights")
     *_, before, end = history(pushed.repos["me/checkpoint"])
     assert before.files.keys() - end.files.keys() == gone  # at the top of the branch
     assert {f"last-checkpoint/{name}" for name in gone} <= end.files.keys()  # these are to resume from
 
 
-def test_pushes_during_training_are_dense_and_say_so(pushed, tmp_path):
+def test_pushes_during_training_say_what_they_are(pushed, tmp_path):
     during = [commit for commit in history(pushed.repos["me/every_save"]) if "progress" in commit.message]
     assert len(during) == 3 and "\n# every_save\n" in card(during[0]).text
-    for commit in during:
-        assert "Training is not over" in card(commit).text and "dense" in card(commit).text
+    widths = []
+    for number, commit in enumerate(during):
+        text = card(commit).text
+        assert "Training is not over" in text
         assert card(commit).data.tags[-2:] == ["hf_oto", "pruned"]
-        assert "oto" not in json.loads(commit.files["config.json"].content)
-        assert "modeling_oto.py" not in commit.files
-    for name, file in during[1].files.items():
-        (tmp_path / name).write_bytes(file.content)
-    dense = tf.GPT2LMHeadModel.from_pretrained(tmp_path)  # stock, in spite of the import: there is no record
-    assert dense.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
+        is_cut = "oto" in json.loads(commit.files["config.json"].content)
+        assert is_cut == ("partly cut" in text) == ("modeling_oto.py" in commit.files) != ("the dense model" in text)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, file in commit.files.items():
+            (folder / name).write_bytes(file.content)
+        _, width = tf.GPT2LMHeadModel.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight.shape
+        assert is_cut == (width < 128)
+        widths.append(width)
+    assert widths == sorted(widths, reverse=True) and widths[-1] < 128
     assert "Training is not over" not in card(last(pushed.repos["me/every_save"])).text
 
 

@@ -35,7 +35,11 @@ def count(model):
 def trained(tmp_path_factory):
     """A run that is evaluated at its last step, and once more as the compact model."""
     trainer = train(
-        tmp_path_factory.mktemp("trained"), target_group_sparsity=0.4, eval_strategy="steps", eval_steps=20
+        tmp_path_factory.mktemp("trained"),
+        target_group_sparsity=0.4,
+        eval_strategy="steps",
+        eval_steps=20,
+        shrink=False,
     )
     trainer.evaluate()
     return trainer
@@ -152,7 +156,7 @@ def test_metrics_are_those_of_the_weights_that_were_cut(trained, tmp_path):
 
 def test_metrics_are_those_of_the_best_checkpoint_if_that_is_cut(tmp_path):
     trainer = train(
-        tmp_path, eval_strategy="steps", eval_steps=10, save_strategy="steps", save_steps=10,
+        tmp_path, shrink=False, eval_strategy="steps", eval_steps=10, save_strategy="steps", save_steps=10,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     assert trainer.state.best_global_step == 30
@@ -194,10 +198,9 @@ class Cutter(tf.TrainerCallback):
 
     def on_log(self, args, state, control, model=None, **kwargs):
         if self.trainer.report is None:
-            small = copy.deepcopy(model)
-            partition = self.trainer.partition
-            small = compact(small, partition, PruningPlan.from_zeros(small, partition))
-            self.left.append((count(small) / count(model), macs(small, self.trainer._forwards)))
+            small, compaction = copy.deepcopy(model), copy.copy(self.trainer._compaction)
+            compaction.keep_(small, compaction.resolve(compaction.plan(small)))
+            self.left.append((count(small) / count(bert()), macs(small, self.trainer._forwards)))
 
 
 @pytest.mark.parametrize("more", [{}, {"pruning_mode": "paper", "learning_rate": 0.03}])
