@@ -50,6 +50,7 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
         OTOError: the model isn't the one the partition was made for.
 
     Example:
+        >>> import torch
         >>> from hf_oto import partition_zigs
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> partition = partition_zigs(model, {"input": torch.ones(1, 3)})

@@ -107,6 +107,8 @@ OF_TORCH = [
     PrivateName(ADD, "_schema", "names of arguments, and which of them an operation writes to or returns a view of"),
     PrivateName(FAKE, "_is_param", "a fake of a parameter is taken for one", marks_a_parameter),
     PrivateName(TENSOR.untyped_storage(), "_cdata", "what a tensor and its views have in common"),
+    PrivateName(TENSOR, "_backward_hooks", "a parameter with a hook is not cut while it trains"),
+    PrivateName(TENSOR, "_post_accumulate_grad_hooks", "nor is one with a hook of this kind"),
     PrivateName(LINEAR, "_parameters", "tensors swapped without the checks of setattr, tied ones in all places"),
     PrivateName(NORM, "_buffers", "the same of buffers"),
     PrivateName(NORM, "_non_persistent_buffers_set", "which buffers no file of weights has"),
@@ -166,6 +168,9 @@ OF_TRANSFORMERS = [
 OF_ACCELERATE = [
     PrivateName(
         accelerate.Accelerator, "_original_forward", "the forward before mixed precision", is_named_in_its_code
+    ),
+    PrivateName(
+        accelerate.utils.extract_model_from_parallel, "_orig_mod", "DDP inside torch.compile", is_named_in_its_code
     ),
     PrivateName(accelerate.Accelerator, "_is_accelerate_prepared", "a model is prepared again", is_named_in_its_code),
 ]
