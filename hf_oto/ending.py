@@ -186,8 +186,8 @@ class Ending:
         checkpoints = [self._last_saved[1], self.state.best_model_checkpoint or ""]
         for folder in checkpoints:  # the last one may have been deleted for the best one
             if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and os.path.isdir(folder):
-                full = "the one that was trained" if Path(folder, CUTS_NAME).exists() else "the full one"
-                where += f" ({folder} holds {full})"
+                was_cut = Path(folder, CUTS_NAME).exists()
+                where += f" ({folder} holds {'it as training left it' if was_cut else 'the full one'})"
                 break
         return f"hf_oto cut {', '.join(cut)}; {where}"
 

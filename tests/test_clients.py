@@ -778,9 +778,11 @@ def test_arguments_at_their_bounds(tmp_path):
 # the line at the end ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shrink", [True, False])
 @pytest.mark.parametrize("bars", [True, False])
-def test_one_line_says_what_was_cut_and_where_it_is(tmp_path, capsys, bars):
-    args = settings(tmp_path, disable_tqdm=not bars, log_level="error", save_strategy="steps", save_steps=12)
+def test_one_line_says_what_was_cut_and_where_it_is(tmp_path, capsys, bars, shrink):
+    more = dict(disable_tqdm=not bars, log_level="error", save_strategy="steps", save_steps=12)
+    args = settings(tmp_path, shrink=shrink, **more)
     trainer = OTOTrainer(bert(), args, train_dataset=labelled())
     trainer.train()
     before, after = trainer.report["before"], trainer.report["after"]
@@ -789,10 +791,10 @@ def test_one_line_says_what_was_cut_and_where_it_is(tmp_path, capsys, bars):
         f"hf_oto cut {trainer.plan.removed(trainer.partition).sum()} of {trainer.partition.num_zigs} ZIGs, "
         f"parameters {before['params']:,} -> {after['params']:,}, MACs {before['macs']:,} -> {after['macs']:,}; "
         "the compact model is in memory, as trainer.model: trainer.save_model() saves it "
-        f"({tmp_path}/checkpoint-24 holds the full one)"
+        f"({tmp_path}/checkpoint-24 holds {'it as training left it' if shrink else 'the full one'})"
     )
-    full = tf.BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-24")
-    assert sum(p.numel() for p in full.parameters()) == before["params"]
+    last = tf.BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-24")
+    assert sum(p.numel() for p in last.parameters()) == (after if shrink else before)["params"]
 
 
 def test_the_line_names_no_checkpoint_without_one(tmp_path, capsys):
