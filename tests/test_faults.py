@@ -299,6 +299,23 @@ def test_what_fails_while_compacting(tmp_path, monkeypatch, owner, broken, error
     assert same_weights(tmp_path / "trained", trainer.after_step)
 
 
+@pytest.mark.parametrize("shrink", [True, False])
+def test_a_model_that_no_longer_runs_is_saved(tmp_path, shrink):
+    """Also where all zeros have been cut out, and certified, while it trained."""
+    trainer = make(tmp_path, cls=last_weights_of(OTOTrainer), shrink=shrink)
+
+    def break_it(*_, model, **__):
+        def forward(*args, **kwargs):
+            raise ArithmeticError("own")
+
+        model.forward = forward
+
+    trainer.add_callback(type("Late", (tf.TrainerCallback,), {"on_train_end": break_it})())
+    with pytest.raises(OTOError, match=r"own.*saved in .*trained"):
+        trainer.train()
+    assert same_weights(tmp_path / "trained", trainer.after_step)
+
+
 def test_evaluation_and_best_model_loading_that_fail(tmp_path, monkeypatch):
     def metrics(prediction):
         raise KeyError("accuracy")
