@@ -110,7 +110,7 @@ class Cut(NamedTuple):
             shape = list(tensor.shape)
             shape_before = _shape_before(of_model, gone_of_dims)
             if shape != shape_before:
-                raise ValueError(f"before the cut {name} had shape {shape_before}, but its copy has {shape}")
+                raise ValueError(f"before the cut {name} had shape {shape_before}, and its copy has {shape}")
             cut_tensor = _without_positions(tensor, gone_of_dims)
             scale = self.scales.get(known_name)
             if scale is not None:
