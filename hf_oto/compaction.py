@@ -266,7 +266,8 @@ def _record(
     modules = _recorded_sizes(model, sizes_before)
     earlier_record = vars(model.config).get("oto", {"cuts": []})
     earlier_steps = [cut["step"] for cut in earlier_record["cuts"]]
-    step = max(earlier_steps, default=-1) + 1
+    last_step = max(earlier_steps, default=-1)
+    step = last_step + 1
     cuts = []
     for axis, removed in partition.split(gone):
         members = _recorded_members(axis, prefix)

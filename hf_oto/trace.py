@@ -169,6 +169,7 @@ class _Recorder(TorchDispatchMode):
     def name(self, tensor: torch.Tensor, ref: Ref) -> Ref:
         """Says which number a tensor stands for."""
         self._number[id(tensor)] = ref.value
+        # a tensor that is freed would leave its id to another one
         self._alive.append(tensor)
         return ref
 
