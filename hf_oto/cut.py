@@ -1,7 +1,7 @@
-"""A cut: what of a plan can go, put on a model and taken off again.
+"""A cut: the part of a plan that can be removed from a model, for good or for a moment.
 
-It stands between the partition and everything that needs a smaller model. `resolve` decides once what goes; `TrialCut`
-puts the cut on the user's own model for a moment; how a cut is kept, and recorded, is in compaction.py.
+This file stands between the partition and everything that needs a smaller model. `resolve` decides once which ZIGs go,
+`cut_` removes them, and `TrialCut` removes them for a moment only. compaction.py keeps a cut and records it.
 
 Worked example: in Linear(3, 8), ReLU, Linear(8, 2) the plan {"0.weight[0]": [0, 2, 5]} removes 5 of 8 ZIGs. The cut
 takes 5 rows from 0.weight, 5 elements from 0.bias and 5 columns from 2.weight, and sets the attributes
@@ -11,7 +11,7 @@ out_features of the first layer and in_features of the second to 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,23 @@ from torch import nn
 
 from .layers import is_of_one_group, names_of_own_sizes
 from .modeling_oto import named_tensors, set_sizes_
-from .restore import contents, places, put_back, restored
-from .sizes import Attribute
+from .restore import Place, contents, places, put_back, restored
+from .sizes import Attribute, Equation, Sizes
 from .wide import storage_of
 from .zigs import PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
+
+
+Positions = dict[str, dict[int, np.ndarray]]  # parameter or buffer -> dimension -> the positions of it that go
+ScaleOfStorage = dict[int, tuple[float, float]]  # storage -> (factor, offset), as `WideArithmetic` takes them
+
+
+class Scale(NamedTuple):
+    """How a parameter changes because an average is taken over fewer ZIGs; see `scaled`."""
+
+    factor: float
+    offset: int
 
 
 class Cut(NamedTuple):
@@ -34,39 +45,42 @@ class Cut(NamedTuple):
     Attributes:
         partition: the ZIGs.
         removed: which of them go, bool (num_zigs,).
-        attributes: the sizes that modules keep, as they become.
-        scales: parameters that change for the averages taken over what goes: name -> (factor, offset), see `scaled`.
+        attributes: the new values of the sizes that modules keep.
+        scales: how parameters change that stand for averages over ZIGs, by name.
     """
 
     partition: ZIGPartition
     removed: np.ndarray
     attributes: Mapping[Attribute, int]
-    scales: Mapping[str, tuple[float, int]]
+    scales: Mapping[str, Scale]
 
     @property
-    def positions(self) -> dict[str, dict[int, np.ndarray]]:
+    def positions(self) -> Positions:
         """Parameter or buffer -> dimension -> the positions of it that go."""
-        pieces: dict[str, dict[int, list[np.ndarray]]] = {}  # one for each axis that lies on the dimension
+        pieces: dict[tuple[str, int], list[np.ndarray]] = {}
         for _, member, index in self.partition.slices(self.removed):
-            pieces.setdefault(member.param, {}).setdefault(member.dim, []).append(index)
-        positions: dict[str, dict[int, np.ndarray]] = {}
-        for name, pieces_of_dims in pieces.items():
-            positions[name] = {dim: np.concatenate(arrays) for dim, arrays in pieces_of_dims.items()}
+            # several axes may lie on one dimension, each with positions of its own
+            pieces_of_dim = pieces.setdefault((member.param, member.dim), [])
+            pieces_of_dim.append(index)
+        positions: Positions = {}
+        for (name, dim), pieces_of_dim in pieces.items():
+            gone_of_dims = positions.setdefault(name, {})
+            gone_of_dims[dim] = np.concatenate(pieces_of_dim)
         return positions
 
     @torch.no_grad()
     def of_tensors(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """Cuts copies of a model's tensors, an average of its weights, say, as the model was cut.
+        """Cuts copies of a model's tensors as the model was cut. Such a copy is an average of its weights, say.
 
         Args:
             tensors: copies from before the cut, by the names of the model's parameters and buffers.
-            model: the model after the cut. It knows which names are those of one tied tensor.
+            model: the model after the cut, which shows what names belong to one tied tensor.
 
         Returns:
-            new tensors, and those that lose nothing as they are.
+            the cut copies; a copy that loses nothing is returned as it is.
 
         Raises:
-            ValueError: the model has no tensor of some name, or a copy hasn't the shape from before the cut.
+            ValueError: the model has no tensor of a given name, or a copy hasn't the shape from before the cut.
 
         Example:
             >>> from hf_oto import compact, partition_zigs
@@ -82,35 +96,46 @@ class Cut(NamedTuple):
         """
         positions = self.positions
         tensors_of_model = named_tensors(model)
-        name_in_cut = {id(tensors_of_model[name]): name for name in [*positions, *self.scales]}
+        name_in_cut = {}  # id of a tensor of the model -> the one of its names that the cut knows
+        for name in [*positions, *self.scales]:
+            tensor_id = id(tensors_of_model[name])
+            name_in_cut[tensor_id] = name
         cut_tensors = {}
         for name, tensor in tensors.items():
             if name not in tensors_of_model:
                 raise ValueError(f"the model has no parameter or buffer {name!r}")
             of_model = tensors_of_model[name]
-            name_of_tied = name_in_cut.get(id(of_model), name)
-            gone_of_dims = positions.get(name_of_tied, {})
-            shape_before = list(of_model.shape)
-            for dim, gone in gone_of_dims.items():
-                shape_before[dim] += len(gone)
-            if list(tensor.shape) != shape_before:
-                raise ValueError(f"before the cut {name} had shape {shape_before}, and its copy has {[*tensor.shape]}")
-            new = _without_positions(tensor, gone_of_dims)
-            if name_of_tied in self.scales:
-                new = scaled(new, *self.scales[name_of_tied])
-            cut_tensors[name] = new
+            known_name = name_in_cut.get(id(of_model), name)
+            gone_of_dims = positions.get(known_name, {})
+            shape = list(tensor.shape)
+            shape_before = _shape_before(of_model, gone_of_dims)
+            if shape != shape_before:
+                raise ValueError(f"before the cut {name} had shape {shape_before}, and its copy has {shape}")
+            cut_tensor = _without_positions(tensor, gone_of_dims)
+            scale = self.scales.get(known_name)
+            if scale is not None:
+                cut_tensor = scaled(cut_tensor, *scale)
+            cut_tensors[name] = cut_tensor
         return cut_tensors
+
+
+def _shape_before(tensor: torch.Tensor, gone_of_dims: Mapping[int, np.ndarray]) -> list[int]:
+    """The shape that a tensor had before positions were cut out of it, dimension -> positions."""
+    shape = list(tensor.shape)
+    for dim, gone in gone_of_dims.items():
+        shape[dim] += len(gone)
+    return shape
 
 
 def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone: np.ndarray | None = None) -> Cut:
     """Decides what of a plan can be cut.
 
-    Where the sizes that modules keep contradict each other, or a comparison of sizes would come out otherwise, some
-    ZIGs stay as zeros: correct, only larger.
+    Some ZIGs stay as zeros where the sizes that modules keep would contradict each other, or where a comparison of
+    sizes would have another result. The model is then correct, only larger.
 
     Args:
         warn: whether to log a warning about ZIGs that stay; False where a plan is only tried.
-        gone: the ZIGs that an earlier cut has taken, which can't stay, bool (num_zigs,); None: no ZIG.
+        gone: the ZIGs that an earlier cut has removed, which can't come back, bool (num_zigs,); None: no ZIG.
 
     Raises:
         ValueError: the plan doesn't fit the partition.
@@ -128,142 +153,188 @@ def resolve(partition: ZIGPartition, plan: PruningPlan, warn: bool = True, gone:
         attributes, conflicts = partition.sizes.solve(removed)
         if not conflicts:
             break
-        # what is gone went without a conflict: there is always something else to put back
-        involved = np.setdiff1d(partition.sizes.involved(conflicts, removed), np.flatnonzero(gone))
-        if not len(involved):
-            involved = np.flatnonzero(removed & ~gone)
-        put_back_now = involved[: (len(involved) + 1) // 2]  # half of them at a time: it may be enough
-        removed[put_back_now] = False
-        num_staying += len(put_back_now)
+        to_put_back = _zigs_to_put_back(partition.sizes, conflicts, removed, gone)
+        removed[to_put_back] = False
+        num_staying += len(to_put_back)
         layer_to_blame = layer_to_blame or conflicts[0].layer
     if num_staying and warn:
         layer_to_blame = layer_to_blame or "forward"
         logger.warning("%d ZIGs stay as zeros: the sizes used in %s don't fit them", num_staying, layer_to_blame)
-    return Cut(partition, removed, attributes, scale_factors(partition, removed))
+    scales = scale_factors(partition, removed)
+    return Cut(partition, removed, attributes, scales)
+
+
+def _zigs_to_put_back(
+    sizes: Sizes, conflicts: Sequence[Equation], removed: np.ndarray, gone: np.ndarray
+) -> np.ndarray:
+    """The numbers of removed ZIGs that stay after all, because equations of sizes can't hold without them.
+
+    Args:
+        removed, gone: bool (num_zigs,), see `resolve`.
+    """
+    involved = sizes.involved(conflicts, removed)
+    # earlier cuts left no conflict: without the ZIGs that are gone there is always another one to put back
+    candidates = np.setdiff1d(involved, np.flatnonzero(gone))
+    if not len(candidates):
+        candidates = np.flatnonzero(removed & ~gone)
+    half = (len(candidates) + 1) // 2  # this may be enough; if it is not, the next round takes half of the others
+    return candidates[:half]
 
 
 def _keep_multiples_(partition: ZIGPartition, removed: np.ndarray, gone: np.ndarray) -> None:
-    """Puts back, in place, as many ZIGs of every axis as it takes to keep a multiple of `axis.multiple`, and not none.
+    """Puts ZIGs of every axis back, in place, until their number is a positive multiple of `axis.multiple`.
 
-    What is gone left such a multiple, so that the others are enough.
+    The earlier cuts left such a multiple too, so there are always enough ZIGs to put back.
     """
-    parts = zip(partition.split(removed), partition.split(gone), strict=True)
-    for (axis, removed_of_axis), (_, gone_of_axis) in parts:
+    removed_of_axes = partition.split(removed)
+    gone_of_axes = partition.split(gone)
+    for (axis, removed_of_axis), (_, gone_of_axis) in zip(removed_of_axes, gone_of_axes, strict=True):
         num_kept = int((~removed_of_axis).sum())
         num_missing = -num_kept % axis.multiple
-        if num_kept == 0:  # the one ZIG that a plan kept may be gone
+        if num_kept == 0:  # a plan keeps one ZIG of every axis, but that one may be gone
             num_missing = axis.multiple
         may_return = np.flatnonzero(removed_of_axis & ~gone_of_axis)
-        removed_of_axis[may_return[:num_missing]] = False
+        returning = may_return[:num_missing]
+        removed_of_axis[returning] = False
 
 
-def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, tuple[float, int]]:
-    """Parameter -> (factor, offset), where the axes that a parameter lies on multiply the factor."""
-    factors: dict[str, tuple[float, int]] = {}
+def scale_factors(partition: ZIGPartition, removed: np.ndarray) -> dict[str, Scale]:
+    """How a cut changes parameters, by name. The factors of all axes that a parameter lies on are multiplied."""
+    scales: dict[str, Scale] = {}
     for axis, removed_of_axis in partition.split(removed):
         if not removed_of_axis.any():
             continue
         num_kept = int((~removed_of_axis).sum())
+        ratio = axis.size / num_kept
         for name, power, offset in axis.scales:
-            factor_so_far, _ = factors.get(name, (1.0, 0))
-            factors[name] = factor_so_far * (axis.size / num_kept) ** float(power), offset
-    return factors
+            scale_so_far = scales.get(name, Scale(1.0, 0))
+            factor = scale_so_far.factor * ratio ** float(power)
+            scales[name] = Scale(factor, offset)
+    return scales
 
 
 def scaled(tensor: torch.Tensor, factor: float, offset: int) -> torch.Tensor:
     """(tensor + offset) * factor - offset, rounded once."""
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return (wide * factor + offset * (factor - 1)).to(tensor.dtype)
+    # in a narrow dtype each of the three operations would round
+    wide_dtype = torch.promote_types(tensor.dtype, torch.float32)
+    wide = tensor.to(wide_dtype)
+    wide = wide * factor + offset * (factor - 1)
+    return wide.to(tensor.dtype)
 
 
-def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> dict[int, tuple[float, float]]:
+def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> ScaleOfStorage:
     """Cuts the tensors of a model, one at a time, and sets the sizes of its modules, in place; ties stay ties.
 
     Args:
-        widening: tensors that will be widened to this dtype before they are used are not scaled here, because scaling
-            would round them.
+        widening: the dtype to which the caller widens tensors before every use. Tensors of other dtypes are not scaled
+            here, because the result would be rounded.
 
     Returns:
-        the scales that are still to be applied, by storage, as `WideArithmetic` takes them.
+        the scales that are still to be applied.
     """
-    scales_to_apply: dict[int, tuple[float, float]] = {}
+    scales_to_apply: ScaleOfStorage = {}
     positions = cut.positions
     places_of_id = places(model)
     id_of_name = {name: id(tensor) for name, tensor in named_tensors(model).items()}
-    # a tied tensor has several names and is cut once, under the first of them
-    name_of_id = {id_of_name[name]: name for name in reversed([*(positions | cut.scales)])}
-    for tensor_id, name in reversed(name_of_id.items()):
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    name_of_id: dict[int, str] = {}
+    for name in [*positions, *cut.scales]:
+        # a tied tensor has several names and is cut once, under the first of them
+        name_of_id.setdefault(id_of_name[name], name)
+    for tensor_id, name in name_of_id.items():
+        old = _tensor_of(model, name)
         new = _without_positions(old.detach(), positions.get(name, {}))
-        if name in cut.scales:
-            if widening is None or new.dtype == widening:
-                new = scaled(new, *cut.scales[name])
-            else:
-                if name not in positions:
-                    new = new.clone()  # the scale belongs to a storage, and the full weight's is not to be scaled
-                scales_to_apply[storage_of(new)] = cut.scales[name]
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
-            vars(new).update(vars(old))  # whoever has marked the parameter finds the mark again
-        for place in places_of_id[tensor_id]:
-            place.put(new)
+        scale = cut.scales.get(name)
+        if scale is not None and widening in (None, new.dtype):
+            new = scaled(new, *scale)
+        elif scale is not None:
+            if name not in positions:
+                new = new.clone()  # the scale belongs to a storage, and must not reach the full model's weight
+            storage = storage_of(new)
+            scales_to_apply[storage] = scale
+        _replace_(old, new, places_of_id[tensor_id])
         del old  # so that its memory is free before the next tensor is cut
     _set_sizes_(model, cut.attributes)
     return scales_to_apply
 
 
+def _tensor_of(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer, as it is kept: reading the attribute would compute a parametrised one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        return module._parameters[leaf]
+    return module._buffers[leaf]
+
+
+def _replace_(old: torch.Tensor, new: torch.Tensor, places_of_old: Sequence[Place]) -> None:
+    """Puts a tensor in all the places of another one; a parameter is replaced by a parameter."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, old.requires_grad)
+        marks = vars(old)  # attributes that others have set on the parameter, who look for them again
+        vars(new).update(marks)
+    for place in places_of_old:
+        place.put(new)
+
+
 def grow_(model: nn.Module, cut: Cut) -> None:
-    """Undoes a cut, in place, but for the weights that went: there are zeros, which change no output.
+    """Undoes a cut, in place. The weights that were cut come back as zeros, which change no output.
 
     Args:
-        cut: one without scales.
+        cut: a cut without scales.
     """
     sizes_before = {}
     if cut.partition.sizes is not None:
-        sizes_before = {attribute: cut.partition.sizes.values[attribute] for attribute in cut.attributes}
-    statistics = set()  # a direction of a weight is one along its rows only: along its columns it reads
+        # the cut has the new sizes only; its partition is of the model before, and has the old ones
+        values_before = cut.partition.sizes.values
+        sizes_before = {attribute: values_before[attribute] for attribute in cut.attributes}
+    statistics = set()  # (name, dimension): a weight may be a direction along its rows, and yet read along its columns
     for axis in cut.partition.axes:
-        statistics.update((m.param, m.dim) for m in axis.members if m.role == "statistic")
+        for member in axis.members:
+            if member.role == "statistic":
+                statistics.add((member.param, member.dim))
     places_of_id = places(model)
     tensors = named_tensors(model)
-    grown = set()
+    grown_ids = set()
     for name, gone_of_dims in cut.positions.items():
         old = tensors[name]
-        if id(old) in grown:  # it is tied, and has been grown under another name
+        tensor_id = id(old)
+        if tensor_id in grown_ids:  # the tensor is tied, and has been grown under another name
             continue
-        grown.add(id(old))
+        grown_ids.add(tensor_id)
         new = old.detach()
         for dim, gone in gone_of_dims.items():
             # a variance of zero would divide by zero
-            new = _with_positions(new, dim, gone, fill=1.0 if (name, dim) in statistics else 0.0)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
-            vars(new).update(vars(old))
-        for place in places_of_id[id(old)]:
-            place.put(new)
+            fill = 1.0 if (name, dim) in statistics else 0.0
+            new = _with_positions(new, dim, gone, fill)
+        _replace_(old, new, places_of_id[tensor_id])
     _set_sizes_(model, sizes_before)
 
 
 def _with_positions(tensor: torch.Tensor, dim: int, gone: np.ndarray, fill: float) -> torch.Tensor:
-    """A tensor that has positions again which were taken out of it, all with one value."""
-    shape = list(tensor.shape)
-    shape[dim] += len(gone)
-    kept = torch.from_numpy(np.delete(np.arange(shape[dim]), gone))
-    return tensor.new_full(shape, fill).index_copy_(dim, kept.to(tensor.device), tensor)
+    """A tensor with the positions that were cut out of it. These hold one value, `fill`."""
+    shape = _shape_before(tensor, {dim: gone})
+    kept = _kept_positions(shape[dim], gone, tensor.device)
+    grown = tensor.new_full(shape, fill)
+    return grown.index_copy_(dim, kept, tensor)
+
+
+def _kept_positions(size: int, gone: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The positions of a dimension that stay, (size - len(gone),)."""
+    kept = np.delete(np.arange(size), gone)
+    return torch.from_numpy(kept).to(device)
 
 
 def _without_positions(tensor: torch.Tensor, positions: Mapping[int, np.ndarray]) -> torch.Tensor:
     """A tensor without some positions, dimension -> positions; the tensor itself where nothing goes."""
     for dim, gone in positions.items():
-        kept = torch.from_numpy(np.delete(np.arange(tensor.shape[dim]), gone))
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
+        size = tensor.shape[dim]
+        kept = _kept_positions(size, gone, tensor.device)
+        tensor = tensor.index_select(dim, kept)
     return tensor
 
 
 def _set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
-    """Sets the sizes that modules keep to those of a model whose tensors have been cut."""
+    """Sets the sizes that modules keep, after the tensors of the model have been cut or grown."""
     for (path, name, index), value in attributes.items():
         module = model.get_submodule(path)
         if index is not None:  # one entry of a list or tuple of sizes
@@ -275,17 +346,18 @@ def _set_sizes_(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
     for module in model.modules():
         set_sizes_(module, own_sizes(module))
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()  # it knows its weights by their addresses, too
+            # the kernel reads the weights at addresses that the layer has noted
+            module._init_flat_weights()
 
 
 class Trial:
-    """A change of a model that is put on and taken off again: `with trial: ...`, as often as it takes.
+    """A change of a model that lasts as long as a `with trial: ...`, which may be opened any number of times.
 
-    Outside the `with` the model is as it was, bit by bit, whatever was raised inside. The trial holds a copy of every
-    tensor that is changed, beside the one that the model has; the other tensors are shared.
+    Outside the `with` the model is as it was, bit by bit, whatever was raised inside. The trial holds a second copy of
+    every tensor that the change touches; the other tensors are shared.
 
     Args:
-        change: what is done to the model, once.
+        change: a function that changes the model in place. It is called once.
 
     Attributes:
         result: what `change` returned.
@@ -295,13 +367,15 @@ class Trial:
         self.model = model
         with restored(model):
             self.result = change(model)
+            # `restored` then takes the change off again
             self._changed = contents(model)
 
     def __enter__(self) -> nn.Module:
         self._unchanged = contents(self.model)
         try:
             put_back(self._changed)
-        except BaseException:  # a Ctrl-C that waited for `put_back` comes before the `with` that would undo it
+        except BaseException:
+            # a Ctrl-C may be raised at the end of `put_back`, when the `with` has not begun and would undo nothing
             self.__exit__()
             raise
         return self.model
@@ -312,18 +386,21 @@ class Trial:
 
 
 class TrialCut(Trial):
-    """A cut that is put on a model and taken off again; see `Trial`.
+    """A cut that lasts as long as a `with`; see `Trial`.
 
     Args:
         widening: see `cut_`.
     """
 
     def __init__(self, model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> None:
-        super().__init__(model, lambda model: cut_(model, cut, widening))
+        def change(model: nn.Module) -> ScaleOfStorage:
+            return cut_(model, cut, widening)
+
+        super().__init__(model, change)
 
     @property
-    def scales(self) -> dict[int, tuple[float, float]]:
-        """What `cut_` returned."""
+    def scales(self) -> ScaleOfStorage:
+        """The scales that are still to be applied, as `cut_` returned them."""
         return self.result
 
 
@@ -335,20 +412,29 @@ def own_sizes(module: nn.Module) -> dict[str, int]:
         return {}
     shape = list(weight.shape)
     is_computed_by_hook = "weight" in vars(module)
-    if is_computed_by_hook:  # before every forward, so that this weight is still as large as in the last one
-        parts = []
-        for name, p in module._parameters.items():
-            if name.startswith("weight_") and p.dim() == len(shape):
-                parts.append(p.shape)
-        shape = [max(sizes) for sizes in zip(*parts, strict=True)] or shape
+    if is_computed_by_hook:  # the hook runs before a forward: until the next one the weight has its old shape
+        shape = _shape_by_factors(module, len(shape)) or shape
     sizes = {}
     for dim, (name, size) in enumerate(zip(names, shape, strict=False)):
-        sizes[name] = size * module.groups if is_of_one_group(module, dim) else size
+        if is_of_one_group(module, dim):
+            size *= module.groups
+        sizes[name] = size
     return sizes
+
+
+def _shape_by_factors(module: nn.Module, num_dims: int) -> list[int]:
+    """The shape of a weight that is computed from parameters such as `weight_g` and `weight_v`; [] if from none."""
+    shapes = []
+    for name, p in module._parameters.items():
+        if name.startswith("weight_") and p.dim() == num_dims:
+            shapes.append(p.shape)
+    # a factor has the size of the weight in a dimension, or 1
+    return [max(sizes_of_dim) for sizes_of_dim in zip(*shapes, strict=True)]
 
 
 def _weight_in_eval_mode(module: nn.Module) -> torch.Tensor | None:
     """The weight of a layer: reading a parametrised one computes it, which in train mode may change its state."""
+    # by hand, because `train` of a module would set all its parts to one mode
     training_of = {part: part.training for part in module.modules()}
     module.eval()
     weight = module.weight

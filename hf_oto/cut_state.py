@@ -1,4 +1,4 @@
-"""An optimizer goes on with a model that was cut: new parameters in its groups, and its state cut as they are.
+"""An optimizer goes on with a model that was cut: its groups get the new parameters, and its state is cut like them.
 
 The optimizer stays the same object, because schedulers, scalers and accelerate hold it.
 
@@ -19,22 +19,26 @@ from torch import Tensor, nn
 from .calls import raise_if_out_of_memory
 
 Kept = Mapping[str, Mapping[int, Tensor]]  # parameter -> dimension -> the positions that stay, (n,), on the CPU
+Params = Mapping[str, nn.Parameter]  # by name
+Optimizer = torch.optim.Optimizer
+KNOWN_ATTRIBUTES = ("param_groups", "state", "defaults")  # those of every optimizer
+MAX_DEVIATION = 0.01  # of the move of a parameter, relative: more than rounding
 
 
-def why_uncuttable(optimizer: torch.optim.Optimizer) -> str | None:
+def why_uncuttable(optimizer: Optimizer) -> str | None:
     """Why an optimizer can't go on with smaller parameters, in words; None: it can."""
     name = type(optimizer).__name__
-    known = ("param_groups", "state", "defaults")
     for attribute, value in vars(optimizer).items():
-        if attribute not in known and _has_tensors(value):
+        if attribute not in KNOWN_ATTRIBUTES and _has_tensors(value):
             return f"{name} keeps tensors of its own, as {attribute}"
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if not _follows(value, p):
                 return f"{key} of {name} doesn't have the shape of its parameter"
     try:
-        if not all(map(_moves_by_entries, _samples(optimizer))):
-            return f"a step of {name} depends on the shape of a parameter"
+        for sample in _samples(optimizer):
+            if not _moves_by_entries(sample):
+                return f"a step of {name} depends on the shape of a parameter"
     except Exception as error:  # an optimizer of any kind may raise anything
         raise_if_out_of_memory(error)
         return f"{name} can't be tried on one parameter ({type(error).__name__}: {error})"
@@ -44,75 +48,104 @@ def why_uncuttable(optimizer: torch.optim.Optimizer) -> str | None:
 class _Sample(NamedTuple):
     """A parameter of an optimizer, and one of its dimensions."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     group: dict[str, Any]
     param: Tensor
     dim: int
 
     def moved(self, changed: Callable[[Tensor], Tensor]) -> Tensor:
-        """The parameter after a step of a copy of the optimizer, which trains it alone.
+        """The parameter after one step. A copy of the optimizer makes the step and trains this parameter alone.
 
         Args:
-            changed: what is done to the parameter, its gradient and its state before.
+            changed: a function that zeroes or cuts the parameter, its gradient and its state before the step.
         """
-        p = nn.Parameter(changed(self.param.detach()))
-        generator = torch.Generator().manual_seed(0)
-        gradient = torch.randn(self.param.shape, generator=generator)
-        p.grad = changed(gradient.to(p.device, p.dtype))
-        state = {}
-        for key, value in self.optimizer.state.get(self.param, {}).items():
-            if isinstance(value, Tensor):
-                state[key] = changed(value) if value.shape == self.param.shape else value.clone()
-            else:
-                state[key] = copy.copy(value)
-        twin = object.__new__(type(self.optimizer))
-        for name, value in vars(self.optimizer).items():
-            # hooks, and the `step` that a scheduler puts on the instance, are meant for the optimizer itself
-            if name != "step" and not name.startswith("_optimizer_"):
-                vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-        twin.param_groups = [{**self.group, "params": [p]}]
+        param = self.param.detach()
+        p = nn.Parameter(changed(param))
+        generator = torch.Generator().manual_seed(0)  # every call gets the same gradient
+        gradient = torch.randn(param.shape, generator=generator)
+        gradient = gradient.to(p.device, p.dtype)
+        p.grad = changed(gradient)
+        twin = self._twin()
+        group = self.group | {"params": [p]}
+        twin.param_groups = [group]
+        state = self._changed_state(changed)
         twin.state = defaultdict(dict, {p: state})
-        torch.optim.Optimizer.__setstate__(twin, {})  # makes the hooks, of which there are none
+        Optimizer.__setstate__(twin, {})  # makes the hooks, of which there are none
         devices = [p.device] if p.is_cuda else []
         with torch.random.fork_rng(devices):
             twin.step()
         return p.detach()
 
+    def _changed_state(self, changed: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """A copy of the parameter's state, in which every tensor of the parameter's shape is changed."""
+        changed_state = {}
+        state = self.optimizer.state.get(self.param, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                value = copy.copy(value)
+            elif value.shape == self.param.shape:
+                value = changed(value)
+            else:
+                value = value.clone()
+            changed_state[key] = value
+        return changed_state
 
-def _samples(optimizer: torch.optim.Optimizer) -> Iterator[_Sample]:
+    def _twin(self) -> Optimizer:
+        """An optimizer of the same class and with the same settings, whose step leaves the optimizer as it is."""
+        cls = type(self.optimizer)
+        twin = object.__new__(cls)
+        for name, value in vars(self.optimizer).items():
+            # hooks, and the `step` that a scheduler puts on the instance, are meant for the optimizer itself
+            if name == "step" or name.startswith("_optimizer_"):
+                continue
+            is_container = isinstance(value, (dict, list, set))
+            vars(twin)[name] = copy.copy(value) if is_container else value
+        return twin
+
+
+def _samples(optimizer: Optimizer) -> Iterator[_Sample]:
     """Of every group the smallest vector, the smallest matrix, ..., once with every dimension that may be cut."""
     for group in optimizer.param_groups:
-        smallest: dict[int, Tensor] = {}
-        for p in sorted(group["params"], key=torch.numel):
-            if p.dim() and min(p.shape[:2]) > 1:
-                smallest.setdefault(p.dim(), p)
-        for p in smallest.values():
-            for dim in range(min(2, p.dim())):
+        smallest: dict[int, Tensor] = {}  # number of dimensions -> parameter
+        params_by_size = sorted(group["params"], key=torch.numel)
+        for p in params_by_size:
+            num_dims = p.dim()
+            if num_dims and min(p.shape[:2]) > 1:  # one position alone has nothing that could be cut beside it
+                smallest.setdefault(num_dims, p)
+        for num_dims, p in smallest.items():
+            # weights are cut along their rows and columns only
+            for dim in range(min(2, num_dims)):
                 yield _Sample(optimizer, group, p, dim)
 
 
 def _moves_by_entries(sample: _Sample) -> bool:
-    """Whether what is left of a parameter moves as it would have moved beside zeros, here a single position.
+    """Whether a parameter that was cut moves as the same entries move in the full parameter, beside zeros.
 
-    An optimizer that scales its steps by a function of the shape, or by the mean over all entries, moves it otherwise.
+    The test leaves one position. The moves differ where an optimizer scales its steps by a function of the shape, or
+    by a mean over all entries.
     """
+    dim = sample.dim
 
     def zeroed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
-        tensor.narrow(sample.dim, 1, tensor.shape[sample.dim] - 1).zero_()
+        num_zero = tensor.shape[dim] - 1
+        tensor.narrow(dim, 1, num_zero).zero_()
         return tensor
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor.narrow(sample.dim, 0, 1).clone()
+        return tensor.narrow(dim, 0, 1).clone()
 
     before = cut(sample.param.detach())
-    move = cut(sample.moved(zeroed)) - before
-    move_of_cut = sample.moved(cut) - before
-    return bool((move - move_of_cut).norm() <= 0.01 * move.norm())  # rounding apart
+    full_after = sample.moved(zeroed)
+    cut_after = sample.moved(cut)
+    move = cut(full_after) - before
+    move_of_cut = cut_after - before
+    deviation = (move - move_of_cut).norm()
+    return bool(deviation <= MAX_DEVIATION * move.norm())
 
 
 def _has_tensors(value: Any) -> bool:
-    if isinstance(value, (torch.optim.Optimizer, nn.Module)):
+    if isinstance(value, (Optimizer, nn.Module)):
         return True
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -122,44 +155,52 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _follows(value: Any, p: Tensor) -> bool:
-    """Whether a value of a parameter's state can be cut as the parameter is, or needs no cut."""
+    """Whether a value of a parameter's state can be cut like the parameter, or needs no cut."""
     if not isinstance(value, Tensor):
         return not _has_tensors(value)
+    # a tensor of a subclass may pack several entries into one, which can't be cut apart
     is_ordinary = type(value) in (Tensor, nn.Parameter)
-    return is_ordinary and (value.shape == p.shape or value.numel() == 1)
+    has_same_shape = value.shape == p.shape
+    is_scalar = value.numel() == 1
+    return is_ordinary and (has_same_shape or is_scalar)
 
 
-def cut_state_(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], kept: Kept) -> None:
+def cut_state_(optimizer: Optimizer, params: Params, kept: Kept) -> None:
     """Puts the parameters of a model that was cut in the place of the old ones, and cuts their state.
 
     Args:
-        optimizer: one that `why_uncuttable` has nothing against; its groups have names.
-        params: the new parameters by name; a parameter of another name stays.
-        kept: what was left of the old ones.
+        optimizer: an optimizer that `why_uncuttable` has nothing against; its groups have names.
+        params: the new parameters; a parameter whose name is not among them stays.
+        kept: the positions of the old parameters that stay.
     """
     for group in optimizer.param_groups:
+        group_params = group["params"]
         for i, name in enumerate(group["param_names"]):
-            old = group["params"][i]
+            old = group_params[i]
             new = params.get(name, old)
             if new is old:
                 continue
+            kept_of_dims = kept.get(name, {})
             state = optimizer.state.pop(old, {})
             for key, value in state.items():
+                # a step count, say, has another shape and stays
                 if isinstance(value, Tensor) and value.shape == old.shape:
-                    state[key] = only_kept(value, kept.get(name, {}))
-            group["params"][i] = new
+                    state[key] = only_kept(value, kept_of_dims)
+            group_params[i] = new
             if state:
                 optimizer.state[new] = state
 
 
-def replace_parameters_(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> None:
-    """Puts other parameters in the place of those of the same names, whose state is dropped."""
+def replace_parameters_(optimizer: Optimizer, params: Params) -> None:
+    """Puts other parameters in the place of those of the same names. The state of the old ones is dropped."""
     for group in optimizer.param_groups:
+        group_params = group["params"]
         for i, name in enumerate(group["param_names"]):
-            old = group["params"][i]
-            if params.get(name, old) is not old:
+            old = group_params[i]
+            new = params.get(name, old)
+            if new is not old:
                 optimizer.state.pop(old, None)
-                group["params"][i] = params[name]
+                group_params[i] = new
 
 
 def only_kept(tensor: Tensor, kept_of_dims: Mapping[int, Tensor]) -> Tensor:

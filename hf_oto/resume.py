@@ -1,7 +1,8 @@
 """Going on from a checkpoint: whether its folder holds all that a run needs, and how its weights are loaded.
 
-`Resuming` is a part of `OTOMixin`, which asks before anything is trained. Either all weights are loaded or none. They
-are read as `from_pretrained` reads them: in the files of some models they have other names than in the modules.
+`Resuming` is a part of `OTOMixin`. It checks a checkpoint before anything is trained, and loads either all its weights
+or none. Weights are read as `from_pretrained` reads them, because the files of some models have other names for them
+than the modules.
 
 Worked example: of checkpoint-100 and checkpoint-150, the second was being written when the process was killed, and has
 weights but no trainer_state.json. `resume_from_checkpoint=True` goes on from checkpoint-100, with a warning.
@@ -38,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # removed before a checkpoint is written again
-NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # how the names of other files begin
+NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # files that hold something else
 
 
 # folders -------------------------------------------------------------------------------------------
 
 
 def newest_complete(output_dir: str, with_scaler: bool) -> tuple[str | None, dict[str, list[str]]]:
-    """The latest checkpoint that lacks nothing, None if there is none, and what each of the later ones lacks.
+    """The latest checkpoint that lacks nothing, or None, and for every later checkpoint what it lacks.
 
     Args:
         output_dir: where a run saves its checkpoints.
@@ -71,18 +72,20 @@ def checkpoints(output_dir: str) -> list[str]:
 
 
 def lacks(folder: str, with_scaler: bool) -> list[str]:
-    """What a folder lacks of all that a run goes on with.
+    """The files that a run needs to go on, and that a folder lacks.
 
-    That is what was still to be written when the process was killed, or what `save_only_model=True` leaves out. The
-    Trainer writes trainer_state.json last; but files may be deleted in any order, so all are looked for.
+    A process that was killed had not written them yet, or `save_only_model=True` leaves them out. The Trainer writes
+    trainer_state.json last; but files may be deleted in any order, so all are looked for.
     """
     names = os.listdir(folder)
     wanted = [SCHEDULER_NAME]
     if with_scaler:
         wanted.append(SCALER_NAME)
     lacking = [name for name in wanted if name not in names]
-    if not any(name.startswith("optimizer") for name in names):  # FSDP's has another name, and may be a folder
+    # FSDP's optimizer has another name, and may be a folder
+    if not any(name.startswith("optimizer") for name in names):
         lacking.append(OPTIMIZER_NAME)
+    # with several ranks every rank has a file of its own
     if not any(name.startswith("rng_state") for name in names):
         lacking.append("rng_state.pth")
     if not has_weights(folder):
@@ -118,21 +121,22 @@ def has_weights(folder: str) -> bool:
 
 
 def holds_whole_model(folder: str) -> bool:
-    """Whether a folder holds the weights of a whole model, and not only those of adapters, or shards of FSDP."""
+    """Whether a folder holds the weights of a whole model, rather than those of adapters alone or shards of FSDP."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in WHOLE_MODEL)
 
 
 @torch.no_grad()
 def load_weights_(model: nn.Module, folder: str) -> None:
-    """Gives a model the weights of a checkpoint, in place: parameters stay the same objects, of the same dtype, on the
-    same device.
+    """Gives a model the weights of a checkpoint, in place; its parameters stay the same objects.
 
-    A Transformers model is loaded a second time, on the CPU, by its own `from_pretrained`: for a moment there is one
-    model more. For any other module the names in the file have to be those in the module.
+    They also keep their dtypes and devices.
+
+    A Transformers model is loaded a second time, on the CPU, by its own `from_pretrained`, so that memory holds two
+    models for a moment. For any other module the names in the file have to be those in the module.
 
     Raises:
-        OTOError: a tensor of the model is not in the checkpoint, or the other way round, or has another shape. Nothing
-            has been changed then. Tied weights, and keys that the model itself declares ignorable, may be missing.
+        OTOError: a tensor of the model is not in the checkpoint, or the other way round, or has another shape. The
+            model is then unchanged. Tied weights, and keys that the model itself declares ignorable, may be missing.
     """
     try:
         with random_states_kept(model):  # a second model draws weights that nobody keeps
@@ -146,6 +150,7 @@ def load_weights_(model: nn.Module, folder: str) -> None:
     shapes = _shapes(model.state_dict())
     loaded_shapes = _shapes(loaded.tensors)
     common = shapes.keys() & loaded_shapes.keys()
+    # `from_pretrained` reports what it skipped; of a file that was read directly only the comparison tells
     problems = {
         "it lacks": loaded.missing | (shapes.keys() - loaded_shapes.keys()),
         "the model has no": loaded.unexpected | (loaded_shapes.keys() - shapes.keys()),
@@ -161,7 +166,7 @@ def load_weights_(model: nn.Module, folder: str) -> None:
 
 
 class Loaded(NamedTuple):
-    """The tensors of a checkpoint, by the names that the modules have, and what did not fit."""
+    """The tensors of a checkpoint, by the names that the modules have, and the names of those that did not fit."""
 
     tensors: dict[str, torch.Tensor]
     missing: frozenset[str] = frozenset()
@@ -196,7 +201,7 @@ def _as_saved(folder: str) -> Loaded:
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    """The shapes of a state; the extra states of modules, which are no tensors, are left out."""
+    """The shapes of a state. The extra states of modules are left out, because they are no tensors."""
     return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -216,15 +221,16 @@ class Resuming:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._given_optimizer: Any = self.optimizer  # the user's own, which another training begins with again
+        self._given_optimizer: Any = self.optimizer  # the user's own: another training begins with it again
 
     def _inner_training_loop(
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
         """`Trainer`'s; after a training that was interrupted, or ran out of memory, this one begins anew."""
-        if isinstance(self.optimizer, AcceleratedOptimizer):  # of a try with a larger batch
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # it is left from a try with a larger batch
             self._forget_earlier_training()
-            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:  # `Trainer` itself loads FSDP's later
+            # under FSDP `Trainer` itself loads the weights, later
+            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:
                 self._load_from_checkpoint(resume_from_checkpoint)
         elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             self._given_optimizer = self.optimizer
@@ -234,19 +240,22 @@ class Resuming:
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
 
     def _forget_earlier_training(self) -> None:
-        """Lets go of an optimizer that would go on with its schedule, and of the cuts that it has led to."""
+        """Drops an optimizer that would go on with its schedule, and undoes the cuts that it has led to."""
         self._undo_cuts()
         self.optimizer = self._given_optimizer
         self.callback_handler.optimizer = None
         self.callback_handler.lr_scheduler = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer`'s, which makes a step too many after resuming at the last step in the middle of an epoch."""
+        """`Trainer`'s, but it makes no step after the last one.
+
+        `Trainer` makes one too many when it resumes at the last step, in the middle of an epoch.
+        """
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _complete_checkpoint(self, asked: str | bool) -> str | bool:
-        """The folder to resume from, which lacks nothing; one that does not exist is left for `Trainer` to refuse.
+        """A folder to resume from that lacks nothing. `Trainer` itself refuses a folder that does not exist.
 
         Args:
             asked: a folder. True: the latest checkpoint of the output folder.
@@ -271,7 +280,7 @@ class Resuming:
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """`Trainer`'s, but all the weights or an error, after which the model is what it was."""
+        """`Trainer`'s, but it loads all the weights or raises. After an error the model is as it was before."""
         if model is not None:
             self._load_weights_of(resume_from_checkpoint, model)
             return
@@ -298,7 +307,7 @@ class Resuming:
         load_weights_(unwrapped, str(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """`Trainer`'s, but all the weights or an error."""
+        """`Trainer`'s, but it loads all the weights or raises."""
         best = self.state.best_model_checkpoint
         if not has_weights(best):
             raise OTOError(
@@ -314,17 +323,17 @@ class Resuming:
         load_weights_(unwrapped, best)
 
     def _loads_otherwise(self, inherited: Any, stock: Any, folder: str) -> bool:
-        """Whether another trainer, accelerate (for FSDP) or PEFT has a way of its own to load what is in a folder.
+        """Whether another trainer, accelerate (for FSDP) or PEFT loads what is in a folder in its own way.
 
         Args:
-            inherited: the method that would run without us.
-            stock: that of `Trainer`.
+            inherited: the method that would run without ours.
+            stock: the method of `Trainer`.
         """
         is_of_other_trainer = inherited.__func__ is not stock
         return self.is_fsdp_enabled or is_of_other_trainer or not holds_whole_model(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """`Trainer`'s; what doesn't fit this run is an error that names the folder."""
+        """`Trainer`'s; if a state doesn't fit this run, the error names the folder."""
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
@@ -337,12 +346,14 @@ class Resuming:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """`Trainer`'s, into a folder that is incomplete until the last file is written."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # an older run may have left a complete folder of that name
+        # an older run may have left a complete folder of that name
+        if self.args.should_save:
             for name in STATES:
                 (folder / name).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """`Trainer`'s, on every rank before the state of the run, which says that the checkpoint is complete."""
+        """`Trainer`'s. Every rank waits for the others here."""
         super()._save_rng_state(output_dir)
+        # the state of the run is written next, and says that the checkpoint is complete
         self.accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """How important every ZIG is: sums over its parameters of products of weights and gradients.
 
 Worked example: a ZIG with the weights (1, 2) and the gradients (3, -1) has the inner product 1. Without the ZIG the
-loss would change by about -1, and the square of that, 1, is its salience.
+loss would change by about -1. The square of this change, 1, is the salience of the ZIG.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from .slices import Part, Slice, local, on_this_rank
 from .zigs import PrunableAxis
 
 PIECE = 2**20  # elements of a parameter that are multiplied at a time, because large temporary tensors are slow
+Product = Callable[[Tensor, Tensor], Tensor]  # of a weight and its gradient, element by element
+Params = Mapping[str, Tensor]  # by name
 
 
 class Moments(NamedTuple):
-    """What one batch says of every ZIG: sums over its parameters x and their gradients g, each (num_zigs,)."""
+    """What is known of every ZIG after one batch: sums over its parameters and their gradients, each (num_zigs,)."""
 
     weight_times_gradient: Tensor
     weight_squared: Tensor
@@ -30,7 +32,11 @@ class Moments(NamedTuple):
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """The terms of the real inner product."""
-    return (x.conj() * y).real if x.is_complex() else x * y
+    if not x.is_complex():
+        return x * y
+    # a complex number counts as the vector of its two parts
+    product = x.conj() * y
+    return product.real
 
 
 def weight_squared(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -43,32 +49,35 @@ def gradient_squared(weight: Tensor, gradient: Tensor) -> Tensor:
     return inner(gradient, gradient)
 
 
-def parts(
-    group: Sequence[Slice], params: Mapping[str, Tensor], product: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[Part]:
+def parts(group: Sequence[Slice], params: Params, product: Product) -> Iterator[Part]:
     """Yields a product of weights and gradients, piece by piece, of all parameters that have gradients."""
-    for s, p in on_this_rank(group, params):
-        grad = params[s.param].grad
+    for slice_, p in on_this_rank(group, params):
+        grad = params[slice_.param].grad
         if grad is None or not p.numel():
             continue
         grad = local(grad)
-        grad = grad.to_dense() if grad.is_sparse else grad
-        positions_of_piece = max(1, PIECE * p.shape[s.dim] // p.numel())
-        owners = s.owner.split(positions_of_piece)
-        weights = p.split(positions_of_piece, s.dim)
-        gradients = grad.split(positions_of_piece, s.dim)
-        for owner, x, g in zip(owners, weights, gradients, strict=True):
-            yield Part(s._replace(owner=owner), None, product(x, g))
+        if grad.is_sparse:  # an embedding's may be
+            grad = grad.to_dense()
+        dim = slice_.dim
+        positions_of_piece = max(1, PIECE * p.shape[dim] // p.numel())
+        owners = slice_.owner.split(positions_of_piece)
+        weights = p.split(positions_of_piece, dim)
+        gradients = grad.split(positions_of_piece, dim)
+        for owner, weight, gradient in zip(owners, weights, gradients, strict=True):
+            piece = slice_._replace(owner=owner)
+            products = product(weight, gradient)
+            yield Part(piece, None, products)
 
 
-def elements_of_zig(axes: Sequence[PrunableAxis], params: Mapping[str, Tensor]) -> Tensor:
+def elements_of_zig(axes: Sequence[PrunableAxis], params: Params) -> Tensor:
     """The number of parameters of one ZIG of each axis, (axes,)."""
     counts = []
     for axis in axes:
         count = 0
-        for m in axis.group:
-            p = params[m.param]
-            positions_of_zig = m.positions(axis.size).shape[1]
-            count += positions_of_zig * p.numel() // p.shape[m.dim]
+        for member in axis.group:
+            p = params[member.param]
+            positions = member.positions(axis.size)  # (size, k)
+            positions_of_zig = positions.shape[1]
+            count += positions_of_zig * p.numel() // p.shape[member.dim]
         counts.append(count)
     return torch.tensor(counts, dtype=torch.float32, device="cpu")

@@ -1,12 +1,13 @@
-"""Shrinking while it trains: what has become zero for good is cut out at once, and the run goes on with what is left.
+"""Shrinking: ZIGs that have become zero for good are cut out during training, and the run goes on with the others.
 
 `Shrinking` is a part of `OTOMixin`. After each event of the pruning window the zero ZIGs are cut out of the model and
-of the optimizer, in place: the objects that the training loop holds stay the same. The result is that of a cut at the
-end, up to rounding; where dropout draws its masks, it is another run of the same distribution.
+of the optimizer, in place: the objects that the training loop holds stay the same. The trained model is the same, up
+to rounding, as after a single cut at the end. With dropout it differs, because smaller masks are drawn, but it is a
+sample of the same distribution.
 
 Worked example: a run of 100 steps with events after steps 10, 16, ... 60. After step 16 the first ZIGs are zero and
 are cut out; step 17 is computed with smaller matrices. From step 61 on, the model that trains is as small as the one
-that is saved in the end, but for axes whose cut scales weights: these wait for the end.
+that is saved in the end, except along axes whose cut scales weights: those are cut at the end.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
 
-CUTS_NAME = "oto_cuts.json"  # beside the weights of a checkpoint: what had been cut out of the model that it holds
-WORTH_IT = 0.05  # a cut inside the window is made once it saves this fraction of the dense model's work
+CUTS_NAME = "oto_cuts.json"  # a file beside the weights of a checkpoint: what had been cut out of its model
+WORTH_IT = 0.05  # the fraction of the dense model's work that a cut inside the window must save
 
 
 class _CutAfterStep(TrainerCallback):
-    """Cuts before all other callbacks, which then see the smaller model."""
+    """The first of all callbacks: it cuts, and the others see the smaller model."""
 
     def __init__(self, trainer: Shrinking) -> None:
         self._trainer = trainer
@@ -60,13 +61,13 @@ class Shrinking:
         self._compaction: Compaction | None = None  # what has been cut out of the model
         self._certificates: list[Certificate] = []  # of the cuts so far
         self._fingerprint = ""  # of the axes that the optimizer prunes
-        self._mask_seen: torch.Tensor | None = None  # the zeros that were looked at last
-        self._stays_whole_because: str | None = None  # why nothing more is cut before the end
+        self._mask_seen: torch.Tensor | None = None  # the optimizer's mask of zeros when it was last looked at
+        self._stays_whole_because: str | None = None  # why nothing more is cut before the end; None: cuts go on
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, _CutAfterStep(self))
 
     def _begin_whole(self, model: nn.Module) -> None:
-        """Begins with a model from which nothing has been cut."""
+        """Takes a model of which nothing has been cut out."""
         self._compaction = Compaction(model, self.partition)
         self._fingerprint = self._dhspg().fingerprint
         self._certificates = []
@@ -81,17 +82,21 @@ class Shrinking:
     # the cut ---------------------------------------------------------------------------------------
 
     def _look_for_zeros(self) -> None:
-        """Cuts out what has become zero in the last step."""
+        """Cuts out the ZIGs that have become zero in the last step."""
         optimizer = self._dhspg()
-        if optimizer is None or optimizer.mask is self._mask_seen or self._stays_whole_because is not None:
+        if optimizer is None or self._stays_whole_because is not None:
+            return
+        # this runs after every step: comparing objects costs nothing, and the mask is another one after every event
+        if optimizer.mask is self._mask_seen:
             return
         self._mask_seen = optimizer.mask
         with random_states_kept(self.model):  # training goes on with the numbers it would have drawn
             self._cut_zeros_out(optimizer)
 
     def _cut_zeros_out(self, optimizer: DHSPG) -> None:
-        """Cuts out what is zero, if that is worth it and can be done."""
-        cut = self._compaction.resolve(self._plan_for_now(optimizer), warn=False)
+        """Cuts out the zero ZIGs, if the cut is worth it and nothing speaks against it."""
+        plan = self._plan_for_now(optimizer)
+        cut = self._compaction.resolve(plan, warn=False)
         if not cut.removed.any() or not self._is_worth_it(cut, optimizer):
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -109,30 +114,40 @@ class Shrinking:
         self._tell_callbacks(model, cut)
 
     def _plan_for_now(self, optimizer: DHSPG) -> PruningPlan:
-        """What is zero, without axes whose cut scales weights: Adam's steps don't scale with the weights."""
+        """The plan that removes the zero ZIGs, except on axes whose cut scales weights.
+
+        Those wait for the end, because Adam's steps have a size of their own and don't scale with the weights.
+        """
         plan = optimizer.zeros(self.partition)
         scaled = {axis.name for axis in self.partition.axes if axis.scales}
-        return PruningPlan({name: kept for name, kept in plan.kept.items() if name not in scaled})
+        kept_of_others = {name: kept for name, kept in plan.kept.items() if name not in scaled}
+        return PruningPlan(kept_of_others)
 
     def _is_worth_it(self, cut: Cut, optimizer: DHSPG) -> bool:
-        """Whether a cut saves enough, or no other follows it."""
+        """Whether a cut saves enough work, or is the last one before the end."""
         if optimizer.phase == "training the rest" or optimizer.target_reached:
             return True
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return False  # every cut compiles the model anew
         work = self._works.get("macs", self._works["params"])
-        gone_before = self._num_gone(self._compaction.gone)
-        gone = self._compaction.gone.copy()
-        gone[~gone] = cut.removed
-        saved = work.left(gone_before) - work.left(self._num_gone(gone))
-        return saved >= WORTH_IT * work.left(np.zeros(len(gone_before)))
+        gone = self._compaction.gone_after(cut.removed)
+        num_gone_before = self._num_gone(self._compaction.gone)  # (axes,)
+        num_gone_after = self._num_gone(gone)
+        saved = work.left(num_gone_before) - work.left(num_gone_after)
+        dense = work.left(np.zeros_like(num_gone_before))
+        return saved >= WORTH_IT * dense
 
     def _num_gone(self, gone: np.ndarray) -> np.ndarray:
-        """The number of ZIGs of every axis in a set, bool (num_zigs,)."""
-        return np.array([int(gone_of_axis.sum()) for _, gone_of_axis in self.partition.split(gone)])
+        """The number of ZIGs of every axis that are gone, (axes,).
+
+        Args:
+            gone: bool (num_zigs,).
+        """
+        num_gone = [int(gone_of_axis.sum()) for _, gone_of_axis in self.partition.split(gone)]
+        return np.array(num_gone)
 
     def _certified(self, model: nn.Module, cut: Cut) -> Certificate:
-        """The certificate of a cut, in the middle of training: nothing that training uses is changed by it."""
+        """The certificate of a cut in the middle of training, all of whose state stays as it is."""
         with restored(model):
             take_off_autocast_(model)
             return certify(model, cut, self._forwards)
@@ -145,8 +160,10 @@ class Shrinking:
         self._renew_ddp(model)
 
     def _renew_ddp(self, model: nn.Module) -> None:
-        """DDP reduces the gradients of the new parameters: it is made anew, as the same object, which the training
-        loop holds."""
+        """Initialises DDP's wrapper again, so that it reduces the gradients of the new parameters.
+
+        The wrapper stays the same object, because the training loop holds it.
+        """
         wrapped = self.model_wrapped
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
         if not isinstance(wrapped, DistributedDataParallel):
@@ -170,7 +187,7 @@ class Shrinking:
                 on_compact(self.args, self.state, self.control, model=model, optimizer=self.optimizer, cut=cut)
 
     def _undo_cuts(self) -> None:
-        """Makes the model dense again, with zeros in the place of what was cut: another training begins."""
+        """Makes the model dense again, with zeros in the place of what was cut, because another training begins."""
         if not self._has_shrunk:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -192,7 +209,7 @@ class Shrinking:
             return "its layers are compiled one by one, and each would be compiled anew"
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best:
-            return f"the best checkpoint so far, {best}, may be loaded at the end, and is of the larger model"
+            return f"the best checkpoint so far, {best}, is of the larger model, and may be loaded at the end"
         for name, p in model.named_parameters():
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 return f"{name} has a hook, which may know its shape"
@@ -204,22 +221,23 @@ class Shrinking:
     # checkpoints -----------------------------------------------------------------------------------
 
     def _save_cuts(self, folder: str) -> None:
-        """Writes what has been cut so far beside the weights of a checkpoint."""
+        """Writes a file beside the weights of a checkpoint that says what has been cut out so far."""
         if not self.args.should_save:
             return
         file = Path(folder, CUTS_NAME)
         if not self._has_shrunk:
-            file.unlink(missing_ok=True)  # another run may have left it in a folder of that name
+            file.unlink(missing_ok=True)  # another run may have left such a file in a folder of that name
             return
+        plan = PruningPlan.removing(self._compaction.gone, self.partition)
         saved = {
             "partition": self._fingerprint,
-            "plan": dict(PruningPlan.removing(self._compaction.gone, self.partition).kept),
+            "plan": dict(plan.kept),
             "certificates": [list(certificate) for certificate in self._certificates],
         }
         file.write_text(json.dumps(saved))
 
     def _repeat_cuts_of(self, checkpoint: str) -> None:
-        """Cuts the model as that of a checkpoint was, before its weights are loaded.
+        """Makes the cuts of a checkpoint's model, before the weights of the checkpoint are loaded.
 
         Raises:
             OTOError: the checkpoint is of a run with another partition.
@@ -231,14 +249,15 @@ class Shrinking:
             raise OTOError(f"{checkpoint} is of a model that shrinks while it trains, which FSDP2 can't: use DDP")
         saved = json.loads(file.read_text())
         if self._dhspg() is None:
-            self.create_optimizer()  # of the dense model: `Trainer` finds it later
+            self.create_optimizer()  # while the model is dense; `Trainer` makes no second one
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if saved["partition"] != self._fingerprint:
             raise OTOError(
                 f"{checkpoint} was saved with another partition, of other ZIGs: resume with the dense model that the "
                 "run began with, not with the one in the checkpoint, and with the same `protect`"
             )
-        cut = self._compaction.resolve(PruningPlan(saved["plan"]), warn=False)
+        plan = PruningPlan(saved["plan"])
+        cut = self._compaction.resolve(plan, warn=False)
         self._cut_(model, cut)
         self._certificates = [Certificate(*values) for values in saved["certificates"]]
 
@@ -248,7 +267,8 @@ def _keeps_tensors(callback: Any, model: nn.Module) -> bool:
     own = {id(module) for module in model.modules()}
     for value in vars(callback).values():
         if isinstance(value, nn.Module):
-            if id(value) not in own and any(True for _ in value.parameters()):
+            has_parameters = any(True for _ in value.parameters())
+            if id(value) not in own and has_parameters:
                 return True
         elif isinstance(value, (torch.Tensor, Mapping, list, tuple)) and tensors_of(value):
             return True

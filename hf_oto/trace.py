@@ -1,7 +1,7 @@
 """The calls of the model's forward, traced: every ATen call with the tensors that it took and the layer it ran in.
 
-All calls are traced together, in eval mode and in train mode, so that one algebra unites all that they say.
-Meanwhile the sizes that modules keep to themselves are tagged (tagging.py).
+All calls are traced together, in eval mode and in train mode, so that one algebra unites all that they say. During the
+trace the sizes that modules keep as numbers are tagged (tagging.py).
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from .tagging import Tagger, mapped, tag_
 logger = logging.getLogger(__name__)
 
 
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Call(NamedTuple):
-    """One ATen call; tensors in args and kwargs are `Ref`s."""
+    """One ATen call; in args and kwargs a `Ref` stands for every tensor."""
 
     op: torch._ops.OpOverload | OpaqueOp
     args: tuple
@@ -47,15 +50,23 @@ class Call(NamedTuple):
     @property
     def refs(self) -> list[Ref]:
         """The tensors that it takes, in order."""
-        return [*_refs_in(self.args), *_refs_in(self.kwargs.values())]
+        refs = list(_refs_in(self.args))
+        refs += _refs_in(self.kwargs.values())
+        return refs
 
     @property
     def given(self) -> dict[str, Any]:
-        """Every argument by its name in the schema and in that order, with defaults for those left out."""
+        """Every argument by its name, in the order of the schema, with defaults for those left out."""
         parameters = self.op._schema.arguments
         names = [parameter.name for parameter in parameters]
-        passed = dict(zip(names, self.args, strict=False)) | self.kwargs
-        return {parameter.name: passed.get(parameter.name, parameter.default_value) for parameter in parameters}
+        # fewer arguments than names: some are left out, or given by name
+        passed = dict(zip(names, self.args, strict=False))
+        passed |= self.kwargs
+        given = {}
+        for parameter in parameters:
+            name = parameter.name
+            given[name] = passed.get(name, parameter.default_value)
+        return given
 
 
 def _refs_in(values: Iterable[Any]) -> Iterator[Ref]:
@@ -89,11 +100,11 @@ class Trace(NamedTuple):
 
     Attributes:
         calls: the ATen calls in order, those of eval mode first.
-        evaluated: how many of them are those of eval mode.
-        sources: number of every parameter and persistent buffer by (first) name.
-        parameters: which of them are parameters.
+        evaluated: the number of calls of eval mode.
+        sources: every parameter and persistent buffer, by its (first) name.
+        parameters: the names in `sources` that are names of parameters.
         returned: the tensors that the model returned, by mode (training or not).
-        equations: what sizes have to equal.
+        equations: the equations that hold between sizes.
         in_hand: path of a module -> the numbers of the tensors that its forward had in hand: what it computed, and
             what the modules that it called took and gave.
         fake: the modes that were traced (training or not) -> whether on FakeTensors.
@@ -111,7 +122,10 @@ class Trace(NamedTuple):
     @property
     def outputs(self) -> list[Ref]:
         """The tensors that the model returned, in any mode."""
-        return [ref for refs in self.returned.values() for ref in refs]
+        outputs = []
+        for refs in self.returned.values():
+            outputs += refs
+        return outputs
 
 
 # recording -----------------------------------------------------------------------------------------
@@ -135,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []
 
     def ref(self, tensor: torch.Tensor) -> Ref:
-        """The number of a tensor, a new one if it has none."""
+        """The number of a tensor; a tensor without a number gets a new one."""
         number = self._number.get(id(tensor))
         if number is None:
             return self.add(tensor)
@@ -155,6 +169,7 @@ class _Recorder(TorchDispatchMode):
     def name(self, tensor: torch.Tensor, ref: Ref) -> Ref:
         """Says which number a tensor stands for."""
         self._number[id(tensor)] = ref.value
+        # a tensor that is freed would leave its id to another one
         self._alive.append(tensor)
         return ref
 
@@ -169,13 +184,16 @@ class _Recorder(TorchDispatchMode):
 
         def note(tensors: Any) -> None:
             caller = self.layers[-1]
-            self.in_hand.setdefault(caller, set()).update(self.known(tensors_of(tensors)))
+            in_hand_of_caller = self.in_hand.setdefault(caller, set())
+            numbers = self.known(tensors_of(tensors))
+            in_hand_of_caller.update(numbers)
 
         def enter(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == own_thread:
                 note(args)
                 # A module that is registered nowhere counts to the module that calls it.
-                self.layers.append(self._paths.get(module, self.layers[-1]))
+                path = self._paths.get(module, self.layers[-1])
+                self.layers.append(path)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if threading.get_ident() == own_thread:
@@ -183,6 +201,7 @@ class _Recorder(TorchDispatchMode):
                 note(output)
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
+        # after an error, too: a model may catch it and go on, and `layers` must be right then
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         with before, after:
             yield
@@ -197,11 +216,14 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = tuple(self.add(tensor) for tensor in tree_iter(out) if isinstance(tensor, torch.Tensor))
         layer = self.layers[-1]
+        is_item = func is torch.ops.aten._local_scalar_dense.default  # `.item()` returns no tensor, but reads one
         if isinstance(func, HigherOrderOperator):
             inputs = tuple(ref for ref in tree_iter(refs) if isinstance(ref, Ref))
-            self.calls.append(Call(OpaqueOp(func), inputs, {}, outs, layer))
-        elif outs or func is torch.ops.aten._local_scalar_dense.default:  # `.item()` returns no tensor
-            self.calls.append(Call(func, *refs, outs, layer))
+            call = Call(OpaqueOp(func), inputs, {}, outs, layer)
+            self.calls.append(call)
+        elif outs or is_item:
+            call = Call(func, *refs, outs, layer)
+            self.calls.append(call)
         return out
 
 
@@ -209,7 +231,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def experts_at_once_(model: nn.Module) -> None:
-    """Lets experts run as one batched product, in place: the implementation whose shapes don't depend on the data."""
+    """Lets experts run as one batched product, in place. The shapes of this implementation don't depend on data."""
     for module in outermost_pretrained(model).values():
         module.set_experts_implementation("batched_mm")
 
@@ -233,17 +255,16 @@ def trace(
 ) -> Trace:
     """Makes the calls in eval mode, then in train mode without dropout, and records them.
 
-    The model runs on FakeTensors, which take no memory and no arithmetic, or with its weights where it doesn't run on
-    FakeTensors.
+    The model runs on FakeTensors, which take no memory and no arithmetic. If that fails, it runs with its weights.
 
     Args:
-        model: any module, on the meta device too; it stays as it is.
+        model: any module, which may be on the meta device; it stays as it is.
         fake: whether to try FakeTensors.
         modes: eval mode (False) first, then train mode (True).
 
     Raises:
-        OTOError: the model can't take the calls in eval mode. (Calls that fail in train mode only, because labels are
-            missing, say, are left out.)
+        OTOError: the model can't take the calls in eval mode. (Calls that fail in train mode only are left out:
+            labels may be missing, say.)
 
     Example:
         >>> traced = trace(nn.Linear(3, 8), [Forward(args=(torch.ones(2, 3),))], modes=[False])
@@ -253,7 +274,7 @@ def trace(
         addmm [(8,), (2, 3), (3, 8)] -> (2, 8)
     """
     runs = _Runs(model, forwards, fake)
-    fake_of_mode: dict[bool, bool] = {}
+    fake_of_mode: dict[bool, bool] = {}  # of the modes that could be traced
     returned: dict[bool, list[Ref]] = {}
     evaluated = 0
     for training in modes:
@@ -270,13 +291,14 @@ def trace(
             else:
                 fake_of_mode[training] = on_fakes
                 break
+        # train mode may fail, because labels may be missing; eval mode must not
         if not training and not fake_of_mode:
             hint = " (or the model can't be traced without weights: load them first)" if runs.is_empty else ""
             raise OTOError(
                 f"{type(model).__name__} can't take the batch {described(forwards)}: "
                 f"{type(problem).__name__}: {problem}{hint}"
             ) from problem
-        if not evaluated:
+        if not evaluated:  # eval mode comes first
             evaluated = len(runs.recorder.calls)
     return Trace(
         calls=runs.recorder.calls,
@@ -294,16 +316,17 @@ class _Runs:
     """The calls, made once in every mode, into one recorder.
 
     Attributes:
-        is_empty: whether the model has no weights: it then runs on FakeTensors only.
-        ways: whether to run on FakeTensors, in the order in which this is tried.
-        sources: the numbers of parameters and persistent buffers, the same in every run, by (first) name.
-        equations: what the runs say of sizes.
+        is_empty: whether the model has no weights, and so runs on FakeTensors only.
+        ways: whether to run on FakeTensors: the answers to try, in order.
+        sources: the parameters and persistent buffers, with the same numbers in every run, by (first) name.
+        equations: the equations between sizes that the runs have found.
     """
 
     def __init__(self, model: nn.Module, forwards: Sequence[Forward], fake: bool) -> None:
         self.model = model
         self.forwards = forwards
-        self.recorder = _Recorder({module: path for path, module in model.named_modules()})
+        paths = {module: path for path, module in model.named_modules()}
+        self.recorder = _Recorder(paths)
         self.equations: list[Equation] = []
         tensors = named_tensors(model)
         self.parameters = {name for name, _ in model.named_parameters()}
@@ -327,7 +350,7 @@ class _Runs:
         return len(self.recorder.calls), len(self.equations)
 
     def forget_since(self, mark: tuple[int, int]) -> None:
-        """Takes back what a run recorded that failed."""
+        """Removes what a failed run has recorded, so that another way can be tried."""
         num_calls, num_equations = mark
         del self.recorder.calls[num_calls:]
         del self.equations[num_equations:]
@@ -336,6 +359,7 @@ class _Runs:
         """Makes all the calls in one mode; returns the tensors that they returned."""
         model, recorder = self.model, self.recorder
         weights = self._fake_weights if on_fakes else None
+        # a forward may write to weights; those of FakeTensors are copies anyway
         weights_kept = contextlib.nullcontext() if on_fakes else WeightsKept(model)
         outputs: list[Ref] = []
         with recorder.watching_layers(), evaluating(model, training, weights), weights_kept:
@@ -348,8 +372,9 @@ class _Runs:
                 enter_mode_(model, training)  # what modules compute from their weights at this moment is recorded too
             for forward, inputs in zip(self.forwards, self._inputs, strict=True):
                 recorder.layers = [""]
+                give = self._giving(inputs, on_fakes)
                 with self._recording(on_fakes):
-                    output = forward.run(model, self._giving(inputs, on_fakes))
+                    output = forward.run(model, give)
                 tensors = tensors_of(output)
                 if not tensors:
                     raise OTOError(f"there is no tensor in what {type(model).__name__} returns, {type(output)}")
@@ -364,17 +389,17 @@ class _Runs:
         with fake_mode, Tagger(self.recorder, self.equations), self.recorder:
             yield
 
-    def _giving(self, inputs: list[Ref], on_fakes: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that copies the inputs of one call, in order: in every run the i-th has the same number.
+    def _giving(self, inputs: list[Ref], on_fakes: bool) -> TensorFunction:
+        """A function that copies the inputs of one call, in order. The i-th input has the same number in every run.
 
         Args:
-            inputs: the numbers that earlier runs gave; new ones are added.
+            inputs: the numbers that the inputs have from earlier runs; those of further inputs are added.
         """
         numbers = iter(list(inputs))
 
         def give(tensor: torch.Tensor) -> torch.Tensor:
             ref = next(numbers, None)
-            if ref is None:  # this is the first run that has got so far
+            if ref is None:  # no earlier run has come as far as this input
                 ref = self.recorder.new(tensor.shape)
                 inputs.append(ref)
             copy = self._fakes.of(tensor) if on_fakes else tensor.clone()

@@ -1,8 +1,8 @@
 """The Trainer: partitions on the first batch, trains with DHSPG, holds the compact model when `train()` returns.
 
-`OTOMixin` is made of parts, each with a file of its own: the first examples (first_calls.py), going on from
-checkpoints (resume.py), the end of a run, tried before the first step (rehearsal.py), shrinking while it trains
-(shrinking.py), the end (ending.py), the Hub (hub.py).
+`OTOMixin` is made of parts, each with a file of its own: first_calls.py takes the first examples, resume.py goes on
+from checkpoints, rehearsal.py tries the end of a run before its first step, shrinking.py cuts during training,
+ending.py cuts at the end, and hub.py pushes to the Hub.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
-    Under FSDP2 that is the model passed in, plain and unsharded, and every rank must have room for the full one once.
+    Under FSDP2 that is the model passed in, plain and unsharded, and every rank needs room for one full model.
 
-    With `shrink=True` the model gets smaller during training: the same module, with new parameters. A callback that
-    keeps copies of its tensors cuts them alike in a method `on_compact(self, args, state, control, model, optimizer,
-    cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. It is called after every cut during training,
-    before callbacks hear of the end of that step. If a callback keeps tensors and has no such method, the model is cut
-    at the end.
+    With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
+    callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
+    control, model, optimizer, cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. This method is
+    called after every cut during training, before `on_step_end` of any callback. If a callback keeps tensors and has
+    no such method, the model is cut at the end only.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.
@@ -75,9 +75,9 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.partition: ZIGPartition | None = None
-        self._works: dict[str, Work] = {}  # what is shown of the model while it shrinks
-        self._forwards: list[Forward] = []  # what training does with the model, on a few examples
-        self._rehearsed: ZIGPartition | None = None  # for which the end was tried
+        self._works: dict[str, Work] = {}  # parameters and MACs, of which the log shows the fraction that is left
+        self._forwards: list[Forward] = []  # the calls that training makes of the model, on a few examples
+        self._rehearsed: ZIGPartition | None = None  # the partition with which the end was tried
         self._ties: tuple[Tie, ...] | None = None
         self._steps_made = 0  # of the optimizer; `state.global_step` follows
         for given in (*args, *kwargs.values()):
@@ -91,9 +91,9 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
 
-        Whatever fails after the last step, the trained model is then in the folder `trained` of the output folder,
-        and the error names it. Called again after it was interrupted, it trains its whole schedule, from the weights
-        as they are.
+        If something fails after the last step, the trained model is saved in the folder `trained` of the output
+        folder, and the error names that folder. A call after an interrupted one begins the schedule anew, with the
+        weights as they are.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -121,8 +121,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
         if self.model_init is not None:
-            self._compaction = None  # of an earlier model
-        earlier = self.state
+            self._compaction = None  # it is of an earlier model
+        earlier = self.state  # training makes a new one when it begins
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._compact()
@@ -132,7 +132,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             where = self._where_trained_is_safe()
             if where is None:
                 raise
-            if not isinstance(error, Exception):  # Ctrl-C stays what it is
+            if not isinstance(error, Exception):  # Ctrl-C must reach the caller as a KeyboardInterrupt
                 logger.error("%s after the last step: %s", type(error).__name__, where)
                 raise
             raise_if_out_of_memory(error, where)
@@ -150,16 +150,18 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
                 super().create_optimizer(*args, **kwargs)
                 self._take_over_optimizer(args[0] if args else kwargs.get("model"))
             except BaseException:
-                self.optimizer = before  # what the trainer has made isn't one that was given
+                # else the next try would take the one that the trainer has made for one that the user gave
+                self.optimizer = before
                 raise
         return self.optimizer
 
     def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s (private, of 5.23), which training calls between `create_optimizer` and `prepare`."""
+        # evaluation alone also wraps, and has no optimizer
         if training and self.is_in_train:
             if self._dhspg() is None:  # a subclass has made its optimizer without asking us
                 self._take_over_optimizer(None)
-            take_off_autocast_(self.model)  # of an earlier try, with a larger batch
+            take_off_autocast_(self.model)  # an earlier try with a larger batch has put it on
         return super()._wrap_model(model, training, *args, **kwargs)
 
     def _take_over_optimizer(self, model: torch.nn.Module | None) -> None:
@@ -167,7 +169,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         base = self.optimizer
         if not isinstance(base, torch.optim.Optimizer):
             raise OTOError(f"{type(base).__name__} is no torch optimizer, which makes the steps: use one that is")
-        take_off_autocast_(model)  # of an evaluation before; training puts it on again
+        take_off_autocast_(model)  # an evaluation may have put it on; training puts it on again
         with random_states_kept(model):  # training goes on with the numbers it would have drawn
             self._analyse(model)
             self.optimizer = self._dhspg_around(base, model)
@@ -200,7 +202,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         self._works = {name: work for name, work in works.items() if work is not None}
         if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
             self._whole = WholeModel(model)
-            self._meeting = torch.distributed.new_group(backend="gloo")  # the one that knows who is missing
+            # only with gloo a barrier says which rank is missing
+            self._meeting = torch.distributed.new_group(backend="gloo")
 
     def _dhspg_around(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> DHSPG:
         steps = self.state.max_steps or self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
@@ -220,9 +223,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """`Trainer.log` with `oto/group_sparsity`, `oto/params_left` and `oto/macs_left`, fractions in [0, 1], in
-        every line; the progress bar shows the group sparsity and the phase. The caller's own `logs`, which may be
-        what `evaluate` returns, get none of them."""
+        """`Trainer.log` with `oto/group_sparsity`, `oto/params_left` and `oto/macs_left`, fractions in [0, 1].
+
+        The progress bar shows the group sparsity and the phase. The caller's own `logs` get none of these entries,
+        because `evaluate` may return them.
+        """
         optimizer = self._dhspg()
         ours: dict[str, float] = {}
         if self.report is not None:
@@ -238,15 +243,18 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
                     callback.training_bar.set_postfix_str(text)
         shown = logs | ours
         super().log(shown, *args, **kwargs)
-        # trainers add to their logs in place (the epoch, metrics of their own), and their callers return that
+        # trainers add to their logs in place (the epoch, metrics of their own), and their callers return these logs
         logs.clear()
         logs.update({name: value for name, value in shown.items() if name not in ours})
         if self.report is not None:
             self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`; beside a compact model also the figures, where matplotlib is installed, and beside one
-        that is no `PreTrainedModel` what was cut, as `oto_plan.json`, to build it again by."""
+        """`Trainer.save_model`, and more files beside a compact model.
+
+        These are the figures, where matplotlib is installed, and for a model that is no `PreTrainedModel` the plan,
+        `oto_plan.json`, with which it can be built again.
+        """
         super().save_model(output_dir, *args, **kwargs)
         folder = output_dir or self.args.output_dir
         if self.report is None:
@@ -267,7 +275,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         return super()._determine_best_metric(metrics, trial)
 
     def _refuse_launcher(self) -> None:
-        """What `accelerate launch` or the model itself, not the arguments, ask for."""
+        """Raises where `accelerate launch` or the model, rather than the arguments, ask for what can't be done."""
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise OTOError(DEEPSPEED)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:

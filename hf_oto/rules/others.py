@@ -1,4 +1,4 @@
-"""New tensors, and functions of which nothing may be cut, with the reasons.
+"""New tensors, and functions that allow no cut of their operands, with the reasons.
 
 A function that no rule describes is `unknown`: all dimensions of its operands and of its results are pinned.
 """
@@ -15,19 +15,22 @@ from .state import RULES, Axes, Dims, rule
     *"empty_strided new_empty_strided".split(),
 )
 def fill(s: Axes, call: Call) -> Dims:
-    """a new tensor that is the same everywhere: its axes are whatever meets them"""
+    """a new tensor that is the same everywhere: each of its axes may be cut with any axis that it meets"""
     return [[s.new(n) for n in out.shape] for out in call.outs]
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm")
 def stay(s: Axes, call: Call) -> Dims:
-    """a new tensor whose values are positions, or of which nothing is known"""
+    """a new tensor whose values are positions, or whose values nobody knows"""
     return [s.fixed(out.shape) for out in call.outs]
 
 
 def unknown(s: Axes, call: Call) -> Dims:
     """no rule, or none that would leave an axis free: nothing that takes part may be cut"""
-    why = REASON_OF_NAME.get(call.name, reasons.NO_RULE).of(call.name.strip("_"))
+    # the reader knows `_ctc_loss` as ctc_loss
+    name = call.name.strip("_")
+    reason = REASON_OF_NAME.get(call.name, reasons.NO_RULE)
+    why = reason.of(name)
     for ref in call.refs:
         s.produce(ref)
         for dim in s.of(ref):
@@ -35,7 +38,8 @@ def unknown(s: Axes, call: Call) -> Dims:
     return stay(s, call)
 
 
-NAMES_BY_REASON = {  # ATen names of functions of whose operands nothing may be cut, by the reason why
+# the ATen names of functions that allow no cut of their operands, by the reason
+NAMES_BY_REASON = {
     reasons.NUMBERED: """put take bucketize searchsorted nonzero masked_select masked_scatter one_hot histc unique_dim
         _unique2 _local_scalar_dense""",
     reasons.FIXED: "constant_pad_nd diagonal diag_embed",
@@ -54,5 +58,6 @@ NAMES_BY_REASON = {  # ATen names of functions of whose operands nothing may be 
 REASON_OF_NAME = {}
 for _why, _names in NAMES_BY_REASON.items():
     REASON_OF_NAME |= dict.fromkeys(_names.split(), _why)
-for _name in REASON_OF_NAME:  # some of these have a rule of their own, which falls back on `unknown` where it must
+# some of these have a rule of their own, which falls back on `unknown` for the cases that it doesn't cover
+for _name in REASON_OF_NAME:
     RULES.setdefault(_name, unknown)
