@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -98,13 +98,21 @@ class OTOArguments:
             raise ValueError(f"pruning_mode is {self.pruning_mode!r}: it must be 'scheduled' or 'paper'")
         if self.pruning_mode == "paper" and self.uniform:
             raise ValueError("uniform is True: pruning_mode='paper' knows no equal widths, use 'scheduled'")
+        given_targets = [name for name in TARGETS if vars(self)[name] is not None]
+        if self.pruning_mode == "paper" and given_targets not in ([], ["target_group_sparsity"]):
+            raise ValueError(
+                f"{given_targets[0]} is given: pruning_mode='paper' knows target_group_sparsity alone, "
+                "use it or 'scheduled'"
+            )
         window = self.pruning_window
-        if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
+        is_pair = isinstance(window, Sequence) and len(window) == 2
+        if window is not None and not (is_pair and 0 <= window[0] < window[1] <= 1):
             raise ValueError(f"pruning_window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
         if not 0 <= self.min_keep < 1:
             raise ValueError(f"min_keep is {self.min_keep}: it must be in [0, 1)")
-        if self.group_divisible is not None and self.group_divisible < 1:
-            raise ValueError(f"group_divisible is {self.group_divisible}: it must be at least 1")
+        divisible = self.group_divisible
+        if divisible is not None and not (isinstance(divisible, int) and divisible >= 1):
+            raise ValueError(f"group_divisible is {divisible!r}: it must be a whole number of at least 1")
         if isinstance(self.protect, str):  # its letters would each be taken for an expression
             raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
         _check_patterns("protect", self.protect or ())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition
 SizeKey = tuple[str, str, str]  # module path, "attributes" or "shapes", name of the attribute or tensor
 SizeOfKey = Mapping[SizeKey, Any]
 OURS_IN_CONFIG = ("oto", "auto_map", "architectures")  # what cutting and saving a compact model write into a config
+
+logger = logging.getLogger(__name__)
 
 
 def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.Module:
@@ -65,6 +68,8 @@ def compact(model: nn.Module, partition: ZIGPartition, plan: PruningPlan) -> nn.
     partition.tensors(model)  # raises where the model is another one
     compaction = Compaction(model, partition)
     cut = compaction.resolve(plan)
+    if not cut.removed.any():
+        logger.warning("the plan removes nothing of %s, which stays as it is", type(model).__name__)
     compaction.keep_(model, cut)
     return model
 

@@ -379,7 +379,7 @@ def _trained_axes(partition: ZIGPartition, params: Mapping[str, Tensor], target:
             ", ".join(first_names),
         )
     if not axes and not _asks_for_nothing(target):
-        raise ValueError("the partition has no prunable ZIG that is trained: print(partition) says why")
+        raise ValueError("no prunable ZIG is trained: all are frozen, pinned, or not in the optimizer")
     return axes
 
 

@@ -127,6 +127,7 @@ class Ending:
                 optimizer.group_sparsity,
             )
         made_zero = optimizer.zeros(self.partition)
+        was_sharded = self.is_fsdp_enabled
         del optimizer  # its state is twice the model
         model = self._without_training_memory()
         state = self.state
@@ -149,6 +150,8 @@ class Ending:
             of_rank_zero(lambda: bool(own_outputs(model, self._forwards)))
         before, after = self._measured(model, rest)
         self._compaction.keep_(model, rest)
+        if rest.removed.any() and not was_sharded:  # a callback's copies of shards have no shapes to cut
+            self._tell_callbacks(model, rest)
         self._cut = self._compaction.whole_cut()
         if self._ties is not None:
             stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank

@@ -43,6 +43,8 @@ class Schedule:
         Raises:
             ValueError: the window is none, or has fewer steps than events.
         """
+        if total_steps < 1:
+            raise ValueError("total_steps is missing: give the number of optimizer steps of the whole run")
         is_little_left = round(left, 2) <= LITTLE_LEFT
         count = num_events or (16 if is_little_left else 8)
         if window is None and is_little_left:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +42,12 @@ def the_target(targets: Mapping[str, Any]) -> Target:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both given: one target at a time")
     kind, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
+    if kind == "target_per_axis" and not isinstance(value, Mapping):
+        raise ValueError(f"target_per_axis is {value!r}: it must be a dict, regular expression -> fraction")
     fractions = value.values() if kind == "target_per_axis" else [value]
     for fraction in fractions:
+        if not isinstance(fraction, Real):
+            raise ValueError(f"{kind} is {value!r}: {fraction!r} is no number")
         if kind in FRACTIONS_REMOVED and not 0 <= fraction < 1:
             raise ValueError(f"{kind} is {value}: it must be in [0, 1)")
         if kind not in FRACTIONS_REMOVED and not 0 < fraction <= 1:
@@ -281,7 +286,10 @@ def budget_of(
             bound = f"at most {math.floor(1000 * (1 - least / dense)) / 1000}"
         else:
             bound = f"at least {math.ceil(1000 * least / dense) / 1000}"
-        raise ValueError(f"{target.kind}={target.value} is not feasible: with min_keep={min_keep} it can be {bound}")
+        raise ValueError(
+            f"{target.kind}={target.value} is not feasible: with min_keep={min_keep} it can be {bound}. Choose such a "
+            "target, or let more go: a lower min_keep or group_divisible, less in protect, fewer frozen parameters"
+        )
     # Salience is divided by this. A ZIG that costs next to nothing is to go last, and nothing is divided by 0.
     cost_of_zig = np.maximum(work.alone, 1e-9 * dense)
     return Budget(work, goal, cost_of_zig, exact)

@@ -60,8 +60,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
     control, model, optimizer, cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. This method is
-    called after every cut during training, before `on_step_end` of any callback. If a callback keeps tensors and has
-    no such method, the model is cut at the end only.
+    called after every cut: during training before `on_step_end` of any callback, and at the end after `on_train_end`.
+    If a callback keeps tensors and has no such method, the model is cut at the end only.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.

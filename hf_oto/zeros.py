@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .slices import Rows, Slice, Tensors, local, other_dims, rows_of
+from .slices import Part, Rows, Slice, Tensors, local, on_this_rank, other_dims, rows_of, sum_over_zigs
+from .zigs import PrunableAxis
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,33 @@ ZeroRows = tuple[Rows, Tensor]
 def _weights(rows: Rows, parameter: Tensor) -> Tensor:
     """A copy of the weights at some positions."""
     return parameter.index_select(rows.slice.dim, rows.index)
+
+
+def dead_zigs(axes: Sequence[PrunableAxis], slices: Sequence[Slice], params: Mapping[str, Tensor]) -> Tensor:
+    """The ZIGs that no training can move, bool (num_zigs,), on the CPU.
+
+    All that makes them is zero and all that reads them is zero, so that neither side gets a gradient: units that an
+    earlier run has pruned, say. Where zeros don't make a position zero, what reads it gets a gradient and may live.
+
+    Args:
+        axes: all axes, whose ZIGs are numbered in this order.
+        slices: what ZIGs are made of, and what reads them and trains.
+        params: parameter name -> parameter, unsharded or as a DTensor.
+    """
+    can_be_dead = []
+    for axis in axes:
+        consumers = [member for member in axis.members if member.role == "consumer"]
+        is_silent = axis.zero_path and bool(consumers) and all(member.param in params for member in consumers)
+        can_be_dead += [is_silent] * axis.size
+    params_of_slices = {s.param: params[s.param] for s in slices}
+    if not any(can_be_dead) or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
+        return torch.zeros(len(can_be_dead), dtype=torch.bool, device="cpu")
+    nonzero = (Part(s, None, p != 0) for s, p in on_this_rank(slices, params))
+    (num_nonzero,) = sum_over_zigs([nonzero], params_of_slices, len(can_be_dead))
+    dead = torch.tensor(can_be_dead, device="cpu") & (num_nonzero == 0)
+    if dead.any():
+        logger.info("%d ZIGs are zero already, for good: they count for the target", int(dead.sum()))
+    return dead
 
 
 class HeldZeros:

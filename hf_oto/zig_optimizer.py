@@ -29,7 +29,7 @@ from .slices import (
     slices_of,
     sum_over_zigs,
 )
-from .zeros import HeldZeros
+from .zeros import HeldZeros, dead_zigs
 from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition
 
 Product = Callable[[Tensor, Tensor], Tensor]  # of a weight and its gradient, element by element
@@ -65,8 +65,7 @@ class ZIGOptimizer(AroundOptimizer):
         readers: Members = {}  # what reads it, and trains
         never_still = []  # (parameter, dimension): without a reader that is zeroed too, zeros still get gradients
         for axis in axes:
-            names = {member.param for member in axis.group}
-            self._params_of_axes.append(names)
+            self._params_of_axes.append({member.param for member in axis.group})
             group[axis.name] = axis.group
             consumers = [member for member in axis.members if member.role == "consumer"]
             trained_consumers = [member for member in consumers if member.param in trained]
@@ -78,6 +77,7 @@ class ZIGOptimizer(AroundOptimizer):
         self._group = slices_of(axes, group, trained, owners)
         self._readers = slices_of(axes, readers, trained, owners)
         self.held = HeldZeros(self._group, never_still)
+        self._dead = dead_zigs(axes, self._group + self._readers, trained)
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class ZIGOptimizer(AroundOptimizer):
         no_zig = torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu")
         self._own.update(
             dhspg_step=0,
-            zero=no_zig.clone(),
+            zero=self._dead.to(torch.uint8),
             redundant=no_zig.clone(),
             gone=no_zig.clone(),  # the ZIGs that were cut out: no parameter has anything of them
             **more,

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -596,6 +597,7 @@ def test_every_axis_may_have_its_own_target():
         (dict(cls=PaperDHSPG, target_params=0.5), "target_params: OTOv2's own rule has none, use DHSPG"),
         (dict(min_keep=1.0), r"min_keep is 1.0: it must be in \[0, 1\)"),
         (dict(group_divisible=0), "group_divisible is 0: it must be at least 1"),
+        (dict(steps=0), "total_steps is missing"),
         (dict(num_events=0), "num_events is 0: it must be at least 1"),
         (dict(target_group_sparsity=None, target_per_axis={"nowhere": 0.5}), "'nowhere' matches no axis, .* 'a'"),
         (dict(window=(0.6, 0.1)), "0 <= start < end <= 1"),
@@ -611,4 +613,6 @@ def test_the_largest_feasible_target_is_feasible():
     make(net(), target_group_sparsity=0.9)
     with pytest.raises(ValueError, match="at least") as error:
         make(net(), target_group_sparsity=None, target_params=0.01)
-    make(net(), target_group_sparsity=None, target_params=float(str(error.value).split()[-1]))
+    make(
+        net(), target_group_sparsity=None, target_params=float(re.search(r"at least ([\d.]+\d)", str(error.value))[1])
+    )

@@ -225,6 +225,18 @@ def test_every_log_line_says_how_far_it_is(tmp_path, more):
         assert now == pytest.approx(multiplications / before["macs"], abs=1e-6)
 
 
+def test_three_tensors_multiplied_and_summed_count():
+    class Three(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 16), torch.nn.Bilinear(16, 16, 64)
+
+        def forward(self, x):
+            return self.b(self.a(x), self.a(x))
+
+    assert macs(Three(), {"x": torch.ones(2, 8)}) == 2 * (2 * 8 * 16 + 16 * 16 * 64)
+
+
 def test_without_macs_the_key_is_left_out(tmp_path):
     trainer = OTOTrainer(bert(), arguments(tmp_path), train_dataset=sentences())
     trainer.partition = dataclasses.replace(partition_zigs(trainer.model, trainer.trace_calls()), work=None)

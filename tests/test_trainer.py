@@ -356,6 +356,21 @@ def test_target_outside_its_range(tmp_path, target):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (dict(target_macs="0.5"), "target_macs is '0.5': '0.5' is no number"),
+        (dict(target_per_axis=[0.5]), r"target_per_axis is \[0.5\]: it must be a dict"),
+        (dict(pruning_window=0.5), "pruning_window is 0.5: it must be two fractions"),
+        (dict(group_divisible=7.5), "group_divisible is 7.5: it must be a whole number"),
+        (dict(pruning_mode="paper", target_macs=0.5), "target_macs is given: pruning_mode='paper' knows target_group"),
+    ],
+)
+def test_arguments_of_other_types_say_what_they_must_be(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         (dict(target_group_sparsity=0.95), r"at most 0\.\d+"),
         (dict(max_steps=8), "fewer training steps than the pruning window"),
         (dict(protect=["no such layer"]), "matches no parameter"),

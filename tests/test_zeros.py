@@ -14,7 +14,7 @@ import torchao.optim
 import transformers as tf
 from test_faults import STEPS, arguments, rows, small
 
-from hf_oto import DHSPG, OTOTrainer, PruningPlan, partition_zigs
+from hf_oto import DHSPG, OTOTrainer, PruningPlan, compact, partition_zigs
 
 
 class Flat(torch.optim.Optimizer):
@@ -239,3 +239,51 @@ def test_log_lines_agree_with_the_weights(tmp_path, caplog):
     sparsity = [line["oto/group_sparsity"] for line in trainer.state.log_history if "oto/group_sparsity" in line]
     assert max(sparsity[: STEPS - 1]) > 0.4  # control: it had been reached
     assert sparsity[STEPS - 1] == 0.0  # the line of the last step, after which everything moved
+
+
+# zeros from the start ---------------------------------------------------------------------
+
+
+def half_dead(what_reads=True):
+    """Of 16 units 8 have no weight, and nothing reads them, unless their readers still do."""
+    model = small()
+    with torch.no_grad():
+        model.a.weight[:8] = 0
+        model.a.bias[:8] = 0
+        if what_reads:
+            model.b.weight[:, :8] = 0
+    return model
+
+
+def macs_left(trainer):
+    return trainer.report["after"]["macs"] / trainer.report["before"]["macs"]
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_units_that_are_dead_already_count_for_the_target(tmp_path, shrink):
+    given = dict(target_group_sparsity=None, target_per_axis={r"^a\.": 0.75}, shrink=shrink, logging_steps=1)
+    trainer = OTOTrainer(half_dead(), arguments(tmp_path, **given), train_dataset=rows())
+    trainer.train()
+    name = next(axis.name for axis in trainer.partition.axes if axis.name.startswith("a."))
+    kept = trainer.plan.kept[name]
+    assert len(kept) == 4 and min(kept) >= 8  # the dead ones, and 4 of those that lived
+    first, *_, last = [line["oto/macs_left"] for line in trainer.state.log_history if "oto/macs_left" in line]
+    assert first < 1 and last == pytest.approx(macs_left(trainer))
+
+
+def test_units_that_will_live_are_not_dead(tmp_path):
+    """Control: what reads them gives them gradients, as in a layer that begins at zero."""
+    optimizers = []
+    for what_reads in (True, False):
+        model = half_dead(what_reads)
+        partition = partition_zigs(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+        optimizers.append(DHSPG(model, partition, total_steps=40))
+    dead, living = optimizers
+    assert int(dead.zero.sum()) == 8 and int(living.zero.sum()) == 0
+
+
+def test_a_plan_that_removes_nothing_is_said(caplog):
+    model = small()
+    partition = partition_zigs(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    compact(model, partition, PruningPlan.from_zeros(model, partition))
+    assert "removes nothing" in caplog.text

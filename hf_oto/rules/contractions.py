@@ -251,6 +251,8 @@ def multiplications(call: Call) -> list[Factors]:
         return _of_recurrent(call)
     if rule is attention:
         return _of_attention(call)
+    if rule is trilinear:
+        return _of_trilinear(call)
     return []
 
 
@@ -299,6 +301,19 @@ def _of_attention(call: Call) -> list[Factors]:
     columns = (v, 3)
     of_values = [*q_positions, k_positions, columns]
     return [of_scores, of_values]
+
+
+def _of_trilinear(call: Call) -> list[Factors]:
+    """Each element of the product of all three tensors is added to a sum."""
+    given = call.given
+    factor_of_dim: dict[int, tuple[Ref, int]] = {}
+    for n, ref in enumerate(call.refs, 1):
+        missing = given[f"expand{n}"]
+        num_dims = len(ref.shape) + len(missing)  # those of the product
+        own_dims = [d for d in range(num_dims) if d not in missing]
+        for own_dim, d in enumerate(own_dims):
+            factor_of_dim.setdefault(d, (ref, own_dim))
+    return [list(factor_of_dim.values())]
 
 
 def _all_dims(ref: Ref, but: int | None = None) -> Factors:
