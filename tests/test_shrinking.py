@@ -95,7 +95,8 @@ class Steps(tf.TrainerCallback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
     def on_compact(self, args, state, control, model, optimizer, cut, **kwargs):
-        self.cuts.append(state.global_step)
+        if optimizer is not None:  # none is left at the end, where the last cut is made
+            self.cuts.append(state.global_step)
 
 
 def make(folder, name="vit", shrink=True, cls=OTOTrainer, seed=0, callbacks=(), model=None, data=None, **more):
@@ -709,14 +710,14 @@ def averaged(folder, name, shrink, cls):
     return trainer, callback.kept
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "resnet"])
+@pytest.mark.parametrize("name", ["vit", "bert", "resnet", "llama"])
 def test_copies_of_the_weights_are_cut_alike(tmp_path, name):
     whole, average = averaged(tmp_path / "whole", name, False, Average)
     small, small_average = averaged(tmp_path / "small", name, True, CutAverage)
     assert_same_end(whole, small)
     cut_average = whole._cut.of_tensors(average, whole.model)
     assert distance(small_average, cut_average) < 1e-5
-    assert not distance(small_average, weights_as_floats(small.model)) < 1e-2  # control: it is no copy
+    assert not distance(small_average, weights_as_floats(small.model)) < 1e-3  # control: it is no copy
 
 
 def weights_as_floats(model):
@@ -878,7 +879,8 @@ def test_memory_that_runs_out_after_a_cut(tmp_path):
         for shrink in (False, True)
     )  # fmt: skip
     assert whole._train_batch_size == small._train_batch_size == 3
-    assert len(small.steps.params) == 18 + STEPS and small.steps.params[18] == small.steps.params[0]
+    # it begins whole again, and what is dead by then is cut out after its first step
+    assert len(small.steps.params) == 18 + STEPS and small.steps.params[18] == small.steps.params[17]
     assert_same_end(whole, small)
 
 
@@ -935,7 +937,7 @@ def test_interrupted_between_the_weights_and_the_first_step(tmp_path, run):
     trainer.train()
     assert trainer.report["group_sparsity"] == 0.5
     dense = sum(p.numel() for p in made("vit").parameters())
-    assert trainer.steps.params[0] == dense and trainer.steps.params[-1] < dense
+    assert trainer.steps.params[-1] < dense == trainer.report["before"]["params"]
 
 
 def in_new_process(folder, moment):
