@@ -286,7 +286,7 @@ def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor
     for forward in forwards:
         for tensor in tensors_of(forward.run(model)):
             if tensor.is_floating_point() or tensor.is_complex():
-                outputs.append(tensor)
+                outputs.append(tensor.detach())  # a forward may have asked for gradients
     return outputs
 
 

@@ -53,11 +53,12 @@ def tag_(model: nn.Module, equations: list[Equation], ref: Callable[[torch.Tenso
 
 def _own_sizes_as_spans(module: nn.Module, path: str, ref: Callable[[torch.Tensor], Ref]) -> dict[str, Expr]:
     """The sizes of its weight that one of torch's layers keeps, as the dimensions that they are sizes of."""
-    weight = module._parameters.get("weight")
-    if weight is None:
+    names = names_of_own_sizes(module)
+    weight = module._parameters.get("weight") if names else None
+    if weight is None:  # a parametrised one is computed
         return {}
     exprs: dict[str, Expr] = {}
-    for dim, name in enumerate(names_of_own_sizes(module)):
+    for dim, name in enumerate(names):
         expr = span(ref(weight), dim)
         if is_of_one_group(module, dim):
             expr = ("*", expr, ("attribute", path, "groups", None))

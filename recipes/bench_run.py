@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_oto import OTOTrainer, OTOTrainingArguments
 
-SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024}
 NUM_LABELS = 10
 LENGTH = 64  # tokens of a text; an image has as many patches
 
@@ -47,41 +46,43 @@ class Examples(Dataset):
         return {"input_ids": ids, "labels": label}
 
 
-def made(kind: str) -> tf.PreTrainedModel:
-    """The model of a kind, of a size at which arithmetic takes most of the time."""
+def made(kind: str, hidden: int) -> tf.PreTrainedModel:
+    """The model of a kind; from a hidden size of 256 on arithmetic takes most of the time."""
     set_seed(0)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 4 * hidden}
     if kind == "vit":
-        config = tf.ViTConfig(**SIZES, image_size=32, patch_size=4, num_labels=NUM_LABELS)
+        config = tf.ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=NUM_LABELS)
         return tf.ViTForImageClassification(config)
-    return tf.BertForSequenceClassification(tf.BertConfig(**SIZES, vocab_size=1000, num_labels=NUM_LABELS))
+    return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=1000, num_labels=NUM_LABELS))
 
 
-def run(kind: str, target: float, steps: int, shrink: bool) -> dict[str, float]:
+def run(kind: str, target: float, options: argparse.Namespace) -> dict[str, float]:
     """One run in this process: a target of 1 is the dense `Trainer`."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "output_dir": folder,
-            "max_steps": steps,
+            "max_steps": options.steps,
             "per_device_train_batch_size": 16,
             "report_to": "none",
             "disable_tqdm": True,
             "save_strategy": "no",
         }
         if target == 1:
-            trainer = Trainer(made(kind), TrainingArguments(**settings), train_dataset=Examples(kind))
+            trainer = Trainer(made(kind, options.hidden), TrainingArguments(**settings), train_dataset=Examples(kind))
         else:
-            args = OTOTrainingArguments(**settings, target_macs=target, shrink=shrink)
-            trainer = OTOTrainer(made(kind), args, train_dataset=Examples(kind))
+            args = OTOTrainingArguments(**settings, target_macs=target, shrink=not options.no_shrink)
+            trainer = OTOTrainer(made(kind, options.hidden), args, train_dataset=Examples(kind))
         start = time.process_time()
         trainer.train()
         return {"seconds": time.process_time() - start}
 
 
-def in_a_process(kind: str, target: float, steps: int, shrink: bool) -> float:
+def in_a_process(kind: str, target: float, options: argparse.Namespace) -> float:
     """The CPU seconds of a run in a process of its own."""
-    command = [sys.executable, __file__, "--models", kind, "--targets", str(target), "--steps", str(steps), "--one"]
-    if not shrink:
+    command = [sys.executable, __file__, "--one", "--models", kind, "--targets", str(target)]
+    command += ["--steps", str(options.steps), "--hidden", str(options.hidden)]
+    if options.no_shrink:
         command.append("--no-shrink")
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(printed.splitlines()[-1])["seconds"]
@@ -92,21 +93,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit", "bert"], choices=["vit", "bert"])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the MACs left")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the models")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--no-shrink", action="store_true", help="cut at the end only")
     parser.add_argument("--one", action="store_true", help="make one run in this process, and print it")
     options = parser.parse_args()
-    shrink = not options.no_shrink
     if options.one:
-        print(json.dumps(run(options.models[0], options.targets[0], options.steps, shrink)))
+        print(json.dumps(run(options.models[0], options.targets[0], options)))
         return
     print("model  target_macs  dense s  ours s  ratio (each pair)")
     for kind in options.models:
         for target in options.targets:
             pairs = []
             for _ in range(options.pairs):
-                dense = in_a_process(kind, 1.0, options.steps, shrink)
-                ours = in_a_process(kind, target, options.steps, shrink)
+                dense = in_a_process(kind, 1.0, options)
+                ours = in_a_process(kind, target, options)
                 pairs.append((dense, ours))
             ratios = [ours / dense for dense, ours in pairs]
             dense, ours = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))

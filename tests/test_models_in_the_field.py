@@ -1441,7 +1441,8 @@ def distance(a, b):
         finite = torch.isfinite(x) & torch.isfinite(y)
         assert torch.equal(torch.isfinite(x), torch.isfinite(y))
         if finite.any():
-            worst = max(worst, float((x - y)[finite].abs().max() / x[finite].abs().max().clamp_min(1e-3)))
+            difference = (x - y)[finite].detach().abs().max()
+            worst = max(worst, float(difference / x[finite].detach().abs().max().clamp_min(1e-3)))
     return worst
 
 

@@ -58,6 +58,22 @@ RUNS = {  # name -> (what is run, what it has to print)
         ["recipes/bench_optimizer.py", "--model", "small", "--base", "AdamW", "--steps", "60"],
         [r"whole run +57 steps +\d"],
     ),
+    "bench_run": (
+        [
+            "recipes/bench_run.py",
+            "--models",
+            "vit",
+            "--targets",
+            "0.5",
+            "--steps",
+            "24",
+            "--pairs",
+            "1",
+            "--hidden",
+            "32",
+        ],
+        [r"vit +0\.5 +[\d.]+ +[\d.]+ +[\d.]+ \([\d.]+\)"],
+    ),
     "bench_partition": (["recipes/bench_partition.py", "bert-base"], [r"bert-base +\d+ +[\d,]+"]),
     "bench_quality": (
         ["recipes/bench_quality.py", "--smoke", "--out", "OUT/quality.jsonl"],
