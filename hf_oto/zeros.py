@@ -37,7 +37,7 @@ def _weights(rows: Rows, parameter: Tensor) -> Tensor:
 
 
 def dead_zigs(axes: Sequence[PrunableAxis], slices: Sequence[Slice], params: Mapping[str, Tensor]) -> Tensor:
-    """The ZIGs that no training can move, bool (num_zigs,), on the CPU.
+    """The ZIGs that no training can move, uint8 (num_zigs,), on the CPU.
 
     All that makes them is zero and all that reads them is zero, so that neither side gets a gradient: units that an
     earlier run has pruned, say. Where zeros don't make a position zero, what reads it gets a gradient and may live.
@@ -54,13 +54,13 @@ def dead_zigs(axes: Sequence[PrunableAxis], slices: Sequence[Slice], params: Map
         can_be_dead += [is_silent] * axis.size
     params_of_slices = {s.param: params[s.param] for s in slices}
     if not any(can_be_dead) or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
-        return torch.zeros(len(can_be_dead), dtype=torch.bool, device="cpu")
+        return torch.zeros(len(can_be_dead), dtype=torch.uint8, device="cpu")
     nonzero = (Part(s, None, p != 0) for s, p in on_this_rank(slices, params))
     (num_nonzero,) = sum_over_zigs([nonzero], params_of_slices, len(can_be_dead))
     dead = torch.tensor(can_be_dead, device="cpu") & (num_nonzero == 0)
     if dead.any():
         logger.info("%d ZIGs are zero already, for good: they count for the target", int(dead.sum()))
-    return dead
+    return dead.to(torch.uint8)
 
 
 class HeldZeros:

@@ -68,16 +68,15 @@ class ZIGOptimizer(AroundOptimizer):
             self._params_of_axes.append({member.param for member in axis.group})
             group[axis.name] = axis.group
             consumers = [member for member in axis.members if member.role == "consumer"]
-            trained_consumers = [member for member in consumers if member.param in trained]
-            readers[axis.name] = trained_consumers
-            if not consumers or len(trained_consumers) < len(consumers):
+            readers[axis.name] = [member for member in consumers if member.param in trained]
+            if not consumers or len(readers[axis.name]) < len(consumers):
                 never_still += [(member.param, member.dim) for member in axis.group]
         owners: dict[bytes, Tensor] = {}
         # a zero ZIG stays zero in its group; in its readers it is zeroed once, when it becomes zero
         self._group = slices_of(axes, group, trained, owners)
         self._readers = slices_of(axes, readers, trained, owners)
         self.held = HeldZeros(self._group, never_still)
-        self._dead = dead_zigs(axes, self._group + self._readers, trained)
+        self._axes = tuple(axes)
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class ZIGOptimizer(AroundOptimizer):
         no_zig = torch.zeros(self.num_zigs, dtype=torch.uint8, device="cpu")
         self._own.update(
             dhspg_step=0,
-            zero=self._dead.to(torch.uint8),
+            zero=no_zig.clone(),
             redundant=no_zig.clone(),
             gone=no_zig.clone(),  # the ZIGs that were cut out: no parameter has anything of them
             **more,
@@ -100,8 +99,7 @@ class ZIGOptimizer(AroundOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Process groups can't be copied."""
-        state = super().__getstate__()
-        return state | {"_process_group": None}
+        return super().__getstate__() | {"_process_group": None}
 
     # what is zero -----------------------------------------------------------------------------
 
@@ -159,6 +157,8 @@ class ZIGOptimizer(AroundOptimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Makes one step of the base optimizer, and prunes around it."""
         now = self._own["dhspg_step"] + 1
+        if now == 1:  # only now the weights are those that training begins with: they may have been loaded
+            self._own["zero"] = dead_zigs(self._axes, self._group + self._readers, self.parameters_by_name())
         if closure is None:
             self._before_step(now)
             loss = self.base.step()

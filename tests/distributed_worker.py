@@ -211,7 +211,7 @@ def optimizers(rank, world, folder):
     found["refused"] = []
     parallel = net()
     parallel.a.weight = nn.Parameter(DTensor.from_local(parallel.a.weight.data, mesh, [Partial()]))
-    for attempt in (lambda: partition_zigs(sharded()[0], {"x": batch(0)[0]}), optimizer_for(parallel).step):
+    for attempt in (lambda: partition_zigs(sharded()[0], {"x": batch(0)[0]}), lambda: optimizer_for(parallel).step()):
         try:
             attempt()
         except OTOError as error:
