@@ -1,7 +1,7 @@
-"""The end of a run: what was trained is saved, its zeros are certified and cut out; and the rehearsal of all that.
+"""The end of a run: what was trained is saved, and those zeros that are still in it are certified and cut out.
 
-A part of `OTOMixin`. From the last step on whatever fails leaves the trained model on disk, and the error says where;
-what can't be done at the end is found out before the first step.
+`Ending` is a part of `OTOMixin`. Whatever fails after the last step leaves the trained model on disk, and the error
+says where. What can't be done at the end is found out before the first step, by rehearsal.py.
 """
 
 from __future__ import annotations

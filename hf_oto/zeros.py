@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,17 +48,19 @@ def dead_zigs(axes: Sequence[PrunableAxis], slices: Sequence[Slice], params: Map
         slices: what ZIGs are made of, and what reads them and trains.
         params: parameter name -> parameter, unsharded or as a DTensor.
     """
-    can_be_dead = []
+    is_silent_axis = []  # whether zeros of an axis, once they are in its weights, get no gradient
     for axis in axes:
         consumers = [member for member in axis.members if member.role == "consumer"]
-        is_silent = axis.zero_path and bool(consumers) and all(member.param in params for member in consumers)
-        can_be_dead += [is_silent] * axis.size
+        all_train = all(member.param in params for member in consumers)
+        is_silent_axis.append(axis.zero_path and bool(consumers) and all_train)
+    num_zigs = sum(axis.size for axis in axes)
     params_of_slices = {s.param: params[s.param] for s in slices}
-    if not any(can_be_dead) or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
-        return torch.zeros(len(can_be_dead), dtype=torch.uint8, device="cpu")
+    if not any(is_silent_axis) or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
+        return torch.zeros(num_zigs, dtype=torch.uint8, device="cpu")
     nonzero = (Part(s, None, p != 0) for s, p in on_this_rank(slices, params))
-    (num_nonzero,) = sum_over_zigs([nonzero], params_of_slices, len(can_be_dead))
-    dead = torch.tensor(can_be_dead, device="cpu") & (num_nonzero == 0)
+    (num_nonzero,) = sum_over_zigs([nonzero], params_of_slices, num_zigs)  # (num_zigs,)
+    can_be_dead = np.repeat(is_silent_axis, [axis.size for axis in axes])  # (num_zigs,)
+    dead = torch.from_numpy(can_be_dead) & (num_nonzero == 0)
     if dead.any():
         logger.info("%d ZIGs are zero already, for good: they count for the target", int(dead.sum()))
     return dead.to(torch.uint8)

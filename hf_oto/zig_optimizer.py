@@ -105,7 +105,7 @@ class ZIGOptimizer(AroundOptimizer):
 
     @property
     def zero(self) -> Tensor:
-        """Which ZIGs are zero, bool (num_zigs,), on the CPU: this optimizer made them zero, and the weights are zero.
+        """Which ZIGs are zero for good, bool (num_zigs,), on the CPU: `made_zero`, and the weights are zero.
 
         Of a sharded model only those weights count that this rank holds.
         """
@@ -115,7 +115,7 @@ class ZIGOptimizer(AroundOptimizer):
 
     @property
     def made_zero(self) -> Tensor:
-        """Which ZIGs this optimizer has made zero, bool (num_zigs,), whatever is in the weights now."""
+        """Which ZIGs were made zero, or dead before (`dead_zigs`), bool (num_zigs,), whatever the weights are now."""
         return self._own["zero"].cpu() > 0
 
     @property
