@@ -141,13 +141,7 @@ class Ending:
             metrics = {}  # other weights were evaluated, or those of a model that was cut already
         self.plan = self._compaction.plan(model)
         rest = self._compaction.resolve(self.plan)
-        if rest.removed.any() or not self._certificates:
-            certificate = of_rank_zero(lambda: certify(model, rest, self._forwards))
-            if not certificate.holds:
-                raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
-            self._certificates.append(certificate)
-        else:  # every cut has its certificate: what is left to see is that the model still runs
-            of_rank_zero(lambda: bool(own_outputs(model, self._forwards)))
+        self._certify_rest(model, rest)
         before, after = self._measured(model, rest)
         self._compaction.keep_(model, rest)
         if rest.removed.any() and not was_sharded:  # a callback's copies of shards have no shapes to cut
@@ -179,6 +173,16 @@ class Ending:
         self._save_figures(self.args.output_dir)
         if self.is_world_process_zero() and self._saved_in != self._last_saved[1]:
             shutil.rmtree(self._saved_in, ignore_errors=True)  # at the very end: until here it is the way back
+
+    def _certify_rest(self, model: torch.nn.Module, rest: Cut) -> None:
+        """Adds the certificate of what is still to be cut, and raises where it fails."""
+        if rest.removed.any() or not self._certificates:
+            certificate = of_rank_zero(lambda: certify(model, rest, self._forwards))
+            if not certificate.holds:
+                raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
+            self._certificates.append(certificate)
+        else:  # every cut has its certificate: what is left to see is that the model still runs
+            of_rank_zero(lambda: bool(own_outputs(model, self._forwards)))
 
     def _outcome(self) -> str:
         """One line for whoever looks at the output of a run: what was cut, and where which model is now."""
