@@ -213,11 +213,11 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
     try:
         if noise:
             for axis, member, index in slices:
-                if _is_free(axis, member, producers_too):
+                if is_free(axis, member, producers_too):
                     overwritten.write_(tensors[member.param], member.dim, index, noise=True)
         # Zeros are written last, so that they win where a tensor is on both sides.
         for axis, member, index in slices:
-            has_noise = noise and _is_free(axis, member, producers_too)
+            has_noise = noise and is_free(axis, member, producers_too)
             if member in axis.group and not has_noise:
                 overwritten.write_(tensors[member.param], member.dim, index, noise=False)
         yield
@@ -225,7 +225,7 @@ def zeroed(model: nn.Module, cut: Cut, noise: bool = False, producers_too: bool 
         overwritten.put_back_()
 
 
-def _is_free(axis: PrunableAxis, member: Member, producers_too: bool) -> bool:
+def is_free(axis: PrunableAxis, member: Member, producers_too: bool) -> bool:
     """Whether a slice may hold anything, since the other side is zero."""
     if axis.zero_path or not producers_too:
         return member not in axis.group

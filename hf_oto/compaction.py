@@ -117,9 +117,12 @@ class Compaction:
         gone[~gone] = removed
         return gone
 
-    def plan(self, model: nn.Module) -> PruningPlan:
-        """The plan for the dense model that removes what is gone, and every ZIG that is exactly zero."""
-        zeros = PruningPlan.from_zeros(model, self.left)
+    def plan(self, zeros: PruningPlan) -> PruningPlan:
+        """The plan for the dense model that removes what is gone, and more of what is left.
+
+        Args:
+            zeros: a plan for `left`.
+        """
         removed = self.gone_after(zeros.removed(self.left))
         return PruningPlan.removing(removed, self.partition)
 

@@ -111,7 +111,7 @@ class Cut(NamedTuple):
             shape_before = _shape_before(of_model, gone_of_dims)
             if shape != shape_before:
                 raise ValueError(f"before the cut {name} had shape {shape_before}, and its copy has {shape}")
-            cut_tensor = _without_positions(tensor, gone_of_dims)
+            cut_tensor = without_positions(tensor, gone_of_dims)
             scale = self.scales.get(known_name)
             if scale is not None:
                 cut_tensor = scaled(cut_tensor, *scale)
@@ -242,7 +242,7 @@ def cut_(model: nn.Module, cut: Cut, widening: torch.dtype | None = None) -> Sca
         name_of_id.setdefault(id_of_name[name], name)
     for tensor_id, name in name_of_id.items():
         old = _tensor_of(model, name)
-        new = _without_positions(old.detach(), positions.get(name, {}))
+        new = without_positions(old.detach(), positions.get(name, {}))
         scale = cut.scales.get(name)
         if scale is not None and widening in (None, new.dtype):
             new = scaled(new, *scale)
@@ -313,22 +313,22 @@ def grow_(model: nn.Module, cut: Cut) -> None:
 def _with_positions(tensor: torch.Tensor, dim: int, gone: np.ndarray, fill: float) -> torch.Tensor:
     """A tensor with the positions that were cut out of it. These hold one value, `fill`."""
     shape = _shape_before(tensor, {dim: gone})
-    kept = _kept_positions(shape[dim], gone, tensor.device)
+    kept = kept_positions(shape[dim], gone, tensor.device)
     grown = tensor.new_full(shape, fill)
     return grown.index_copy_(dim, kept, tensor)
 
 
-def _kept_positions(size: int, gone: np.ndarray, device: torch.device) -> torch.Tensor:
+def kept_positions(size: int, gone: np.ndarray, device: torch.device) -> torch.Tensor:
     """The positions of a dimension that stay, (size - len(gone),)."""
     kept = np.delete(np.arange(size), gone)
     return torch.from_numpy(kept).to(device)
 
 
-def _without_positions(tensor: torch.Tensor, positions: Mapping[int, np.ndarray]) -> torch.Tensor:
+def without_positions(tensor: torch.Tensor, positions: Mapping[int, np.ndarray]) -> torch.Tensor:
     """A tensor without some positions, dimension -> positions; the tensor itself where nothing goes."""
     for dim, gone in positions.items():
         size = tensor.shape[dim]
-        kept = _kept_positions(size, gone, tensor.device)
+        kept = kept_positions(size, gone, tensor.device)
         tensor = tensor.index_select(dim, kept)
     return tensor
 

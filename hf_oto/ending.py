@@ -11,23 +11,25 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, fsdp2_prepare_model
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .certificate import certify, largest_difference, own_outputs, zeroed
-from .cut import Cut, TrialCut
+from .cut import Cut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
 from .modeling_oto import OTOError
-from .ranks import WholeModel, of_rank_zero
-from .report import Report, measure, scores, size
+from .ranks import of_rank_zero
+from .report import Report, scores
+from .sharded import BeforeSharding, ShardedWeights
 from .shrinking import CUTS_NAME
-from .uniform import plain
+from .whole import WholeWeights
 from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Ending:
         self._cut: Cut | None = None  # what was cut
         self._saved_in: str | None = None  # the trained model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
-        self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
+        self._before_sharding: BeforeSharding | None = None  # under FSDP2: the model when it was plain
+        self._trained: WholeWeights | ShardedWeights | None = None  # once the optimizer's memory was given back
         super().__init__(*args, **kwargs)
 
     # what was trained is never lost ---------------------------------------------------------------
@@ -55,19 +58,25 @@ class Ending:
     def _where_trained_is_safe(self) -> str | None:
         """Saves the trained model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
-            if self.is_fsdp_enabled and not self._all_ranks_are_here():  # one alone can't gather a model
+            # one rank alone can't gather a model
+            if self._is_of_shards and not self._all_ranks_are_here():
                 return None
             if self.state.is_hyper_param_search:  # it ends trials by errors of its own
                 return None
-            if self.is_fsdp_enabled:
-                self._without_training_memory()
-            if not self.is_world_process_zero():
+            if not self._is_of_shards and not self.is_world_process_zero():
                 return f"the trained model is saved by rank 0 in {self.args.output_dir}"
             try:
+                if self._is_of_shards and self._trained is None:
+                    self._take_trained()
                 self._saved_in = self._save_trained()
             except Exception as error:
                 return f"saving the trained model failed too ({error}): it is in memory still, as trainer.model"
         return f"the trained model is saved in {self._saved_in}"
+
+    @property
+    def _is_of_shards(self) -> bool:
+        """Whether FSDP2 has sharded the model, so that all ranks together save it."""
+        return self._before_sharding is not None
 
     def _all_ranks_are_here(self) -> bool:
         """Whether all ranks have come to this line, within a minute: whatever failed has failed on each of them."""
@@ -81,20 +90,19 @@ class Ending:
     def _save_trained(self) -> str:
         """Saves the model as it is now, before its last cut, and returns the folder.
 
-        That is `trained` in the output folder, with a number if another run has left one there; where it can't be
-        written the checkpoint of the last step, if there is one, or a folder in the system's temporary one.
+        Of a sharded model all ranks come here, of another one rank 0 alone. The folder is `trained` in the output
+        folder, with a number if another run has left one there; where it can't be written the checkpoint of the last
+        step, if there is one, or a folder in the system's temporary one.
         """
         wanted = Path(self.args.output_dir, "trained")
-        free = itertools.chain([wanted], (wanted.with_name(f"trained-{n}") for n in itertools.count(2)))
         try:
-            return self._save_whole(next(folder for folder in free if not folder.exists()))
+            return self._save_whole(self._by_writer(lambda: _free(wanted)))
         except Exception as error:
             step, folder = self._last_saved
             if step == max(self.state.global_step, self._steps_made) and os.path.isdir(folder):
                 logger.warning("the trained model is saved in %s only, not in %s: %s", folder, wanted, error)
                 return folder
-            elsewhere = Path(tempfile.mkdtemp(prefix="trained-"))
-            elsewhere.rmdir()  # its name is free
+            elsewhere = self._by_writer(_free_elsewhere)
             try:
                 self._save_whole(elsewhere)
             except Exception:
@@ -102,17 +110,29 @@ class Ending:
             logger.warning("the trained model is saved in %s, not in %s: %s", elsewhere, wanted, error)
             return str(elsewhere)
 
+    def _by_writer(self, compute: Callable[[], Any]) -> Any:
+        """What the rank that saves the model computes."""
+        return of_rank_zero(compute) if self._is_of_shards else compute()
+
     def _save_whole(self, folder: Path) -> str:
         """Saves the model under another name first: a folder of this name is whole."""
         partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        try:
-            self._save(str(partial))
-            self._save_cuts(str(partial))  # without it nobody knows the shapes of a plain module's weights
-            os.rename(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+
+        def save() -> None:
+            try:
+                self._save(str(partial))
+                self._save_cuts(str(partial))  # without it nobody knows the shapes of a plain module's weights
+                os.rename(partial, folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+        self._by_writer(lambda: _made_anew(partial))
+        if self._trained is None:
+            save()
+        else:
+            with self._trained.whole_on_disk(folder.parent, writes=self.is_world_process_zero()):
+                self._by_writer(save)
         return str(folder)
 
     # the cut ---------------------------------------------------------------------------------------
@@ -127,36 +147,30 @@ class Ending:
                 optimizer.group_sparsity,
             )
         made_zero = optimizer.zeros(self.partition)
-        was_sharded = self.is_fsdp_enabled
         del optimizer  # its state is twice the model
-        model = self._without_training_memory()
+        trained = self._take_trained()
         state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
         metrics = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
-        self._saved_in = of_rank_zero(self._save_trained)  # before rank 0 waits for any other
+        # before rank 0 waits for any other
+        self._saved_in = self._save_trained() if self._is_of_shards else of_rank_zero(self._save_trained)
         if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():  # batch norm statistics differ between ranks
+            for buffer in trained.model.buffers():  # batch norm statistics differ between ranks
                 buffer.copy_(broadcast(buffer))
-        if self._zero_again(model, made_zero) or self._has_shrunk:
+        if self._zero_again(trained, made_zero) or self._has_shrunk:
             metrics = {}  # other weights were evaluated, or those of a model that was cut already
-        self.plan = self._compaction.plan(model)
+        self.plan = self._compaction.plan(trained.zeros(self._compaction.left))
         rest = self._compaction.resolve(self.plan)
-        self._certify_rest(model, rest)
-        before, after = self._measured(model, rest)
-        self._compaction.keep_(model, rest)
-        if rest.removed.any() and not was_sharded:  # a callback's copies of shards have no shapes to cut
-            self._tell_callbacks(model, rest)
+        self._certify_rest(trained, rest)
+        before, after = trained.measured(self._compaction, rest, self._forwards)
+        self._trained = None  # from here on it is the compact model
+        trained.keep_(self._compaction, rest)
+        if rest.removed.any() and not self._is_of_shards:  # a callback's copies of shards have no shapes to cut
+            self._tell_callbacks(trained.model, rest)
         self._cut = self._compaction.whole_cut()
-        if self._ties is not None:
-            stock = plain(model, self.partition, self.plan, self._ties, self._forwards)  # the same on every rank
-            if stock is None:
-                logger.warning("no stock config says these widths: the compact model is saved with a record of them")
-            model = stock or model
-        for holder in (self, self.callback_handler):
-            holder.model = model
-        self.model_wrapped = model
-        self.accelerator.free_memory()
-        self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if self._ties is not None and not trained.stock(self.partition, self.plan, self._ties, self._forwards):
+            logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+        self._take_compact(trained)
         self.report = Report(
             before=before,
             after=after,
@@ -174,15 +188,15 @@ class Ending:
         if self.is_world_process_zero() and self._saved_in != self._last_saved[1]:
             shutil.rmtree(self._saved_in, ignore_errors=True)  # at the very end: until here it is the way back
 
-    def _certify_rest(self, model: torch.nn.Module, rest: Cut) -> None:
+    def _certify_rest(self, trained: WholeWeights | ShardedWeights, rest: Cut) -> None:
         """Adds the certificate of what is still to be cut, and raises where it fails."""
         if rest.removed.any() or not self._certificates:
-            certificate = of_rank_zero(lambda: certify(model, rest, self._forwards))
+            certificate = trained.certify(rest, self._forwards)
             if not certificate.holds:
                 raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
             self._certificates.append(certificate)
         else:  # every cut has its certificate: what is left to see is that the model still runs
-            of_rank_zero(lambda: bool(own_outputs(model, self._forwards)))
+            trained.run(self._forwards)
 
     def _outcome(self) -> str:
         """One line for whoever looks at the output of a run: what was cut, and where which model is now."""
@@ -200,21 +214,15 @@ class Ending:
                 break
         return f"hf_oto cut {', '.join(cut)}; {where}"
 
-    def _zero_again(self, model: torch.nn.Module, made_zero: PruningPlan) -> bool:
+    def _zero_again(self, trained: WholeWeights | ShardedWeights, made_zero: PruningPlan) -> bool:
         """Zeroes ZIGs that the optimizer made zero and that aren't in the weights: whether there were any."""
         left, gone = self._compaction.left, self._compaction.gone
         removed = made_zero.removed(self.partition)[~gone]
-        moved = removed & ~PruningPlan.from_zeros(model, left).removed(left)
+        moved = removed & ~trained.zeros(left).removed(left)
         if not moved.any():
             return False
-
-        def how_far() -> float:
-            before = own_outputs(model, self._forwards)
-            with zeroed(model, Cut(left, removed, {}, {})):
-                return largest_difference(before, own_outputs(model, self._forwards))
-
-        difference = of_rank_zero(how_far)
-        left.zero_(model, PruningPlan.removing(removed, left))
+        difference = trained.moved_by_zeroing(Cut(left, removed, {}, {}), self._forwards)
+        trained.zero_(left, PruningPlan.removing(removed, left))
         logger.warning(
             "%d of %d ZIGs that training had made zero were not zero in the end: weights were put into the model from "
             "outside (an average, a checkpoint, a callback of yours). They are zeroed again, by which the outputs on "
@@ -223,40 +231,61 @@ class Ending:
         )  # fmt: skip
         return True
 
-    def _measured(self, model: torch.nn.Module, rest: Cut) -> list[dict[str, Any]]:
-        """What the dense and the compact model take. Measuring runs them, and what goes wrong with that is a warning.
-
-        Args:
-            rest: what is still to be cut.
-        """
-        trials = [self._compaction.trial_dense(model), TrialCut(model, rest)]
-        try:
-            return of_rank_zero(lambda: measure(*trials, inputs=self._forwards))
-        except Exception as error:
-            logger.warning("the models could not be measured: %s: %s", type(error).__name__, error)
-        sizes = []
-        for trial in trials:
-            with trial as changed:
-                sizes.append(size(changed))
-        return sizes
-
-    def _without_training_memory(self) -> torch.nn.Module:
-        """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
-        if self.is_fsdp_enabled:
-            # whole and plain from here on: it is saved, evaluated and cut like any other
-            model, self.is_fsdp_enabled = self._whole.gathered(self.model), False
-            self._whole = None
+    def _take_trained(self) -> WholeWeights | ShardedWeights:
+        """The trained model, plain; gradients and optimizer state are gone, whoever held them."""
+        if self._before_sharding is not None:
+            trained = self._before_sharding.taken_off(self.model, self.accelerator.device)
         else:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             take_off_autocast_(model)
-            model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            trained = WholeWeights(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+        model = trained.model
         for holder in (self, self.callback_handler):
             holder.model, holder.optimizer, holder.lr_scheduler = model, None, None
         self.model_wrapped = model
         model.zero_grad(set_to_none=True)
         self.accelerator.free_memory()
-        self.model = self.model_wrapped = model.to(self.accelerator.device)
-        return model
+        if self._before_sharding is None:
+            self.model = self.model_wrapped = trained.model = model.to(self.accelerator.device)
+        self._trained = trained
+        return trained
+
+    def _take_compact(self, trained: WholeWeights | ShardedWeights) -> None:
+        """Makes the compact model the trainer's, ready to be evaluated; what was sharded is sharded again."""
+        model = trained.model
+        if isinstance(trained, ShardedWeights):
+            self._before_sharding = trained.put_on_(self._sharded_as_in_training)
+        for holder in (self, self.callback_handler):
+            holder.model = model
+        self.model_wrapped = model
+        self._trained = None
+        self.accelerator.free_memory()
+        self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _shard_again(self) -> None:
+        """Shards a model again that was made plain to be cut, after which something has failed."""
+        if isinstance(self._trained, ShardedWeights) and self._all_ranks_are_here():
+            self._take_compact(self._trained)
+
+    def _sharded_as_in_training(self, model: torch.nn.Module) -> None:
+        """Shards a model without weights, in place, as accelerate sharded the dense one."""
+        plugin = self.accelerator.state.fsdp_plugin
+        loads_on_rank_0 = plugin.cpu_ram_efficient_loading
+        plugin.cpu_ram_efficient_loading = False  # there is nothing to be loaded
+        try:
+            fsdp2_prepare_model(self.accelerator, model)
+        finally:
+            plugin.cpu_ram_efficient_loading = loads_on_rank_0
+        if hasattr(model, "generate"):
+            register_fsdp_forward_method(model, "generate")
+        model._is_accelerate_prepared = True  # `prepare_model` would wrap it in autocast, as it wraps unsharded ones
+
+    def _save_compact_shards(self, folder: str) -> None:
+        """Saves the compact model whole, while it stays sharded."""
+        self._by_writer(lambda: os.makedirs(folder, exist_ok=True))
+        writes = self.is_world_process_zero()
+        with self._before_sharding.whole_on_disk(self.model, self.accelerator.device, folder, writes):
+            self._by_writer(lambda: self._save(folder))
 
     def _save_figures(self, folder: str) -> None:
         """Figures are for looking at: what goes wrong with them is a warning."""
@@ -266,3 +295,21 @@ class Ending:
                 save_figures(folder, self._cut, self.state.log_history, self.report["pruning"])
             except Exception as error:
                 logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
+
+
+def _free(wanted: Path) -> Path:
+    """A folder that doesn't exist: the wanted one, or one with a number."""
+    numbered = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
+    return next(folder for folder in itertools.chain([wanted], numbered) if not folder.exists())
+
+
+def _free_elsewhere() -> Path:
+    """A folder that doesn't exist, in the system's temporary one."""
+    folder = Path(tempfile.mkdtemp(prefix="trained-"))
+    folder.rmdir()
+    return folder
+
+
+def _made_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import ParameterList
 from transformers import TrainingArguments
 
 from .calls import Forward, own_copy, raise_if_out_of_memory, recorded
@@ -96,17 +97,21 @@ class FirstCalls:
             owners.append(self.data_collator)  # the loader's own collator may be another one around it
         with random_states_kept(self.model), restored(self.model, *owners):
             # Tensors that the trainer keeps may be changed in place (sums that grow, say): the loss gets copies.
+            watched = list(self.model.parameters())  # copies of these would take as much memory as the model
             for container, _ in contents(torch.nn.Module(), self).containers:
                 if isinstance(container, dict):
-                    tensors = {name: value for name, value in container.items() if isinstance(value, torch.Tensor)}
-                    container.update((name, tensor.clone()) for name, tensor in tensors.items())
+                    for name, value in list(container.items()):
+                        if isinstance(value, torch.nn.Parameter):
+                            watched.append(value)
+                        elif isinstance(value, torch.Tensor):
+                            container[name] = value.clone()
             self._taken = []
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
             self.args.average_tokens_across_devices = False  # ranks that fail one by one must not wait for each other
             batch = own_copy(make_batch())
             samples, num_items = self.get_batch_samples(iter([batch]), 1, self.args.device)
             self.current_gradient_accumulation_steps = 1  # the training loop has not set it yet
-            with evaluating(self.model, training=True), WeightsKept(self.model), torch.enable_grad():
+            with evaluating(self.model, training=True), WeightsKept(ParameterList(watched)), torch.enable_grad():
                 # Outside of `recorded`: preparing may generate with the model, which is no part of the loss.
                 inputs = self._prepare_inputs(samples[0])
                 with recorded(self.model) as forwards, self.compute_loss_context_manager():

@@ -1,4 +1,4 @@
-"""Several processes: what rank 0 computes for all, a sharded model put together again, set-ups that are refused.
+"""Several processes: what rank 0 computes for all, and set-ups that are refused.
 
 The trainer asks here wherever ranks have to agree, and with one process everything goes straight through.
 """
@@ -8,16 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from .modeling_oto import OTOError
-from .restore import contents, put_back, replace_tensors_
-from .trace import persistent_buffers
 
 DEEPSPEED = "DeepSpeed is not supported, it flattens the parameters: train with FSDP2 (fsdp=True) or DDP instead"
 FSDP1 = (
@@ -56,54 +51,3 @@ def of_rank_zero(compute: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return value
-
-
-class WholeModel:
-    """A model as it is before FSDP2 shards it, without its weights; in the end it is put together again with them.
-
-    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and all of these are
-    put back.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._classes = {module: type(module) for module in model.modules()}
-        kept = contents(model)
-        self._empty: dict[int, torch.nn.Parameter] = {}  # id of a parameter -> the same without values
-        # The copies of the containers would keep the weights alive beside the shards: they hold empty ones instead.
-        for _, before in kept.containers:
-            if isinstance(before, dict):
-                for key, value in list(before.items()):
-                    if isinstance(value, torch.nn.Parameter):
-                        before[key] = self._emptied(value)
-        self._kept = kept._replace(states=[])
-
-    def _emptied(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """The parameter without values; the same one for all places where it is tied."""
-        if id(parameter) not in self._empty:
-            without_values = parameter.detach().to("meta")
-            self._empty[id(parameter)] = torch.nn.Parameter(without_values, parameter.requires_grad)
-        return self._empty[id(parameter)]
-
-    def gathered(self, sharded: torch.nn.Module) -> torch.nn.Module:
-        """The same model, whole, on the CPU of every rank.
-
-        Weights are gathered one by one: no device ever holds more than one of them whole.
-        """
-        model = self._model
-        training = sharded.training
-        whole: dict[str, torch.Tensor] = {}
-        for name, weight in get_model_state_dict(sharded).items():
-            value = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            whole[name] = value.detach().to("cpu", copy=True)
-        put_back(self._kept)
-        for module, cls in self._classes.items():
-            module.__class__ = cls
-        new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
-        for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
-            if isinstance(tensor, torch.nn.Parameter):
-                new[id(tensor)] = torch.nn.Parameter(whole[name], tensor.requires_grad)
-            else:
-                new[id(tensor)] = whole[name]
-        replace_tensors_(contents(model), new)
-        return model.train(training)

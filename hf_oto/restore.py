@@ -222,6 +222,12 @@ class Place(NamedTuple):
     key: Any
     position: int | None
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is there now."""
+        value = self.container[self.key]
+        return value if self.position is None else value[self.position]
+
     def put(self, tensor: torch.Tensor) -> None:
         """Puts another tensor there."""
         if self.position is None:

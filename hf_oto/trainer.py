@@ -37,10 +37,11 @@ from .hub import Hub, described_optimizer
 from .modeling_oto import OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
-from .ranks import DEEPSPEED, FSDP1, WholeModel, of_rank_zero, refuse_sharding
+from .ranks import DEEPSPEED, FSDP1, of_rank_zero, refuse_sharding
 from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
+from .sharded import BeforeSharding
 from .shrinking import Shrinking
 from .uniform import Tie, find_ties
 from .zigs import ZIGPartition
@@ -55,7 +56,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
-    Under FSDP2 that is the model passed in, plain and unsharded, and every rank needs room for one full model.
+    Under FSDP2 it stays sharded, and no rank ever holds all of it; `save_model` writes it whole, weight by weight.
 
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
@@ -111,12 +112,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             )
         if resume_from_checkpoint:
             resume_from_checkpoint = self._complete_checkpoint(resume_from_checkpoint)
-        self.plan = self.report = self._saved_in = None
+        self.plan = self.report = self._saved_in = self._trained = None
         self._last_saved = (0, "")
         if self.model_init is not None:
             self.partition = self._ties = None
             self._forwards = []
-            self.is_fsdp_enabled = self.accelerator.is_fsdp2
         was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
         if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
@@ -130,6 +130,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             if self.state is earlier or not self._is_trained():
                 raise
             where = self._where_trained_is_safe()
+            self._shard_again()
             if where is None:
                 raise
             if not isinstance(error, Exception):  # Ctrl-C must reach the caller as a KeyboardInterrupt
@@ -201,7 +202,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
         if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
-            self._whole = WholeModel(model)
+            self._before_sharding = BeforeSharding(model)
             # only with gloo a barrier says which rank is missing
             self._meeting = torch.distributed.new_group(backend="gloo")
 
@@ -255,11 +256,17 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         These are the figures, where matplotlib is installed, and for a model that is no `PreTrainedModel` the plan,
         `oto_plan.json`, with which it can be built again.
         """
-        super().save_model(output_dir, *args, **kwargs)
         folder = output_dir or self.args.output_dir
+        if self.report is not None and self.is_fsdp_enabled:
+            self._save_compact_shards(folder)
+            is_internal = args or kwargs.get("_internal_call")
+            if self.args.push_to_hub and not is_internal:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, *args, **kwargs)
         if self.report is None:
             self._save_cuts(folder)
-        if not self.is_fsdp_enabled:
+        if self.report is not None or not self.is_fsdp_enabled:
             self._last_saved = self.state.global_step, folder
         if self.report is not None:
             self._save_figures(folder)

@@ -109,6 +109,23 @@ def plain(
     small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Inputs
 ) -> PreTrainedModel | None:
     """A stock model with the weights of a cut one, whose config says its widths; None if their outputs differ."""
+    try:
+        stock = built_by_config(small, partition, plan, ties)
+        stock.load_state_dict(small.state_dict())
+    except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
+        return None
+    difference, tolerance = outputs_differ(small, stock, inputs)
+    return stock if difference <= tolerance else None
+
+
+def built_by_config(
+    small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie]
+) -> PreTrainedModel:
+    """A stock model with the widths of a cut one, as its config says them; its weights are not yet the other's.
+
+    Raises:
+        RuntimeError, ValueError: no model can be built from the config.
+    """
     size_of_axis = {axis.name: axis.size for axis in partition.axes}
     config = stock_config(small.config)
     for tie in ties:
@@ -116,13 +133,7 @@ def plain(
         size = size_of_axis[name]
         num_kept = len(plan.kept[name]) if name in plan.kept else size
         _scale_numbers_(config, tie.numbers, Fraction(num_kept, size))
-    try:
-        stock = stock_model(small, config)
-        stock.load_state_dict(small.state_dict())
-    except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
-        return None
-    difference, tolerance = outputs_differ(small, stock, inputs)
-    return stock if difference <= tolerance else None
+    return stock_model(small, config)
 
 
 def _tie(model: PreTrainedModel, partition: ZIGPartition, numbers: Numbers) -> Tie | None:

@@ -105,7 +105,7 @@ class WideArithmetic(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        self.scales = dict(scales or {})
+        self.scales = {} if scales is None else scales  # not a copy: weights may come and go while this is open
         complex_dtype = dtype.to_complex()
         self._wider = {torch.float16: dtype, torch.bfloat16: dtype, torch.complex32: complex_dtype}
         if dtype == torch.float64:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import accelerate
 import torch
+import torch.distributed._composable_state
 import transformers as tf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -112,6 +113,11 @@ OF_TORCH = [
     PrivateName(LINEAR, "_parameters", "tensors swapped without the checks of setattr, tied ones in all places"),
     PrivateName(NORM, "_buffers", "the same of buffers"),
     PrivateName(NORM, "_non_persistent_buffers_set", "which buffers no file of weights has"),
+    PrivateName(torch.distributed, "_composable_state", "where FSDP2 notes which modules it has sharded"),
+    PrivateName(
+        torch.distributed._composable_state, "_module_state_mapping", "what isn't noted can be sharded again"
+    ),
+    PrivateName(torch.utils._python_dispatch, "_disable_current_modes", "weights are gathered inside a forward"),
     PrivateName(nn.RNN(1, 1), "_init_flat_weights()", "an RNN takes note of its cut weights", writes_weights_flat),
     PrivateName(nn.modules.batchnorm, "_NormBase", "batch and instance norms, which keep `num_features`"),
     PrivateName(nn.modules.conv, "_ConvNd", "convolutions, which keep `in_channels`, `out_channels` and `groups`"),

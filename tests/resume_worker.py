@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 
-from hf_oto import OTOTrainer, ending, shrinking
+from hf_oto import OTOTrainer, ending, shrinking, whole
 
 torch.set_num_threads(1)
-ending.measure = functools.partial(ending.measure, seconds=0)
+whole.measure = functools.partial(whole.measure, seconds=0)
 ending.save_figures = lambda *_: None
 EVERY = dict(save_strategy="steps", save_steps=4)
 
@@ -80,14 +80,14 @@ def killed_in_a_cut(folder):
 
 
 def killed_in_the_end(folder):
-    ending.measure = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    whole.measure = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     law.trained(folder, **EVERY)
 
 
 def ended(folder, resume=None, cls=OTOTrainer):
     """A run that comes to its end, and what it ended with."""
     trainer = law.trained(folder, cls=cls, seed=0 if resume is None else 1, resume=resume, **EVERY)
-    found = {"weights": law.weights(trainer.model), "plan": trainer.plan.to_json()}
+    found = {"weights": distributed_worker.whole_state(trainer.model), "plan": trainer.plan.to_json()}
     torch.save(found, folder / f"ended{cls.__name__}.pt")
 
 
@@ -106,7 +106,7 @@ def kills(folder):
 
 
 def result(trainer):
-    return {"weights": law.weights(trainer.model), "plan": trainer.plan.to_json()}
+    return {"weights": distributed_worker.whole_state(trainer.model), "plan": trainer.plan.to_json()}
 
 
 def ddp(rank, folder):

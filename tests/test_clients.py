@@ -31,7 +31,7 @@ from hf_oto import (
     OTOSeq2SeqTrainingArguments,
     OTOTrainer,
     OTOTrainingArguments,
-    ending,
+    whole,
 )
 from hf_oto.arguments import as_code
 
@@ -43,7 +43,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
     """Latencies are no subject here."""
-    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0.01))
+    monkeypatch.setattr(whole, "measure", functools.partial(whole.measure, seconds=0.01))
 
 
 WORDS = "[PAD] [UNK] [EOS] user assistant : it was a good bad film".split()

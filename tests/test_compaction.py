@@ -29,6 +29,11 @@ from hf_oto.zigs import Member
 TOLERANCE = 1e-5
 
 
+def zeros(model, compaction):
+    """The plan that removes what is zero in the weights of a model, of the ZIGs that are left."""
+    return PruningPlan.from_zeros(model, compaction.left)
+
+
 def growing_plans(partition, seed=0, scaled_last=True):
     """Three plans, each of which removes what the one before does and more; half of every axis always stays.
 
@@ -329,9 +334,9 @@ def test_the_plan_is_in_the_weights(case):
     case.partition.zero_(model, plans[-1])
     compaction = Compaction(model, case.partition)
     for plan in plans:
-        assert compaction.plan(model) == plans[-1]
+        assert compaction.plan(zeros(model, compaction)) == plans[-1]
         compaction.keep_(model, compaction.resolve(plan))
-        assert compaction.plan(model) == plans[-1]
+        assert compaction.plan(zeros(model, compaction)) == plans[-1]
     whole = compaction.whole_cut()
     one = resolve(case.partition, PruningPlan.removing(compaction.gone, case.partition))
     assert whole.attributes == one.attributes and whole.scales == one.scales
@@ -340,7 +345,7 @@ def test_the_plan_is_in_the_weights(case):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    assert compaction.plan(model) == PruningPlan.removing(compaction.gone, case.partition)
+    assert compaction.plan(zeros(model, compaction)) == PruningPlan.removing(compaction.gone, case.partition)
 
 
 def test_what_is_left_is_counted_as_it_is_measured(case):
@@ -631,11 +636,11 @@ def trained(base):
 def cut_both(model, optimizer, plan=None, compaction=None):
     """Cuts a model and its optimizer by a plan; None: by what is zero."""
     compaction = compaction or Compaction(model, PARTITION)
-    cut = compaction.resolve(plan or compaction.plan(model))
+    cut = compaction.resolve(plan or compaction.plan(zeros(model, compaction)))
     assert cut.removed.any()
     compaction.keep_(model, cut)
     optimizer.cut_(dict(model.named_parameters()), cut.positions)
-    return compaction.plan(model)
+    return compaction.plan(zeros(model, compaction))
 
 
 def state_of(optimizer):

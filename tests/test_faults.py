@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, ending, hub
+from hf_oto import OTOError, OTOMixin, OTOTrainer, OTOTrainingArguments, ending, hub, whole
 from hf_oto import trainer as trainer_module
 from hf_oto.compaction import Compaction
 
@@ -35,7 +35,7 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs take a tenth of the time without figures and long measurements, which are tested elsewhere."""
-    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0))
+    monkeypatch.setattr(whole, "measure", functools.partial(whole.measure, seconds=0))
     monkeypatch.setattr(ending, "save_figures", lambda *_: None)
 
 
@@ -279,7 +279,7 @@ def test_a_full_output_disk_makes_it_save_on_another_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "owner, broken", [(ending, "certify"), (Compaction, "keep_"), (Compaction, "resolve"), (ending, "Report")]
+    "owner, broken", [(whole, "certify"), (Compaction, "keep_"), (Compaction, "resolve"), (ending, "Report")]
 )
 @pytest.mark.parametrize("error", [RuntimeError("own"), torch.OutOfMemoryError("CUDA out of memory. Tried")])
 def test_what_fails_while_compacting(tmp_path, monkeypatch, owner, broken, error):
@@ -438,7 +438,7 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
                 p.grad = torch.zeros_like(p)  # a callback's own backward leaves gradients, the Trainer leaves none
             held.extend(map(weakref.ref, [optimizer, inner, lr_scheduler, *states]))
 
-    right = ending.certify
+    right = whole.certify
 
     def certify(model, *args):
         gc.collect()
@@ -446,7 +446,7 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
         assert all(p.grad is None for p in model.parameters())
         return right(model, *args)
 
-    monkeypatch.setattr(ending, "certify", certify)
+    monkeypatch.setattr(whole, "certify", certify)
     make(tmp_path, callbacks=[Watching()]).train()
     assert len(held) > 10 and alive == []
 
@@ -454,12 +454,12 @@ def test_training_memory_is_gone_when_the_cut_is_certified(tmp_path, monkeypatch
 # what only warns -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", ["save_figures", "measure"])
-def test_figures_and_latency_only_warn(tmp_path, monkeypatch, broken, caplog):
+@pytest.mark.parametrize(("owner", "broken"), [(ending, "save_figures"), (whole, "measure")])
+def test_figures_and_latency_only_warn(tmp_path, monkeypatch, owner, broken, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("no pen")
 
-    monkeypatch.setattr(ending, broken, fail)
+    monkeypatch.setattr(owner, broken, fail)
     trainer = make(tmp_path, eval_dataset=rows(8))
     trainer.train()
     trainer.evaluate()

@@ -199,7 +199,8 @@ class Cutter(tf.TrainerCallback):
     def on_log(self, args, state, control, model=None, **kwargs):
         if self.trainer.report is None:
             small, compaction = copy.deepcopy(model), copy.copy(self.trainer._compaction)
-            compaction.keep_(small, compaction.resolve(compaction.plan(small)))
+            zeros = PruningPlan.from_zeros(small, compaction.left)
+            compaction.keep_(small, compaction.resolve(compaction.plan(zeros)))
             self.left.append((count(small) / count(bert()), macs(small, self.trainer._forwards)))
 
 

@@ -30,6 +30,7 @@ from hf_oto import (
     PruningPlan,
     compact,
     ending,
+    measure,
     partition_zigs,
     to_dense,
 )
@@ -41,7 +42,7 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs take a tenth of the time without figures and long measurements, which are tested elsewhere."""
-    monkeypatch.setattr(ending, "measure", functools.partial(ending.measure, seconds=0))
+    monkeypatch.setattr("hf_oto.whole.measure", functools.partial(measure, seconds=0))
     monkeypatch.setattr(ending, "save_figures", lambda *_: None)
 
 

@@ -39,7 +39,7 @@ from test_trainer import CHECKPOINTING
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_oto import OTOError, OTOTrainer, PruningPlan, compact, ending, paper, shrinking
+from hf_oto import OTOError, OTOTrainer, PruningPlan, compact, paper, shrinking, whole
 from hf_oto.cut_state import why_uncuttable
 from hf_oto.resume import load_weights_
 from hf_oto.shrinking import CUTS_NAME
@@ -667,7 +667,7 @@ def test_the_second_cut_is_not_certified(tmp_path, monkeypatch):
 def test_no_cut_is_certified(tmp_path, monkeypatch):
     """Nor at the end: the trained full model is on disk then."""
     monkeypatch.setattr(shrinking, "certify", failing(shrinking.certify, {1}))
-    monkeypatch.setattr(ending, "certify", failing(ending.certify, {1}))
+    monkeypatch.setattr(whole, "certify", failing(whole.certify, {1}))
     with pytest.raises(OTOError, match=r"certificate failed.*saved in .*trained"):
         trained(tmp_path)
     dense = tf.ViTForImageClassification.from_pretrained(tmp_path / "trained")
@@ -677,7 +677,7 @@ def test_no_cut_is_certified(tmp_path, monkeypatch):
 def test_what_is_saved_when_the_end_fails_says_what_was_cut(tmp_path, monkeypatch):
     """A plain module's weights are of no use without that."""
     monkeypatch.setattr(shrinking, "certify", failing(shrinking.certify, {2}))
-    monkeypatch.setattr(ending, "certify", failing(ending.certify, {1}))
+    monkeypatch.setattr(whole, "certify", failing(whole.certify, {1}))
     trainer = make(tmp_path, "plain")
     with pytest.raises(OTOError, match=r"certificate failed.*saved in .*trained"):
         trainer.train()

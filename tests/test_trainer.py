@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import hf_oto
-from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments, ending
+from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments, whole
 from hf_oto import trainer as trainer_module
 from hf_oto.paper import PaperDHSPG
 from hf_oto.zigs import OTOError
@@ -446,8 +446,8 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("half", ["cut", "invariance"])
 def test_a_failed_certificate_saves_the_full_model_first(tmp_path, monkeypatch, half):
-    right = ending.certify
-    monkeypatch.setattr(ending, "certify", lambda *given: right(*given)._replace(**{half: 0.5}))
+    right = whole.certify
+    monkeypatch.setattr(whole, "certify", lambda *given: right(*given)._replace(**{half: 0.5}))
     trainer = OTOTrainer(bert(), arguments(tmp_path, shrink=False), train_dataset=sentences())
     with pytest.raises(OTOError, match=r"certificate failed.*5.0e-01.*saved in .*trained"):
         trainer.train()

@@ -1,0 +1,434 @@
+"""The end of a run whose model FSDP2 has sharded: it is certified, cut and saved while no rank ever holds it whole.
+
+The model becomes plain again, as it was before it was sharded, but without weights: these stay on the ranks as shards.
+While the model runs, each of its layers has whole weights for as long as its own forward takes.
+
+Worked example: of a model of 8 layers, 8 GB, a cut keeps half, and 4 ranks have trained it. A rank holds 2 GB of
+shards. For the certificate it gathers 1 GB, one layer, before that layer runs, and drops it afterwards. For the cut it
+gathers one weight, cuts it, keeps a quarter of what is left, and drops its old shard: the 2 GB become 1 GB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from .calls import Forward
+from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, is_free, largest_difference, own_outputs
+from .compaction import Compaction
+from .cut import Cut, Scale, ScaleOfStorage, TrialCut, scaled, without_positions
+from .modeling_oto import named_tensors
+from .report import size
+from .restore import contents, places, put_back, replace_tensors_, restored
+from .shards import (
+    Change,
+    Shards,
+    Weight,
+    WholeForNow,
+    divided,
+    of_all_ranks,
+    save_by_pieces_,
+    unchanged,
+    whole,
+    whole_in_files,
+)
+from .slices import Part, Slice, local, on_this_rank, rows_of, slices_of, sum_over_zigs
+from .uniform import Tie, built_by_config
+from .zigs import PruningPlan, ZIGPartition
+
+
+class BeforeSharding:
+    """A model as it is before FSDP2 shards it, without its weights; in the end it is made plain again.
+
+    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and all of these are
+    put back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._classes = {module: type(module) for module in model.modules()}
+        kept = contents(model)
+        self._empty: dict[int, nn.Parameter] = {}  # id of a parameter -> the same without values
+        # The copies of the containers would keep the weights alive beside the shards: they hold empty ones instead.
+        for _, before in kept.containers:
+            if isinstance(before, dict):
+                for key, value in list(before.items()):
+                    if isinstance(value, nn.Parameter):
+                        before[key] = self._emptied(value)
+        self._kept = kept._replace(states=[])
+
+    def _emptied(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter without values; the same one for all places where it is tied."""
+        if id(parameter) not in self._empty:
+            without_values = parameter.detach().to("meta")
+            self._empty[id(parameter)] = nn.Parameter(without_values, parameter.requires_grad)
+        return self._empty[id(parameter)]
+
+    def taken_off(self, sharded: nn.Module, device: torch.device) -> ShardedWeights:
+        """Makes the model plain again, and keeps its weights as they are sharded.
+
+        Args:
+            device: where this rank computes. Buffers, which are not sharded, are put there.
+        """
+        model = self._model
+        training = sharded.training
+        state = get_model_state_dict(sharded)
+        layers = [module for module in self._classes if isinstance(module, FSDPModule)]
+        for module, cls in self._classes.items():
+            module.__class__ = cls
+            _module_state_mapping.pop(module, None)  # else FSDP2 refuses to shard it a second time
+        put_back(self._kept)
+        shards: Shards = {}
+        new: dict[int, Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
+        for name, tensor in named_tensors(model).items():
+            if id(tensor) in new:  # it is tied, and its first name counts
+                continue
+            if isinstance(tensor, nn.Parameter):
+                shards[name] = state[name].detach()
+                # mixed precision trains in a wider dtype than that of the model that was passed in
+                empty = torch.empty_like(tensor, dtype=state[name].dtype)
+                new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad)
+            else:
+                new[id(tensor)] = state.get(name, tensor).to(device)
+        replace_tensors_(contents(model), new)
+        model.train(training)
+        return ShardedWeights(model, shards, layers)
+
+    @contextlib.contextmanager
+    def whole_on_disk(
+        self, sharded: nn.Module, device: torch.device, folder: str | Path, writes: bool
+    ) -> Iterator[None]:
+        """While open, the model is plain and has whole weights; see `ShardedWeights.whole_on_disk`."""
+        states = {module: _module_state_mapping[module] for module in self._classes if module in _module_state_mapping}
+        classes = {module: type(module) for module in self._classes}
+        # FSDP2 lets go of weights that are whole since the last forward, and which could not be put back
+        get_model_state_dict(sharded)
+        with restored(self._model):
+            try:
+                weights = self.taken_off(sharded, device)
+                with weights.whole_on_disk(folder, writes):
+                    yield
+            finally:
+                for module, cls in classes.items():
+                    module.__class__ = cls
+                _module_state_mapping.update(states)
+
+
+class ShardedWeights:
+    """The weights of a model as shards, beside the model itself, which is plain and whose own weights are on meta.
+
+    All ranks call every method together, because a weight is gathered by all of them.
+
+    Attributes:
+        model: the plain model. Its buffers are real.
+    """
+
+    def __init__(self, model: nn.Module, shards: Shards, layers: Sequence[nn.Module]) -> None:
+        self.model = model
+        self._shards = shards
+        self._layers = layers  # the modules that FSDP2 has sharded
+
+    def _first_names(self) -> dict[str, str]:
+        """Name of a tensor -> the first of the names that it has; a tied tensor has several."""
+        first_of_id: dict[int, str] = {}
+        first_names = {}
+        for name, tensor in named_tensors(self.model).items():
+            first_names[name] = first_of_id.setdefault(id(tensor), name)
+        return first_names
+
+    # what is zero ----------------------------------------------------------------------------------
+
+    def zeros(self, partition: ZIGPartition) -> PruningPlan:
+        """The plan that removes every ZIG that is exactly zero: one all-reduce of a number per ZIG."""
+        slices, tensors = self._group(partition)
+        nonzero = (Part(slice_, None, part != 0) for slice_, part in on_this_rank(slices, tensors))
+        (num_nonzero,) = sum_over_zigs([nonzero], tensors, partition.num_zigs)  # (num_zigs,)
+        return PruningPlan.removing((num_nonzero == 0).numpy(), partition)
+
+    @torch.no_grad()
+    def zero_(self, partition: ZIGPartition, plan: PruningPlan) -> None:
+        """Zeroes, in place, the ZIGs that a plan removes."""
+        slices, tensors = self._group(partition)
+        removed = torch.from_numpy(plan.removed(partition))
+        for rows in rows_of(removed, slices, tensors):
+            part = local(tensors[rows.slice.param])
+            part.index_fill_(rows.slice.dim, rows.index, 0)
+
+    def _group(self, partition: ZIGPartition) -> tuple[tuple[Slice, ...], Shards]:
+        """What the ZIGs are made of: slices, and the tensors that they belong to."""
+        group = {axis.name: axis.group for axis in partition.axes}
+        first_names = self._first_names()
+        tensors = {}
+        for name, tensor in partition.tensors(self.model).items():
+            tensors[name] = self._shards.get(first_names[name], tensor)
+        slices = slices_of(partition.axes, group, tensors, {})
+        in_group = {slice_.param: tensors[slice_.param] for slice_ in slices}
+        return slices, in_group
+
+    # running ---------------------------------------------------------------------------------------
+
+    def certify(self, cut: Cut, forwards: Sequence[Forward]) -> Certificate:
+        """`hf_oto.certificate.certify`; each rank compares outputs on its own examples, and the worst rank counts."""
+        model = self.model
+        self._agree_on_arithmetic()
+        with self._running(self._zeroed(cut)):
+            exact, _ = exact_outputs(model, forwards)
+            rounded = own_outputs(model, forwards)
+        with self._running(self._noisy(cut)):
+            exact_with_noise, _ = exact_outputs(model, forwards)
+        invariance = largest_difference(exact, exact_with_noise)
+        del exact_with_noise  # before the outputs of the cut model need their memory
+        # the trial cuts buffers and sizes; of weights on meta it cuts the shapes
+        with TrialCut(model, cut):
+            # weights are scaled while they are widened: the certificate judges the cut, not how they are rounded
+            widened = {} if model in ONLY_AS_THEY_ARE else self._scales(cut)
+            scales: ScaleOfStorage = {}
+            with self._running(self._cut(cut, but=widened), widened, scales):
+                exact_of_cut, tolerance = exact_outputs(model, forwards, scales)
+            with self._running(self._cut(cut)):
+                rounded_of_cut = own_outputs(model, forwards)
+        difference = largest_difference(exact, exact_of_cut)
+        rounding = largest_difference(rounded, rounded_of_cut)
+        of_ranks = of_all_ranks((invariance, difference, tolerance, rounding))
+        worst = np.max(np.array(of_ranks), axis=0)  # nan where any rank has nan
+        return Certificate(*worst.tolist())
+
+    def _agree_on_arithmetic(self) -> None:
+        """Rank 0 alone has tried before training whether the model computes in double."""
+        in_own_dtype = broadcast_object_list([self.model in ONLY_AS_THEY_ARE])
+        if in_own_dtype[0]:
+            ONLY_AS_THEY_ARE.add(self.model)
+
+    def run(self, forwards: Sequence[Forward]) -> None:
+        """Runs the model once, so that what it raises is raised here."""
+        with self._running(unchanged):
+            own_outputs(self.model, forwards)
+
+    def moved_by_zeroing(self, cut: Cut, forwards: Sequence[Forward]) -> float:
+        """How far outputs move, relative to their size, when what a cut removes is zeroed."""
+        with self._running(unchanged):
+            before = own_outputs(self.model, forwards)
+        with self._running(self._zeroed(cut)):
+            after = own_outputs(self.model, forwards)
+        return max(of_all_ranks(largest_difference(before, after)))
+
+    @contextlib.contextmanager
+    def _running(
+        self, change: Change, to_scale: Mapping[str, Scale] | None = None, scales: ScaleOfStorage | None = None
+    ) -> Iterator[None]:
+        """While open, the model can run.
+
+        What belongs to no layer (embeddings, a head) is whole all the time.
+
+        Args:
+            change: what is done to every weight after it was gathered.
+            to_scale: name of a weight -> how it is to be scaled while it is widened.
+            scales: the same of the weights that are whole now, by their storages, as `WideArithmetic` takes it.
+        """
+        with contextlib.ExitStack() as stack:
+            for layer, weights in self._weights_of_layers().items():
+                for_now = WholeForNow(weights, change, to_scale or {}, scales)
+                if layer is None:
+                    stack.enter_context(for_now)
+                    continue
+                before = layer.register_forward_pre_hook(for_now.gather, prepend=True)
+                after = layer.register_forward_hook(for_now.drop, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
+
+    def _weights_of_layers(self) -> dict[nn.Module | None, list[Weight]]:
+        """The weights that must be whole while a layer runs; those of no layer stand under None.
+
+        Modules without parts (an embedding, a norm) are no layers, because others may read their weights, too.
+        """
+        weight_of_id: dict[int, Weight] = {}
+        names = defaultdict(list)
+        places_of_id = places(self.model)
+        for name, tensor in named_tensors(self.model).items():
+            names[id(tensor)].append(name)
+            if name in self._shards:
+                weight_of_id[id(tensor)] = Weight(name, self._shards[name], tensor, places_of_id[id(tensor)])
+        path_of_layer = {}
+        for path, module in self.model.named_modules():
+            if path and module in self._layers and any(True for _ in module.children()):
+                path_of_layer[module] = f"{path}."
+        weights: dict[nn.Module | None, list[Weight]] = defaultdict(list)
+        for tensor_id, weight in weight_of_id.items():
+            innermost = None
+            for layer, path in path_of_layer.items():  # the outer ones come first
+                if all(name.startswith(path) for name in names[tensor_id]):
+                    innermost = layer
+            weights[innermost].append(weight)
+        return weights
+
+    # what a cut does to whole weights --------------------------------------------------------------
+
+    def _zeroed(self, cut: Cut) -> Change:
+        """Zeroes what a cut removes."""
+        zeros = self._positions(cut, lambda axis, member: member in axis.group)
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            for dim, index in zeros.get(name, ()):
+                weight = weight.index_fill(dim, torch.from_numpy(index).to(weight.device), 0)
+            return weight
+
+        return change
+
+    def _noisy(self, cut: Cut) -> Change:
+        """Zeroes what a cut removes, and fills what reads it with noise."""
+        noise = self._positions(cut, lambda axis, member: is_free(axis, member, producers_too=False))
+        zero = self._zeroed(cut)
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # all ranks draw the same noise
+            for dim, index in noise.get(name, ()):
+                shape = list(weight.shape)
+                shape[dim] = len(index)
+                values = torch.randn(shape, generator=generator)
+                weight = weight.index_copy(dim, torch.from_numpy(index).to(weight.device), values.to(weight))
+            # zeros are written last, so that they win where a tensor is on both sides
+            return zero(name, weight)
+
+        return change
+
+    def _positions(self, cut: Cut, wanted: Callable[[Any, Any], bool]) -> dict[str, list[tuple[int, np.ndarray]]]:
+        """Name of a weight -> (dimension, positions) of what a cut removes, of wanted members (axis, member)."""
+        first_names = self._first_names()
+        positions = defaultdict(list)
+        for axis, member, index in cut.partition.slices(cut.removed):
+            # a statistic belongs to neither side
+            if member.role != "statistic" and wanted(axis, member):
+                positions[first_names[member.param]].append((member.dim, index))
+        return positions
+
+    def _cut(self, cut: Cut, but: Collection[str] = ()) -> Change:
+        """Cuts a weight, and scales it.
+
+        Args:
+            but: the names of weights that are not scaled here.
+        """
+        first_names = self._first_names()
+        positions = {first_names[name]: gone_of_dims for name, gone_of_dims in cut.positions.items()}
+        scales = self._scales(cut)
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            weight = without_positions(weight, positions.get(name, {}))
+            if name in scales and name not in but:
+                weight = scaled(weight, *scales[name])
+            return weight
+
+        return change
+
+    def _scales(self, cut: Cut) -> dict[str, Scale]:
+        """How a cut scales weights, by their first names."""
+        first_names = self._first_names()
+        return {first_names[name]: scale for name, scale in cut.scales.items()}
+
+    # the cut ---------------------------------------------------------------------------------------
+
+    def keep_(self, compaction: Compaction, cut: Cut) -> None:
+        """Cuts the model for good: its record, class, sizes and buffers, then one shard after the other."""
+        change = self._cut(cut)
+        compaction.keep_(self.model, cut)
+        for name, shard in self._shards.items():
+            kept = change(name, whole(shard))
+            self._shards[name] = divided(kept, like=shard)
+
+    def measured(self, compaction: Compaction, rest: Cut, forwards: Sequence[Forward]) -> list[dict[str, Any]]:
+        """The sizes and MACs of the dense model and of what a cut leaves; a latency would be that of gathering."""
+        gone = compaction.gone_after(rest.removed)
+        trials = [(compaction.trial_dense(self.model), np.zeros_like(gone)), (TrialCut(self.model, rest), gone)]
+        measured = []
+        for trial, gone_of_trial in trials:
+            with trial as model:
+                of_all: dict[str, Any] = size(model)
+            work = compaction.partition.work
+            if work is not None:
+                num_gone = [int(part.sum()) for _, part in compaction.partition.split(gone_of_trial)]
+                of_all["macs"] = round(work.left(np.array(num_gone)))
+            measured.append(of_all)
+        return measured
+
+    def stock(
+        self, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], forwards: Sequence[Forward]
+    ) -> bool:
+        """Puts a stock model in the place of the cut one, whose config says its widths; whether there is one."""
+        small = self.model
+        try:
+            with torch.device("meta"):
+                stock = built_by_config(small, partition, plan, ties)
+        except (RuntimeError, ValueError):  # the config has other demands
+            return False
+        shapes = {name: tensor.shape for name, tensor in named_tensors(small).items()}
+        if shapes != {name: tensor.shape for name, tensor in named_tensors(stock).items()}:
+            return False
+        path_of_module = {module: path for path, module in small.named_modules()}
+        layers = [stock.get_submodule(path_of_module[layer]) for layer in self._layers]
+        new = {}
+        buffers = dict(small.named_buffers())
+        for name, buffer in stock.named_buffers():
+            new[id(buffer)] = buffers[name]
+        for name, p in stock.named_parameters():
+            empty = torch.empty_like(p, dtype=self._shards[name].dtype)
+            new[id(p)] = nn.Parameter(empty, p.requires_grad)
+        replace_tensors_(contents(stock), new)
+        stock.train(small.training)
+        with self._running(unchanged):
+            outputs, tolerance = exact_outputs(small, forwards)
+        of_stock = ShardedWeights(stock, self._shards, layers)
+        with of_stock._running(unchanged):
+            outputs_of_stock, _ = exact_outputs(stock, forwards)
+        if max(of_all_ranks(largest_difference(outputs, outputs_of_stock))) > tolerance:
+            return False
+        self.model, self._layers = stock, layers
+        return True
+
+    def put_on_(self, shard: Callable[[nn.Module], nn.Module]) -> BeforeSharding:
+        """Lets FSDP2 shard the model again, and gives it its shards.
+
+        Args:
+            shard: shards a model without weights, in place, as it was sharded for training.
+        """
+        before = BeforeSharding(self.model)
+        shard(self.model)
+        new = {}
+        for name, p in self.model.named_parameters():
+            new[id(p)] = nn.Parameter(self._shards.pop(name), p.requires_grad)
+        replace_tensors_(contents(self.model), new)
+        return before
+
+    # saving ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def whole_on_disk(self, folder: str | Path, writes: bool) -> Iterator[None]:
+        """While open, the model has whole weights. They lie in files, and take memory only when they are read.
+
+        Args:
+            folder: where the files are for the moment.
+            writes: whether this rank gets the weights.
+        """
+        with contextlib.ExitStack() as stack:
+            files = stack.enter_context(tempfile.TemporaryDirectory(prefix="weights-", dir=folder)) if writes else ""
+            in_files = whole_in_files(self._shards, files)
+            if writes:
+                stack.enter_context(restored(self.model))
+                new = {}
+                for name, p in self.model.named_parameters():
+                    new[id(p)] = nn.Parameter(in_files[name], p.requires_grad)
+                replace_tensors_(contents(self.model), new)
+                save_by_pieces_(self.model)
+            yield

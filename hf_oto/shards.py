@@ -1,0 +1,164 @@
+"""Weights as shards: gathered one at a time, whole for as long as a layer runs, divided again, or put into files.
+
+Worked example: of a weight of 5 rows, rank 0 of 2 holds rows 0 to 2, and rank 1 rows 3 and 4. `whole` gives both ranks
+all 5 rows. After rows 1 and 2 were cut out, `divided` leaves the old rows 0 and 3 on rank 0, and row 4 on rank 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .calls import outermost_pretrained
+from .cut import Scale, ScaleOfStorage
+from .restore import Place
+from .slices import local
+from .wide import storage_of
+
+Change = Callable[[str, Tensor], Tensor]  # (name of a weight, the whole of it) -> what a forward is to read
+Shards = dict[str, Tensor]  # name of a weight -> the part of it that this rank holds, as a DTensor
+SMALL_FILE = 2**26  # bytes: weights that are no more stay in one file
+
+
+class Weight(NamedTuple):
+    """A weight of a layer."""
+
+    name: str
+    shard: Tensor
+    empty: nn.Parameter  # on meta: what is in its places while it isn't whole
+    places: list[Place]
+
+
+class WholeForNow:
+    """Weights that are whole while this is open, or between two hooks."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        change: Change,
+        to_scale: Mapping[str, Scale],
+        scales: ScaleOfStorage | None,
+    ) -> None:
+        """See `ShardedWeights._running`."""
+        self._weights = weights
+        self._change = change
+        self._to_scale = to_scale
+        self._scales = scales
+        self._num_open = 0  # forwards that are running, one in the other
+
+    def gather(self, *_: Any) -> None:
+        """Gathers the weights, and puts them in their places."""
+        self._num_open += 1
+        if self._num_open > 1:
+            return
+        # the wide arithmetic is for what the model computes
+        with torch.no_grad(), _disable_current_modes():
+            for weight in self._weights:
+                changed = self._change(weight.name, whole(weight.shard))
+                parameter = nn.Parameter(changed, requires_grad=False)
+                for place in weight.places:
+                    place.put(parameter)
+                if weight.name in self._to_scale:
+                    self._scales[storage_of(parameter)] = self._to_scale[weight.name]
+
+    def drop(self, *_: Any) -> None:
+        """Lets go of the weights."""
+        self._num_open -= 1
+        if self._num_open > 0:
+            return
+        for weight in self._weights:
+            if weight.name in self._to_scale:
+                # another tensor may soon have the same storage
+                del self._scales[storage_of(weight.places[0].tensor)]
+            for place in weight.places:
+                place.put(weight.empty)
+
+    def __enter__(self) -> None:
+        self.gather()
+
+    def __exit__(self, *_: Any) -> None:
+        self.drop()
+
+
+def unchanged(_: str, weight: Tensor) -> Tensor:
+    return weight
+
+
+# shards --------------------------------------------------------------------------------------------
+
+
+def whole(shard: Tensor) -> Tensor:
+    """The whole of a weight, on the device where this rank computes."""
+    if not isinstance(shard, DTensor):  # FSDP2 was told to ignore it
+        return shard
+    # shards may have been moved to the CPU, where the ranks can't gather
+    return shard.to(shard.device_mesh.device_type).full_tensor()
+
+
+def divided(weight: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole weight that this rank holds, divided as another one; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return weight
+    part = weight
+    for i, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            chunks = part.chunk(like.device_mesh.size(i), placement.dim)
+            rank = like.device_mesh.get_local_rank(i)
+            # with fewer positions than ranks the last ranks hold nothing
+            part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
+    part = part.clone(memory_format=torch.contiguous_format).to(local(like).device)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """What every rank has."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_in_files(shards: Shards, folder: str) -> Shards:
+    """All weights, whole, each in a file of a folder; on a rank without a folder, nothing."""
+    in_files: Shards = {}
+    error: Exception | None = None
+    for number, (name, shard) in enumerate(shards.items()):
+        weight = whole(shard)
+        # the other ranks go on to gather, whatever happens to the files of this one
+        if folder and error is None:
+            try:
+                in_files[name] = _in_file(weight, Path(folder, str(number)))
+            except Exception as first_error:
+                error = first_error
+        del weight  # before the next one is gathered
+    for error_of_rank in of_all_ranks(error):
+        if error_of_rank is not None:
+            raise error_of_rank
+    return in_files
+
+
+def _in_file(tensor: Tensor, file: Path) -> Tensor:
+    """A copy of a tensor that lies in a file; its memory is taken only while it is read."""
+    if not tensor.numel():
+        return tensor.cpu()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat.view(torch.uint8).numpy().tofile(file)
+    in_file = torch.from_file(str(file), shared=False, size=flat.numel(), dtype=flat.dtype)
+    return in_file.view(tensor.shape)
+
+
+def save_by_pieces_(model: nn.Module) -> None:
+    """Lets a model be saved in files so small that reading one after the other takes little memory."""
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    size_of_file = max(SMALL_FILE, sum(sizes) // 8, *sizes)
+    for part in outermost_pretrained(model).values():
+        part.save_pretrained = functools.partial(part.save_pretrained, max_shard_size=size_of_file)
