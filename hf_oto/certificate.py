@@ -166,7 +166,7 @@ class _Overwritten:
     """Slices of weights that are written over, and how they were."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)  # the same noise in every certificate
+        self._generators: dict[torch.device, torch.Generator] = {}
         self._kept: list[_Kept] = []
 
     def write_(self, parameter: torch.Tensor, dim: int, index: np.ndarray, noise: bool) -> None:
@@ -180,11 +180,18 @@ class _Overwritten:
         kept = _Kept(weight, dim, where, None if was_zero else before)
         self._kept.append(kept)  # before the write, which may be interrupted
         if noise:
-            # drawn on the CPU, so that a model gets the same noise on every device
-            values = torch.randn(before.shape, generator=self._generator)
+            generator = self._generator_of(weight.device)
+            values = torch.randn(before.shape, generator=generator, device=weight.device)
             weight.index_copy_(dim, where, values.to(weight))
         else:
             weight.index_fill_(dim, where, 0)
+
+    def _generator_of(self, device: torch.device) -> torch.Generator:
+        """A generator on the device of a weight, as a card draws noise faster than the CPU could send it there."""
+        if device not in self._generators:
+            generator = torch.Generator(device)
+            self._generators[device] = generator.manual_seed(0)  # the same noise in every certificate
+        return self._generators[device]
 
     def put_back_(self) -> None:
         """Makes the slices what they were."""
