@@ -169,8 +169,9 @@ class _Operations(TorchDispatchMode):
             if name == "copy_":
                 is_on_device = simulated.holds(args[0])
                 simulated.waits += ["copy_"] * (len(on_device) == 1)
-            elif elsewhere and name in TAKES_CPU_INDICES and simulated.holds(args[0]):
-                simulated.waits.append("copy to device")
+            elif name in TAKES_CPU_INDICES and simulated.holds(args[0]):
+                simulated.waits += ["copy to device"] * len(elsewhere)
+                simulated.waits += ["nonzero"] * any(t.dtype == torch.bool for t in tensors[1:])
             elif elsewhere:
                 shape = tuple(elsewhere[0].shape)
                 raise RuntimeError(f"{func}: a tensor {shape} on the CPU among tensors on {simulated.device}")
