@@ -415,7 +415,7 @@ def _spread(x: torch.Tensor) -> float | None:
         # on a card it takes less memory to write zeros than to choose what is finite
         not_finite = ~torch.isfinite(part)
         largest = max(largest, _largest(part.masked_fill(not_finite, 0)))
-        farthest = max(farthest, _largest((part - mean).masked_fill(not_finite, 0)))
+        farthest = max(farthest, _largest((part - mean).masked_fill_(not_finite, 0)))
     return max(farthest, 1e-4 * largest)
 
 
