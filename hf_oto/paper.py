@@ -85,6 +85,10 @@ class RowsOfGroups:
         self._slices: tuple[Slice, ...] = ()
         self._rows: list[tuple[Rows, Tensor]] = []
 
+    def __reduce__(self) -> Any:
+        """Copies find the positions themselves: they may be for parameters on another device."""
+        return RowsOfGroups, ()
+
     def of(self, groups: Tensor, slices: tuple[Slice, ...], params: Tensors) -> list[tuple[Rows, Tensor]]:
         """Rows, and the groups of their positions, (k,), on the parameter's device.
 

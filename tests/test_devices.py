@@ -5,6 +5,7 @@ On it everything computes what it computes on the CPU, bit by bit, and what woul
 
 import collections
 import contextlib
+import copy
 from unittest import mock
 
 import accelerate
@@ -24,6 +25,7 @@ from hf_oto import (
     check_zero_invariance,
     cut_state,
     partition_zigs,
+    salience,
     zeros,
 )
 from hf_oto import cut as cut_module
@@ -203,6 +205,33 @@ def test_paper_mode_copies_no_index_where_nothing_changes(monkeypatch):
 
     monkeypatch.setattr(paper_module.RowsOfGroups, "of", anew)
     assert min(to_device(2)[3:]) > 1  # control
+
+
+def test_a_card_gets_larger_pieces(monkeypatch):
+    def num_pieces(model, optimizer, device):
+        model(batch().to(device)).sum().backward()
+        return len([*optimizer._parts(salience.inner)])
+
+    monkeypatch.setattr(salience, "PIECE", 32)
+    model, _, optimizer = made("adamw")
+    on_the_cpu = num_pieces(model, optimizer, "cpu")
+    model, _, optimizer = made("adamw")
+    with SimulatedDevice() as simulated:
+        assert num_pieces(simulated.take_(model), optimizer, "cuda:0") == len(optimizer._group) < on_the_cpu
+
+
+def test_a_copy_of_the_paper_goes_on_elsewhere():
+    at = 12  # no ZIG becomes zero in this step, so that the next one knows the positions
+    model, _, optimizer = made("paper")
+    on_device, _, other = made("paper")
+    with SimulatedDevice() as simulated:
+        run(simulated.take_(on_device), other, stop=at, device="cuda:0")
+        twin, twin_optimizer = copy.deepcopy((on_device, other))
+        for p in twin.parameters():
+            p.data = p.data.to("cpu")
+        run(twin, twin_optimizer, start=at)
+    run(model, optimizer)
+    assert same(weights(twin), weights(model)) and not same(weights(on_device), weights(model))
 
 
 def on_cpu(rows):
