@@ -6,6 +6,7 @@ On it everything computes what it computes on the CPU, bit by bit, and what woul
 import collections
 import contextlib
 import copy
+import types
 from unittest import mock
 
 import accelerate
@@ -34,6 +35,7 @@ from hf_oto.calls import Forward, at_home
 from hf_oto.certificate import certify, largest_difference, own_outputs, zeroed
 from hf_oto.compaction import Compaction
 from hf_oto.cut_state import why_uncuttable
+from hf_oto.evaluating import random_states_kept
 from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.zigs import OTOError
 
@@ -393,6 +395,23 @@ def test_no_card_but_the_models_own_is_asked_for_its_random_state(monkeypatch):
     before = torch.get_rng_state()
     to_dense(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_cards_generator_goes_on_while_the_model_lies_on_the_cpu(monkeypatch):
+    """As it does before FSDP2 shards it: the certificate seeds the generators of all devices."""
+    put_back = []
+    generator = types.SimpleNamespace(
+        get_rng_state=lambda device: f"of {device}", set_rng_state=lambda *state: put_back.append(state)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: generator)
+    with random_states_kept(net()):
+        pass
+    assert not put_back  # control: no card, or one on which no number can have been drawn
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with random_states_kept(net()):
+        assert not put_back
+    assert put_back == [("of cuda:1", torch.device("cuda", 1))]
 
 
 # where inputs go ----------------------------------------------------------------------------------
