@@ -34,11 +34,17 @@ CopyTensor = Callable[[Tensor], Tensor]
 
 
 class Forward(NamedTuple):
-    """One call of a module's forward: its arguments, and the module by its path in the model ("" is the model)."""
+    """One call of a module's forward: its arguments, and the module by its path in the model ("" is the model).
+
+    Attributes:
+        home: the device where the model lay when the call was noted. Arguments that lay there, too, follow the model
+            to other devices; others stay where they are (lengths of sequences on the CPU, say). None: all stay.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = types.MappingProxyType({})
     path: str = ""
+    home: torch.device | None = None
 
     def run(self, model: nn.Module, tensor: CopyTensor = torch.clone) -> Any:
         """Makes the call with a copy of the arguments: forwards take keys out of them and write into them.
@@ -46,9 +52,24 @@ class Forward(NamedTuple):
         Args:
             tensor: makes, from a tensor, what is passed in its place.
         """
-        args, kwargs = own_copy((self.args, dict(self.kwargs)), tensor)
-        module = model.get_submodule(self.path)
+        args, kwargs, path, _ = self.copy_for(model, tensor)
+        module = model.get_submodule(path)
         return module(*args, **kwargs)
+
+    def copy_for(self, model: nn.Module, tensor: CopyTensor = torch.clone) -> Forward:
+        """A copy, to be passed to the model where it lies now; `tensor` as for `run`."""
+        device = None if self.home is None else device_of(model)
+        return self.copy_on(self.home if device is None else device, tensor)
+
+    def copy_on(self, device: torch.device | None, tensor: CopyTensor = torch.clone) -> Forward:
+        """A copy for a model that lies on a device, which is its new home; `tensor` as for `run`."""
+
+        def placed(original: Tensor) -> Tensor:
+            follows = device != self.home and original.device == self.home
+            return tensor(original.to(device) if follows else original)
+
+        args, kwargs = own_copy((self.args, dict(self.kwargs)), placed)
+        return self._replace(args=args, kwargs=kwargs, home=device)
 
 
 Call = Mapping[str, Any] | tuple[Any, ...] | Tensor | Forward  # named arguments, those by position, or one
@@ -63,7 +84,7 @@ def as_forwards(inputs: Inputs) -> list[Forward]:
 
     Example:
         >>> as_forwards({"input_ids": [1, 2]})
-        [Forward(args=(), kwargs={'input_ids': [1, 2]}, path='')]
+        [Forward(args=(), kwargs={'input_ids': [1, 2]}, path='', home=None)]
     """
     calls = inputs if isinstance(inputs, list) else [inputs]
     forwards = [_as_forward(call) for call in calls]
@@ -91,6 +112,21 @@ def _as_forward(call: Call) -> Forward:
         f"inputs hold a {kind}: pass the arguments of forward, a dict by name or a tuple by position, "
         "or a list of such for several calls"
     )
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of a model's parameters; None where they lie on several devices, on meta, or where there are none."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return None
+    (device,) = devices
+    return None if device.type == "meta" else device
+
+
+def at_home(forwards: Sequence[Forward], model: nn.Module) -> list[Forward]:
+    """Calls that follow a model from where it lies now: FSDP2 takes it to a card only when training begins."""
+    home = device_of(model)
+    return [forward._replace(home=home) for forward in forwards]
 
 
 def own_copy(value: Any, tensor: CopyTensor = torch.clone) -> Any:

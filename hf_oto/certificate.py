@@ -166,7 +166,7 @@ class _Overwritten:
     """Slices of weights that are written over, and how they were."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)  # the same noise in every certificate
+        self._generators: dict[torch.device, torch.Generator] = {}
         self._kept: list[_Kept] = []
 
     def write_(self, parameter: torch.Tensor, dim: int, index: np.ndarray, noise: bool) -> None:
@@ -180,11 +180,18 @@ class _Overwritten:
         kept = _Kept(weight, dim, where, None if was_zero else before)
         self._kept.append(kept)  # before the write, which may be interrupted
         if noise:
-            # drawn on the CPU, so that a model gets the same noise on every device
-            values = torch.randn(before.shape, generator=self._generator)
+            generator = self._generator_of(weight.device)
+            values = torch.randn(before.shape, generator=generator, device=weight.device)
             weight.index_copy_(dim, where, values.to(weight))
         else:
             weight.index_fill_(dim, where, 0)
+
+    def _generator_of(self, device: torch.device) -> torch.Generator:
+        """A generator on the device of a weight, as a card draws noise faster than the CPU could send it there."""
+        if device not in self._generators:
+            generator = torch.Generator(device)
+            self._generators[device] = generator.manual_seed(0)  # the same noise in every certificate
+        return self._generators[device]
 
     def put_back_(self) -> None:
         """Makes the slices what they were."""
@@ -285,9 +292,30 @@ def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> list[torch.Tensor
     outputs = []
     for forward in forwards:
         for tensor in tensors_of(forward.run(model)):
-            if tensor.is_floating_point() or tensor.is_complex():
-                outputs.append(tensor.detach())  # a forward may have asked for gradients
+            if _has_numbers(tensor):
+                outputs += _kept(tensor.detach())  # a forward may have asked for gradients
     return outputs
+
+
+# Entries of an output that are kept. Logits of long texts and a large vocabulary are larger than a layer, and they are
+# needed in double and several times: before and after a cut, with and without noise.
+MOST_ENTRIES = 2**26
+
+
+def _kept(output: torch.Tensor) -> list[torch.Tensor]:
+    """What is kept of an output to be compared: all of it or, if it is very large, some rows, and its sizes.
+
+    The rows (along the last dimension; of logits each is a token's) are drawn at random, the same ones every time.
+    What is cut is the same for all tokens, so that a wrong cut shows in every row that depends on it.
+    """
+    if output.numel() <= MOST_ENTRIES or output.dim() < 2 or output.layout != torch.strided:
+        return [output]
+    rows = output.reshape(-1, output.shape[-1])
+    num_kept = max(1, MOST_ENTRIES // rows.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(rows), generator=generator, device="cpu")
+    kept = rows.index_select(0, order[:num_kept].to(rows.device))
+    return [kept, torch.tensor(output.shape, device="cpu")]
 
 
 # comparing -----------------------------------------------------------------------------------------
@@ -301,9 +329,10 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
 
     A scalar has no spread. It may be a loss, which is a small difference of large numbers. So the difference of a
     scalar is relative to the largest spread of all outputs. Entries that are infinite or NaN are not compared.
+    Integers, the sizes of very large outputs, have to be equal.
 
     Returns:
-        inf where shapes or infinities differ; nan where nothing at all is finite.
+        inf where shapes, sizes or infinities differ; nan where nothing at all is finite.
 
     Example:
         >>> largest_difference([torch.tensor([10.0, 14.0])], [torch.tensor([10.0, 14.5])])  # spread 2 around 12
@@ -313,6 +342,10 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
     second = [_as_dense(x) for x in second]
     if [x.shape for x in first] != [x.shape for x in second]:
         return math.inf
+    sizes, other_sizes = ([x for x in outputs if not _has_numbers(x)] for outputs in (first, second))
+    if not all(map(torch.equal, sizes, other_sizes)):
+        return math.inf
+    first, second = ([x for x in outputs if _has_numbers(x)] for outputs in (first, second))
     differences = []
     for x, y in zip(first, second, strict=True):
         difference = _difference(x, y)
@@ -332,6 +365,10 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
     return max(relative)
 
 
+def _has_numbers(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
 def _as_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.layout == torch.strided else x.to_dense()
 
@@ -343,17 +380,13 @@ def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
         finite = torch.isfinite(part)
         if not torch.equal(finite, torch.isfinite(other)):
             return math.inf
-        largest = max(largest, _largest((part - other)[finite]))
+        difference = (part - other).masked_fill_(~finite, 0)
+        largest = max(largest, _largest(difference))
     return largest
 
 
 def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from x.reshape(-1).split(PIECE)
-
-
-def _finite_pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    for part in _pieces(x):
-        yield part[torch.isfinite(part)]
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -366,16 +399,23 @@ def _spread(x: torch.Tensor) -> float | None:
     An offset common to all entries is no spread, so that it hides no difference. The spread is at least 1e-4 of the
     largest entry, so that rounding of a large offset is no difference.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum of many halves would be infinite
     count = 0
-    sums = []
-    for part in _finite_pieces(x):
-        count += part.numel()
-        sums.append(part.sum())
+    total: torch.Tensor | float = 0.0
+    for part in _pieces(x):
+        not_finite = ~torch.isfinite(part)
+        count += part.numel() - int(not_finite.sum())
+        total += part.masked_fill(not_finite, 0).sum(dtype=wide)
     if count == 0:
         return None
-    mean = sum(sums) / count if count > 1 else 0  # of a single entry the spread is the entry itself
-    largest = max(_largest(part) for part in _finite_pieces(x))
-    farthest = max(_largest(part - mean) for part in _finite_pieces(x))
+    mean = total / count if count > 1 else 0  # of a single entry the spread is the entry itself
+    largest = 0.0
+    farthest = 0.0
+    for part in _pieces(x):
+        # on a card it takes less memory to write zeros than to choose what is finite
+        not_finite = ~torch.isfinite(part)
+        largest = max(largest, _largest(part.masked_fill(not_finite, 0)))
+        farthest = max(farthest, _largest((part - mean).masked_fill_(not_finite, 0)))
     return max(farthest, 1e-4 * largest)
 
 

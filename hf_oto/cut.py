@@ -28,7 +28,7 @@ from .zigs import PruningPlan, ZIGPartition
 logger = logging.getLogger(__name__)
 
 
-Positions = dict[str, dict[int, np.ndarray]]  # parameter or buffer -> dimension -> the positions of it that go
+Positions = Mapping[str, Mapping[int, np.ndarray]]  # parameter or buffer -> dimension -> the positions of it that go
 ScaleOfStorage = dict[int, tuple[float, float]]  # storage -> (factor, offset), as `WideArithmetic` takes them
 
 
@@ -62,7 +62,7 @@ class Cut(NamedTuple):
             # several axes may lie on one dimension, each with positions of its own
             pieces_of_dim = pieces.setdefault((member.param, member.dim), [])
             pieces_of_dim.append(index)
-        positions: Positions = {}
+        positions: dict[str, dict[int, np.ndarray]] = {}
         for (name, dim), pieces_of_dim in pieces.items():
             gone_of_dims = positions.setdefault(name, {})
             gone_of_dims[dim] = np.concatenate(pieces_of_dim)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .calls import raise_if_out_of_memory
+from .cut import Positions, without_positions
 
-Kept = Mapping[str, Mapping[int, Tensor]]  # parameter -> dimension -> the positions that stay, (n,), on the CPU
 Params = Mapping[str, nn.Parameter]  # by name
 Optimizer = torch.optim.Optimizer
 KNOWN_ATTRIBUTES = ("param_groups", "state", "defaults")  # those of every optimizer
@@ -165,13 +165,13 @@ def _follows(value: Any, p: Tensor) -> bool:
     return is_ordinary and (has_same_shape or is_scalar)
 
 
-def cut_state_(optimizer: Optimizer, params: Params, kept: Kept) -> None:
+def cut_state_(optimizer: Optimizer, params: Params, positions: Positions) -> None:
     """Puts the parameters of a model that was cut in the place of the old ones, and cuts their state.
 
     Args:
         optimizer: an optimizer that `why_uncuttable` has nothing against; its groups have names.
         params: the new parameters; a parameter whose name is not among them stays.
-        kept: the positions of the old parameters that stay.
+        positions: the positions of the old parameters that were cut out.
     """
     for group in optimizer.param_groups:
         group_params = group["params"]
@@ -180,12 +180,12 @@ def cut_state_(optimizer: Optimizer, params: Params, kept: Kept) -> None:
             new = params.get(name, old)
             if new is old:
                 continue
-            kept_of_dims = kept.get(name, {})
+            gone_of_dims = positions.get(name, {})
             state = optimizer.state.pop(old, {})
             for key, value in state.items():
                 # a step count, say, has another shape and stays
                 if isinstance(value, Tensor) and value.shape == old.shape:
-                    state[key] = only_kept(value, kept_of_dims)
+                    state[key] = without_positions(value, gone_of_dims)
             group_params[i] = new
             if state:
                 optimizer.state[new] = state
@@ -201,10 +201,3 @@ def replace_parameters_(optimizer: Optimizer, params: Params) -> None:
             if new is not old:
                 optimizer.state.pop(old, None)
                 group_params[i] = new
-
-
-def only_kept(tensor: Tensor, kept_of_dims: Mapping[int, Tensor]) -> Tensor:
-    """The positions of a tensor that stay."""
-    for dim, kept in kept_of_dims.items():
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
-    return tensor

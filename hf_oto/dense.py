@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .evaluating import random_states_kept
 from .modeling_oto import OTOError, RecordedCut, check_cuts, cuts_of, named_tensors, require, validate
 from .zigs import strided_positions
 
@@ -111,7 +112,7 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     """
     model_class = type(model)
     stock_class = getattr(model_class, "_oto_stock", model_class)
-    with torch.random.fork_rng():  # weights nobody keeps must not move what training draws next
+    with random_states_kept(model):  # weights nobody keeps must not move what training draws next
         stock = stock_class(config)
     stock = stock.to(model.device)
     originals = named_tensors(model)

@@ -186,11 +186,14 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 def random_states_kept(model: nn.Module) -> Iterator[None]:
     """While open, random numbers may be drawn: in the end all generators go on where they were.
 
-    These are the generators of Python, numpy, torch and the model's own devices.
+    These are the generators of Python, numpy, torch, the model's own devices, and the card that this process uses: the
+    model of FSDP2 lies on the CPU until training begins, and training draws on the card.
     """
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     devices = {t.device for t in [*model.parameters(), *model.buffers()]}
+    if torch.cuda.is_initialized():  # else no number can have been drawn there
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
     states = [(device, _device_state(device)) for device in devices if device.type not in ("cpu", "meta")]
     try:
         with torch.random.fork_rng(devices=[]):

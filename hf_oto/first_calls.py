@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import ParameterList
 from transformers import TrainingArguments
 
-from .calls import Forward, own_copy, raise_if_out_of_memory, recorded
+from .calls import Forward, device_of, own_copy, raise_if_out_of_memory, recorded
 from .evaluating import WeightsKept, evaluating, random_states_kept
 from .examples import Beginning
 from .modeling_oto import OTOError
@@ -109,11 +110,15 @@ class FirstCalls:
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
             self.args.average_tokens_across_devices = False  # ranks that fail one by one must not wait for each other
             batch = own_copy(make_batch())
-            samples, num_items = self.get_batch_samples(iter([batch]), 1, self.args.device)
+            # FSDP2 takes the model to its card only when training begins, until then it lies on the CPU
+            device = device_of(self.model) or self.args.device
+            samples, num_items = self.get_batch_samples(iter([batch]), 1, device)
             self.current_gradient_accumulation_steps = 1  # the training loop has not set it yet
             with evaluating(self.model, training=True), WeightsKept(ParameterList(watched)), torch.enable_grad():
                 # Outside of `recorded`: preparing may generate with the model, which is no part of the loss.
                 inputs = self._prepare_inputs(samples[0])
+                if device.type != self.args.device.type:
+                    inputs = send_to_device(inputs, device)
                 with recorded(self.model) as forwards, self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
         if not forwards:

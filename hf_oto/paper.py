@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from .dhspg import DHSPG
 from .salience import inner
 from .schedule import Schedule
-from .slices import Part, local, rows_of
+from .slices import Part, Rows, Slice, Tensors, local, rows_of
 from .zigs import ZIGPartition
 
 # arguments of DHSPG that the paper's rule has no use for
@@ -65,6 +65,48 @@ class Products(NamedTuple):
     dd: Tensor  # |d|^2
 
 
+class Before(NamedTuple):
+    """Weights of redundant groups before a step: some positions of one slice."""
+
+    rows: Rows
+    owner: Tensor  # (k,), the groups of these positions, where the parameter lies
+    x: Tensor  # the weights at these positions
+
+    def part(self, values: Tensor) -> Part:
+        """Values of these positions, for a sum over groups."""
+        return Part(self.rows.slice, self.rows.positions, values)
+
+
+class RowsOfGroups:
+    """The positions of a set of groups, found anew only when the set changes, as a card waits for each search."""
+
+    def __init__(self) -> None:
+        self._groups: Tensor | None = None
+        self._slices: tuple[Slice, ...] = ()
+        self._rows: list[tuple[Rows, Tensor]] = []
+
+    def __reduce__(self) -> Any:
+        """Copies find the positions themselves: they may be for parameters on another device."""
+        return RowsOfGroups, ()
+
+    def of(self, groups: Tensor, slices: tuple[Slice, ...], params: Tensors) -> list[tuple[Rows, Tensor]]:
+        """Rows, and the groups of their positions, (k,), on the parameter's device.
+
+        Args:
+            groups: bool (num_zigs,).
+            slices: those of the optimizer, which are others after a cut.
+        """
+        is_known = self._groups is not None and self._slices is slices and torch.equal(self._groups, groups)
+        if not is_known:
+            self._groups = groups
+            self._slices = slices
+            self._rows = []
+            for rows in rows_of(groups, slices, params):
+                owner = rows.slice.owner[rows.positions]  # (k,), groups alone: no position is of no group
+                self._rows.append((rows, owner.to(rows.index.device)))
+        return self._rows
+
+
 class PaperDHSPG(DHSPG):
     """OTOv2's DHSPG (arXiv 2303.06862, Sec. 3.2) around any base optimizer; see `DHSPG` for what both share.
 
@@ -101,7 +143,8 @@ class PaperDHSPG(DHSPG):
             model, partition, base, lr, target_group_sparsity, total_steps, min_keep=0.0, group_divisible=1, **more
         )
         self.penalty = penalty or Penalty.released(type(self.base))
-        self._weights_before: list[Part] = []
+        self._weights_before: list[Before] = []
+        self._rows = RowsOfGroups()
 
     def _scheduled(self, total_steps: int, window: Any, num_events: Any) -> Schedule:
         warm_up_and_rest = super()._scheduled(total_steps, (self._start, 1.0), 1)
@@ -124,10 +167,10 @@ class PaperDHSPG(DHSPG):
             return
         params = self.parameters_by_name()
         redundant = self._redundant(now)
-        for slice_, index, _ in rows_of(redundant, self._group, params):
-            parameter = local(params[slice_.param])
-            x = parameter.index_select(slice_.dim, index)
-            self._weights_before.append(Part(slice_, index, x))
+        for rows, owner in self._rows.of(redundant, self._group, params):
+            parameter = local(params[rows.slice.param])
+            x = parameter.index_select(rows.slice.dim, rows.index)
+            self._weights_before.append(Before(rows, owner, x))
 
     def _redundant(self, now: int) -> Tensor:
         """The redundant groups that aren't zero yet, bool (num_zigs,); at the choice any group may be redundant."""
@@ -147,9 +190,10 @@ class PaperDHSPG(DHSPG):
         if not redundant.any():
             return
         directions = self._directions(weights_before)
+        weights = [before.part(before.x) for before in weights_before]
         xd, xx, dd = self._sums(
-            _inner_products(weights_before, directions),
-            _inner_products(weights_before, weights_before),
+            _inner_products(weights, directions),
+            _inner_products(weights, weights),
             _inner_products(directions, directions),
         )
         products = Products(xd, xx, dd)
@@ -162,9 +206,11 @@ class PaperDHSPG(DHSPG):
         products_with_before = self._penalise_(weights_before, pull)
         (after_and_before,) = self._sums(products_with_before)  # <x_hat, x>, (num_zigs,)
         leaves_half_space = after_and_before < self.penalty.epsilon * xx
-        self._freeze(self._agreed(redundant & leaves_half_space))
+        leaving = self._agreed(redundant & leaves_half_space)
+        if leaving.any():  # else the zeros are those of the step before, whose positions are known
+            self._freeze(leaving)
 
-    def _penalise_(self, weights_before: Sequence[Part], pull: Tensor) -> list[Part]:
+    def _penalise_(self, weights_before: Sequence[Before], pull: Tensor) -> list[Part]:
         """Subtracts learning rate * pull * x from the weights, where x are the weights before the step.
 
         Args:
@@ -175,21 +221,23 @@ class PaperDHSPG(DHSPG):
         """
         rates = self._learning_rates()
         params = self.parameters_by_name()
+        devices = {before.x.device for before in weights_before}
+        pulls = {device: pull.to(device) for device in devices}
         products = []
-        for slice_, index, x in weights_before:
+        for before in weights_before:
+            (slice_, index, _), owner, x = before
             rate = rates[slice_.param]
             parameter = local(params[slice_.param])
-            owner = slice_.owner[index.cpu()].long()  # (k,), ZIGs alone: no position of `index` is of no ZIG
             shape = [1] * x.dim()
             shape[slice_.dim] = -1
-            pull_of_row = pull[owner].view(shape).to(x.device, x.dtype)
+            pull_of_row = pulls[x.device].index_select(0, owner).view(shape).to(x.dtype)
             x_half = parameter.index_select(slice_.dim, index)
             x_hat = x_half - rate * (pull_of_row * x)
             parameter.index_copy_(slice_.dim, index, x_hat)
-            products.append(Part(slice_, index, inner(x_hat, x)))
+            products.append(before.part(inner(x_hat, x)))
         return products
 
-    def _directions(self, weights_before: Sequence[Part]) -> list[Part]:
+    def _directions(self, weights_before: Sequence[Before]) -> list[Part]:
         """The descent directions d of a step of the base optimizer, whatever it is.
 
         The step was x_half = x - rate * d, so d is (x - x_half) / rate.
@@ -197,14 +245,15 @@ class PaperDHSPG(DHSPG):
         rates = self._learning_rates()
         params = self.parameters_by_name()
         directions = []
-        for slice_, index, x in weights_before:
+        for before in weights_before:
+            (slice_, index, _), _, x = before
             rate = rates[slice_.param]
             parameter = local(params[slice_.param])
             x_half = parameter.index_select(slice_.dim, index)
             step = x - x_half
             # with a learning rate of 0 the step is all that is known
             direction = step / rate if rate else step
-            directions.append(Part(slice_, index, direction))
+            directions.append(before.part(direction))
         return directions
 
     def _learning_rates(self) -> dict[str, float]:

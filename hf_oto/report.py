@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import benchmark
 
-from .calls import Forward, Inputs, as_forwards, input_tensors, own_copy
+from .calls import Forward, Inputs, as_forwards, input_tensors
 from .cut import Trial
 from .evaluating import evaluating
 from .rules import multiplications
@@ -109,8 +109,8 @@ def _latency(model: nn.Module, forwards: Sequence[Forward]) -> float:
 
     timer = benchmark.Timer(
         "run(copies.pop())",
-        setup="copies = [[own_copy(forward) for forward in forwards] for _ in range(2)]",
-        globals={"run": run, "own_copy": own_copy, "forwards": forwards},
+        setup="copies = [[forward.copy_for(model) for forward in forwards] for _ in range(2)]",
+        globals={"run": run, "model": model, "forwards": forwards},
         num_threads=torch.get_num_threads(),  # else one
     )
     return timer.timeit(1).mean

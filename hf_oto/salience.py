@@ -15,7 +15,10 @@ from torch import Tensor
 from .slices import Part, Slice, local, on_this_rank
 from .zigs import PrunableAxis
 
-PIECE = 2**20  # elements of a parameter that are multiplied at a time, because large temporary tensors are slow
+# Elements of a parameter that are multiplied at a time. On a CPU large temporary tensors are slow, and on a card many
+# small operations are.
+PIECE = 2**20
+PIECE_ON_CARD = 2**24
 Product = Callable[[Tensor, Tensor], Tensor]  # of a weight and its gradient, element by element
 Params = Mapping[str, Tensor]  # by name
 
@@ -59,7 +62,8 @@ def parts(group: Sequence[Slice], params: Params, product: Product) -> Iterator[
         if grad.is_sparse:  # an embedding's may be
             grad = grad.to_dense()
         dim = slice_.dim
-        positions_of_piece = max(1, PIECE * p.shape[dim] // p.numel())
+        piece_size = PIECE if p.device.type == "cpu" else PIECE_ON_CARD
+        positions_of_piece = max(1, piece_size * p.shape[dim] // p.numel())
         owners = slice_.owner.split(positions_of_piece)
         weights = p.split(positions_of_piece, dim)
         gradients = grad.split(positions_of_piece, dim)

@@ -105,7 +105,7 @@ class BeforeSharding:
                 new[id(tensor)] = state.get(name, tensor).to(device)
         replace_tensors_(contents(model), new)
         model.train(training)
-        return ShardedWeights(model, shards, layers)
+        return ShardedWeights(model, shards, layers, device)
 
     @contextlib.contextmanager
     def whole_on_disk(
@@ -136,8 +136,9 @@ class ShardedWeights:
         model: the plain model. Its buffers are real.
     """
 
-    def __init__(self, model: nn.Module, shards: Shards, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, shards: Shards, layers: Sequence[nn.Module], device: torch.device) -> None:
         self.model = model
+        self._device = device  # where this rank computes
         self._shards = shards
         self._layers = layers  # the modules that FSDP2 has sharded
 
@@ -183,6 +184,7 @@ class ShardedWeights:
     def certify(self, cut: Cut, forwards: Sequence[Forward]) -> Certificate:
         """`hf_oto.certificate.certify`; each rank compares outputs on its own examples, and the worst rank counts."""
         model = self.model
+        forwards = self._here(forwards)
         self._agree_on_arithmetic()
         with self._running(self._zeroed(cut)):
             exact, _ = exact_outputs(model, forwards)
@@ -212,13 +214,18 @@ class ShardedWeights:
         if in_own_dtype[0]:
             ONLY_AS_THEY_ARE.add(self.model)
 
+    def _here(self, forwards: Sequence[Forward]) -> list[Forward]:
+        """Calls that were noted while the model lay on the CPU, for the device where this rank computes."""
+        return [forward if forward.home is None else forward.copy_on(self._device) for forward in forwards]
+
     def run(self, forwards: Sequence[Forward]) -> None:
         """Runs the model once, so that what it raises is raised here."""
         with self._running(unchanged):
-            own_outputs(self.model, forwards)
+            own_outputs(self.model, self._here(forwards))
 
     def moved_by_zeroing(self, cut: Cut, forwards: Sequence[Forward]) -> float:
         """How far outputs move, relative to their size, when what a cut removes is zeroed."""
+        forwards = self._here(forwards)
         with self._running(unchanged):
             before = own_outputs(self.model, forwards)
         with self._running(self._zeroed(cut)):
@@ -294,11 +301,12 @@ class ShardedWeights:
         zero = self._zeroed(cut)
 
         def change(name: str, weight: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # all ranks draw the same noise
+            generator = torch.Generator(weight.device)
+            generator.manual_seed(zlib.crc32(name.encode()))  # all ranks draw the same noise
             for dim, index in noise.get(name, ()):
                 shape = list(weight.shape)
                 shape[dim] = len(index)
-                values = torch.randn(shape, generator=generator)
+                values = torch.randn(shape, generator=generator, device=weight.device)
                 weight = weight.index_copy(dim, torch.from_numpy(index).to(weight.device), values.to(weight))
             # zeros are written last, so that they win where a tensor is on both sides
             return zero(name, weight)
@@ -387,9 +395,10 @@ class ShardedWeights:
             new[id(p)] = nn.Parameter(empty, p.requires_grad)
         replace_tensors_(contents(stock), new)
         stock.train(small.training)
+        forwards = self._here(forwards)
         with self._running(unchanged):
             outputs, tolerance = exact_outputs(small, forwards)
-        of_stock = ShardedWeights(stock, self._shards, layers)
+        of_stock = ShardedWeights(stock, self._shards, layers, self._device)
         with of_stock._running(unchanged):
             outputs_of_stock, _ = exact_outputs(stock, forwards)
         if max(of_all_ranks(largest_difference(outputs, outputs_of_stock))) > tolerance:

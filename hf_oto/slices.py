@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .cut import Positions, without_positions
 from .modeling_oto import OTOError
 from .zigs import Member, PrunableAxis
 
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
 
     slice: Slice
     index: Tensor  # (k,), on the parameter's device
-    positions: list[int]  # the numbers of `index`, to be read one at a time without a copy from the device
+    positions: Tensor  # `index` on the CPU, where it is read without waiting for the device
 
     @property
     def key(self) -> tuple[str, int]:
@@ -50,7 +51,7 @@ class Part(NamedTuple):
     """A tensor whose elements are to be added up ZIG by ZIG."""
 
     slice: Slice
-    index: Tensor | None  # (k,), the positions of the slice that the values belong to; None: all positions
+    index: Tensor | None  # (k,), on the CPU: positions of the slice that the values belong to; None: all positions
     values: Tensor
 
 
@@ -96,17 +97,17 @@ def slices_of(
     return tuple(slices)
 
 
-def slices_left(slices: Iterable[Slice], kept: Mapping[str, Mapping[int, Tensor]]) -> tuple[Slice, ...]:
+def slices_left(slices: Iterable[Slice], positions: Positions) -> tuple[Slice, ...]:
     """Slices of parameters that were cut, with the owners of the positions that stay.
 
     Args:
-        kept: parameter -> dimension -> the positions that stay, (n,).
+        positions: parameter -> dimension -> the positions that were cut out.
     """
     known: dict[bytes, Tensor] = {}  # equal owners are one tensor, as in `slices_of`
     left = []
     for s in slices:
-        positions = kept.get(s.param, {}).get(s.dim)
-        owner = s.owner if positions is None else s.owner[positions]
+        gone = positions.get(s.param, {}).get(s.dim)
+        owner = s.owner if gone is None else without_positions(s.owner, {0: gone})
         left.append(s._replace(owner=known.setdefault(owner.numpy().tobytes(), owner)))
     return tuple(left)
 
@@ -180,17 +181,17 @@ def rows_of(zigs: Tensor, slices: Iterable[Slice], params: Tensors) -> list[Rows
     padded = torch.cat([zigs, no_zig])  # the last element is for positions of no ZIG
     # The list keeps the owners alive until the end: slices that share an owner are known by its id.
     local_slices = list(on_this_rank(slices, params))
-    indices_of_owner: dict[tuple[int, torch.device], tuple[Tensor, list[int]]] = {}
+    indices_of_owner: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
     rows = []
     for slice_, parameter in local_slices:
         key = (id(slice_.owner), parameter.device)
         if key not in indices_of_owner:
             is_in_set = padded.index_select(0, slice_.owner)  # (n,)
-            index = is_in_set.nonzero().squeeze(1)  # (k,)
-            positions = index.tolist()
-            indices_of_owner[key] = (index.to(parameter.device), positions)
+            positions = is_in_set.nonzero().squeeze(1)  # (k,)
+            index = positions.to(parameter.device)
+            indices_of_owner[key] = (index, positions)
         index, positions = indices_of_owner[key]
-        if positions:
+        if len(positions):
             rows.append(Rows(slice_, index, positions))
     return rows
 
@@ -262,7 +263,7 @@ def _add_parts_(
         row_sums = values.sum(others, dtype=dtype) if others else values.to(dtype, copy=True)  # (n,)
         owner = slice_.owner  # (n,)
         if index is not None:
-            owner = owner[index.cpu()]
+            owner = owner[index]
         layout = layouts[slice_.param]
         owners[layout].append(owner)
         sums_of_owners[layout].append(row_sums)

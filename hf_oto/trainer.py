@@ -27,7 +27,7 @@ from .arguments import (
     TARGETS,
     setting,
 )
-from .calls import Forward, as_forwards, raise_if_out_of_memory
+from .calls import Forward, as_forwards, at_home, raise_if_out_of_memory
 from .cost import Work
 from .dhspg import DHSPG
 from .ending import Ending
@@ -186,7 +186,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         """Finds the ZIGs, and tries before the first step what has to be possible after the last one."""
         of_rank_zero(lambda: self._refuse_adapters(model))
         if not self._forwards:
-            self._forwards = as_forwards(self.trace_calls())
+            self._forwards = at_home(as_forwards(self.trace_calls()), model)
         if self.partition is None:
             protect = self._setting("protect")
             self.partition = of_rank_zero(lambda: partition_zigs(model, self._forwards, protect=protect))

@@ -97,7 +97,9 @@ class HeldZeros:
     @property
     def nbytes(self) -> int:
         """Memory of the indices, in bytes."""
-        indices = {id(rows.index): rows.index for rows in self._rows}  # slices may share an index
+        indices: dict[int, Tensor] = {}  # slices may share an index, and on the CPU both are one tensor
+        for rows in self._rows:
+            indices |= {id(rows.index): rows.index, id(rows.positions): rows.positions}
         return sum(index.nbytes for index in indices.values())
 
     def _zero_rows(self, zero: Tensor, params: Tensors) -> list[ZeroRows]:
@@ -115,14 +117,17 @@ class HeldZeros:
 
     def moved(self, zero: Tensor, params: Tensors) -> Tensor:
         """Which ZIGs of a mask, uint8 (num_zigs,), are not zero in what this rank holds; bool, on the CPU."""
-        moved = torch.zeros(len(zero), dtype=torch.bool, device="cpu")
-        for rows, parameter in self._zero_rows(zero, params):
+        zero_rows = self._zero_rows(zero, params)
+        rows_moved = []
+        for rows, parameter in zero_rows:
             is_nonzero = _weights(rows, parameter) != 0
             others = other_dims(is_nonzero, rows.slice.dim)
             row_moved = is_nonzero.any(dim=others) if others else is_nonzero  # (k,)
-            index = rows.index.cpu()
-            owner = rows.slice.owner[index]  # (k,)
-            moved_zigs = owner[row_moved.cpu()]
+            rows_moved.append(row_moved)
+        moved = torch.zeros(len(zero), dtype=torch.bool, device="cpu")
+        for (rows, _), row_moved in zip(zero_rows, _on_cpu(rows_moved), strict=True):
+            owner = rows.slice.owner[rows.positions]  # (k,)
+            moved_zigs = owner[row_moved]
             moved[moved_zigs.long()] = True
         return moved
 
@@ -145,9 +150,8 @@ class HeldZeros:
         moved: list[ZeroRows] = []
         if self._full_looks > 0:
             self._full_looks -= 1
-            for rows, parameter in watched:
-                if _weights(rows, parameter).any():
-                    moved.append((rows, parameter))
+            flags = [_weights(rows, parameter).any().view(1) for rows, parameter in watched]
+            moved = [row for row, flag in zip(watched, _on_cpu(flags), strict=True) if flag]
         elif self._one_of_each_moved(watched, now):
             moved = watched
         if moved:
@@ -177,19 +181,32 @@ class HeldZeros:
             self._views = []
             for rows, parameter in watched:
                 number = turn % len(rows.positions)
-                view = parameter.select(rows.slice.dim, rows.positions[number])
+                view = parameter.select(rows.slice.dim, int(rows.positions[number]))
                 if view.is_contiguous():
                     view = view.reshape(-1)
                 self._views.append(view)
             self._views_of = views_of
-        # one concatenation and one look for all views that can be joined
+        # one concatenation for all views that can be joined, and one look for all of a device
         views_alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for view in self._views:
             kind = (view.device, view.dtype)
             if view.dim() != 1:
                 view = view.reshape(-1)  # a copy: the view isn't contiguous
             views_alike[kind].append(view)
-        for views in views_alike.values():
-            if torch.cat(views).any():
-                return True
-        return False
+        flags = [torch.cat(views).any().view(1) for views in views_alike.values()]
+        return any(_on_cpu(flags))
+
+
+def _on_cpu(flags: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors of bools, on the CPU. Only one of all that lie on one device is waited for."""
+    numbers_of_device: dict[torch.device, list[int]] = defaultdict(list)
+    for number, flag in enumerate(flags):
+        numbers_of_device[flag.device].append(number)
+    on_cpu = list(flags)
+    for numbers in numbers_of_device.values():
+        of_device = [flags[number] for number in numbers]
+        joined = torch.cat(of_device).cpu()
+        parts = joined.split([len(flag) for flag in of_device])
+        for number, part in zip(numbers, parts, strict=True):
+            on_cpu[number] = part
+    return on_cpu

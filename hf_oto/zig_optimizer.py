@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .composed import AroundOptimizer
+from .cut import Positions
 from .cut_state import cut_state_
 from .salience import parts
 from .slices import (
@@ -34,7 +35,6 @@ from .zigs import Member, PrunableAxis, PruningPlan, ZIGPartition
 
 Product = Callable[[Tensor, Tensor], Tensor]  # of a weight and its gradient, element by element
 Closure = Callable[[], Any]
-Positions = Mapping[str, Mapping[int, np.ndarray]]  # parameter -> dimension -> positions, (n,)
 Members = dict[str, Sequence[Member]]  # by the names of axes
 
 
@@ -275,13 +275,11 @@ class ZIGOptimizer(AroundOptimizer):
             params: the model's parameters after the cut, by name.
             positions: parameter -> dimension -> the positions of it that were cut out.
         """
-        before = self.parameters_by_name()
-        kept = _kept_positions(before, positions)
-        cut_state_(self.base, params, kept)
-        self._group = slices_left(self._group, kept)
-        self._readers = slices_left(self._readers, kept)
+        cut_state_(self.base, params, positions)
+        self._group = slices_left(self._group, positions)
+        self._readers = slices_left(self._readers, positions)
         self.held = HeldZeros(self._group, self.held.restless)
-        is_gone = _without_positions(self._group, self.num_zigs)
+        is_gone = _of_no_position(self._group, self.num_zigs)
         self._own["gone"] = is_gone.to(torch.uint8)
 
     def _forget_past_steps(self) -> None:
@@ -298,25 +296,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def _kept_positions(params: Mapping[str, Tensor], positions: Positions) -> dict[str, dict[int, Tensor]]:
-    """Parameter -> dimension -> the positions of it that stay, (n,).
-
-    Args:
-        params: the parameters before the cut, by name.
-        positions: parameter -> dimension -> the positions of it that are cut out.
-    """
-    kept: dict[str, dict[int, Tensor]] = {}
-    for name, p in params.items():
-        kept_of_dims = kept.setdefault(name, {})
-        gone_of_dims = positions.get(name, {})
-        for dim, gone in gone_of_dims.items():
-            size = p.shape[dim]
-            left = np.delete(np.arange(size), gone)
-            kept_of_dims[dim] = torch.from_numpy(left)
-    return kept
-
-
-def _without_positions(slices: Iterable[Slice], num_zigs: int) -> Tensor:
+def _of_no_position(slices: Iterable[Slice], num_zigs: int) -> Tensor:
     """Which ZIGs have no position in any slice, bool (num_zigs,)."""
     # the last element is for positions of no ZIG
     has_positions = torch.zeros(num_zigs + 1, dtype=torch.bool, device="cpu")
