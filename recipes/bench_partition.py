@@ -59,6 +59,8 @@ MODELS = {
         lambda: {"input_features": torch.zeros(1, 80, 3000), "decoder_input_ids": torch.arange(8)[None]},
     ),
     "llama-70b": (llama(80, 8192, 28672, 64, 8), text),
+    "llama-405b": (llama(126, 16384, 53248, 128, 8), text),
+    "deepseek-v3": (lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config()), text),  # its defaults are those sizes
     **{f"llama-{n}-layers": (llama(n, 4096, 11008, 32, 8), text) for n in (8, 16, 32, 64)},
 }
 
