@@ -24,10 +24,11 @@ from .cut import Cut, TrialCut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
 from .modeling_oto import OTOError
-from .ranks import WholeModel, of_rank_zero
+from .ranks import WholeModel, gathered, of_rank_zero
 from .report import Report, measure, scores, size
 from .shrinking import CUTS_NAME
 from .uniform import plain
+from .zero import master_weights
 from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,13 @@ class Ending:
         self._cut: Cut | None = None  # what was cut
         self._saved_in: str | None = None  # the trained model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
-        self._whole: WholeModel | None = None  # under FSDP2: the model before it was sharded, without weights
+        self._whole: WholeModel | None = None  # the model before FSDP2 or DeepSpeed divided it, empty
         super().__init__(*args, **kwargs)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether FSDP2 or DeepSpeed have divided the parameters: only all ranks together have all of a run."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # what was trained is never lost ---------------------------------------------------------------
 
@@ -55,11 +61,11 @@ class Ending:
     def _where_trained_is_safe(self) -> str | None:
         """Saves the trained model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
-            if self.is_fsdp_enabled and not self._all_ranks_are_here():  # one alone can't gather a model
+            if self._is_divided and not self._all_ranks_are_here():  # one alone can't gather a model
                 return None
             if self.state.is_hyper_param_search:  # it ends trials by errors of its own
                 return None
-            if self.is_fsdp_enabled:
+            if self._is_divided:
                 self._without_training_memory()
             if not self.is_world_process_zero():
                 return f"the trained model is saved by rank 0 in {self.args.output_dir}"
@@ -127,7 +133,7 @@ class Ending:
                 optimizer.group_sparsity,
             )
         made_zero = optimizer.zeros(self.partition)
-        was_sharded = self.is_fsdp_enabled
+        was_divided = self._is_divided
         del optimizer  # its state is twice the model
         model = self._without_training_memory()
         state = self.state
@@ -144,7 +150,7 @@ class Ending:
         self._certify_rest(model, rest)
         before, after = self._measured(model, rest)
         self._compaction.keep_(model, rest)
-        if rest.removed.any() and not was_sharded:  # a callback's copies of shards have no shapes to cut
+        if rest.removed.any() and not was_divided:  # a callback's copies of shards have no shapes to cut
             self._tell_callbacks(model, rest)
         self._cut = self._compaction.whole_cut()
         if self._ties is not None:
@@ -242,10 +248,13 @@ class Ending:
 
     def _without_training_memory(self) -> torch.nn.Module:
         """The trained model, whole, on every rank; gradients and optimizer state are gone, whoever held them."""
-        if self.is_fsdp_enabled:
+        if self._is_divided:
+            weights = gathered(self.model) if self.is_fsdp_enabled else master_weights(self.model)
+            self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
             # whole and plain from here on: it is saved, evaluated and cut like any other
-            model, self.is_fsdp_enabled = self._whole.gathered(self.model), False
-            self._whole = None
+            model = self._whole.filled(weights)
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            self._whole = self.deepspeed = None
         else:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             take_off_autocast_(model)

@@ -5,7 +5,7 @@ The trainer asks here wherever ranks have to agree, and with one process everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from transformers import TrainingArguments
 from .modeling_oto import OTOError
 from .restore import contents, put_back, replace_tensors_
 from .trace import persistent_buffers
+from .zero import refuse_config
 
-DEEPSPEED = "DeepSpeed is not supported, it flattens the parameters: train with FSDP2 (fsdp=True) or DDP instead"
+MEGATRON = "Megatron-LM is not supported, it splits the parameters: train with FSDP2 (fsdp=True) or DDP instead"
 FSDP1 = (
     "FSDP1 is not supported, it flattens the parameters: train with FSDP2 instead (fsdp_config={'version': 2}, or "
     "fsdp_version: 2 in the accelerate config), or with DDP"
@@ -27,11 +28,11 @@ FSDP1 = (
 
 
 def refuse_sharding(args: TrainingArguments | None) -> None:
-    """Raises OTOError for DeepSpeed and FSDP1, which flatten the parameters that ZIGs are made of."""
+    """Raises OTOError for FSDP1, which flattens the parameters, and for what isn't supported of DeepSpeed."""
     if args is None:
         return
     if args.deepspeed:
-        raise OTOError(DEEPSPEED)
+        refuse_config(args.hf_deepspeed_config.config)
     if not args.fsdp:
         return
     version = int(args.fsdp_config.get("version", 2))
@@ -58,10 +59,22 @@ def of_rank_zero(compute: Callable[[], Any]) -> Any:
     return value
 
 
-class WholeModel:
-    """A model as it is before FSDP2 shards it, without its weights; in the end it is put together again with them.
+def gathered(sharded: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model that FSDP2 has sharded, whole, on the CPU of every rank.
 
-    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and all of these are
+    Weights are gathered one by one: no device ever holds more than one of them whole.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, weight in get_model_state_dict(sharded).items():
+        value = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        whole[name] = value.detach().to("cpu", copy=True)
+    return whole
+
+
+class WholeModel:
+    """A model as it is before FSDP2 or DeepSpeed divide it, without its weights; in the end it is filled with them.
+
+    It is the user's own object: they change the classes, hooks and parameters of its modules, and all of these are
     put back.
     """
 
@@ -85,25 +98,23 @@ class WholeModel:
             self._empty[id(parameter)] = torch.nn.Parameter(without_values, parameter.requires_grad)
         return self._empty[id(parameter)]
 
-    def gathered(self, sharded: torch.nn.Module) -> torch.nn.Module:
-        """The same model, whole, on the CPU of every rank.
+    def filled(self, whole: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """The same model, whole, on the CPU of every rank, and in the dtypes that it had.
 
-        Weights are gathered one by one: no device ever holds more than one of them whole.
+        Args:
+            whole: its parameters and persistent buffers, by name.
         """
         model = self._model
-        training = sharded.training
-        whole: dict[str, torch.Tensor] = {}
-        for name, weight in get_model_state_dict(sharded).items():
-            value = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            whole[name] = value.detach().to("cpu", copy=True)
+        training = model.training
         put_back(self._kept)
         for module, cls in self._classes.items():
             module.__class__ = cls
         new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
         for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
             if isinstance(tensor, torch.nn.Parameter):
-                new[id(tensor)] = torch.nn.Parameter(whole[name], tensor.requires_grad)
+                value = whole[name].to(tensor.dtype)
+                new[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad)
             else:
-                new[id(tensor)] = whole[name]
+                new[id(tensor)] = whole[name].to(tensor.dtype)
         replace_tensors_(contents(model), new)
         return model.train(training)

@@ -37,12 +37,13 @@ from .hub import Hub, described_optimizer
 from .modeling_oto import OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
-from .ranks import DEEPSPEED, FSDP1, WholeModel, of_rank_zero, refuse_sharding
+from .ranks import FSDP1, MEGATRON, WholeModel, of_rank_zero, refuse_sharding
 from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
 from .shrinking import Shrinking
 from .uniform import Tie, find_ties
+from .zero import ZeroDHSPG, refuse_config
 from .zigs import ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             self.partition = self._ties = None
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
+            self.is_deepspeed_enabled = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
         if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
@@ -200,7 +202,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             self._rehearsed = self.partition
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
-        if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
+        if self._is_divided and not any(isinstance(p, DTensor) for p in model.parameters()):
             self._whole = WholeModel(model)
             # only with gloo a barrier says which rank is missing
             self._meeting = torch.distributed.new_group(backend="gloo")
@@ -211,7 +213,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         targets = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
         if self._setting("pruning_mode") == "paper":
             return PaperDHSPG(model, self.partition, **common, **targets)
-        return DHSPG(
+        cls = ZeroDHSPG if self.is_deepspeed_enabled else DHSPG
+        return cls(
             model,
             self.partition,
             window=self._setting("pruning_window"),
@@ -259,7 +262,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         folder = output_dir or self.args.output_dir
         if self.report is None:
             self._save_cuts(folder)
-        if not self.is_fsdp_enabled:
+        if not self._is_divided:
             self._last_saved = self.state.global_step, folder
         if self.report is not None:
             self._save_figures(folder)
@@ -276,8 +279,14 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
 
     def _refuse_launcher(self) -> None:
         """Raises where `accelerate launch` or the model, rather than the arguments, ask for what can't be done."""
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise OTOError(DEEPSPEED)
+        if self.accelerator.distributed_type == DistributedType.MEGATRON_LM:
+            raise OTOError(MEGATRON)
+        if self.is_deepspeed_enabled:
+            refuse_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
+            if self._setting("pruning_mode") == "paper":
+                raise OTOError(
+                    "under DeepSpeed there is no pruning_mode='paper': use the default, or train with FSDP2"
+                )
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise OTOError(FSDP1)
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
@@ -293,6 +302,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
+        if self.is_deepspeed_enabled and not isinstance(optimizer, torch.optim.Optimizer | None):
+            optimizer = optimizer.optimizer  # DeepSpeed's own is around the one it was given
         return optimizer if isinstance(optimizer, DHSPG) else None
 
 
