@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .certificate import certify, largest_difference, own_outputs, zeroed
 from .cut import Cut, TrialCut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
+from .flat import master_weights
 from .modeling_oto import OTOError
 from .ranks import WholeModel, gathered, of_rank_zero
 from .report import Report, measure, scores, size
 from .shrinking import CUTS_NAME
 from .uniform import plain
-from .zero import master_weights
 from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -251,6 +252,7 @@ class Ending:
         if self._is_divided:
             weights = gathered(self.model) if self.is_fsdp_enabled else master_weights(self.model)
             self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
+            unset_hf_deepspeed_config()  # ZeRO-3 would divide every model that is made from here on
             # whole and plain from here on: it is saved, evaluated and cut like any other
             model = self._whole.filled(weights)
             self.is_fsdp_enabled = self.is_deepspeed_enabled = False

@@ -7,6 +7,7 @@ ending.py cuts at the end, and hub.py pushes to the Hub.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from .report import scores
 from .resume import Resuming
 from .shrinking import Shrinking
 from .uniform import Tie, find_ties
-from .zero import ZeroDHSPG, refuse_config
+from .zero import ZeroDHSPG, models_stay_whole, refuse_config, refuse_divided
 from .zigs import ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             self._forwards = []
             self.is_fsdp_enabled = self.accelerator.is_fsdp2
             self.is_deepspeed_enabled = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.is_deepspeed_enabled and isinstance(self.optimizer, AcceleratedOptimizer):
+            raise OTOError("DeepSpeed's engine is left from a training that was interrupted: make a new trainer")
         was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
         if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
@@ -172,7 +175,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if not isinstance(base, torch.optim.Optimizer):
             raise OTOError(f"{type(base).__name__} is no torch optimizer, which makes the steps: use one that is")
         take_off_autocast_(model)  # an evaluation may have put it on; training puts it on again
-        with random_states_kept(model):  # training goes on with the numbers it would have drawn
+        if self.is_deepspeed_enabled:
+            model.to(self.args.device)  # where the first batch will be; DeepSpeed would move the model a moment later
+        plugin = self.accelerator.state.deepspeed_plugin
+        whole = contextlib.nullcontext() if plugin is None else models_stay_whole(plugin.hf_ds_config)
+        with whole, random_states_kept(model):  # training goes on with the numbers it would have drawn
             self._analyse(model)
             self.optimizer = self._dhspg_around(base, model)
             self._begin_whole(model)
@@ -282,6 +289,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if self.accelerator.distributed_type == DistributedType.MEGATRON_LM:
             raise OTOError(MEGATRON)
         if self.is_deepspeed_enabled:
+            refuse_divided(self.model)
             refuse_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
             if self._setting("pruning_mode") == "paper":
                 raise OTOError(

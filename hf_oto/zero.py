@@ -1,37 +1,35 @@
-"""DeepSpeed's ZeRO: DHSPG prunes in the flat float32 weights that ZeRO leaves each rank, box by box.
+"""DeepSpeed's ZeRO: DHSPG as its client optimizer, which prunes in the flat float32 weights that each rank has.
 
-ZeRO writes the weights of a parameter group one behind the other, and gives every rank an equal run of these numbers.
-What a rank has of a parameter is a run of its elements, and a run is a few boxes: parts of the parameter that are
-tensors again. Each box is a view of the flat weights, with the ZIGs of its own positions, so that slices.py,
-salience.py and zeros.py treat boxes as they treat parameters. The flat weights are the master weights: what becomes
-zero in them becomes zero in the 16-bit model too.
+flat.py finds the boxes in the flat weights. Here are the steps, which come in parts, and what is refused before the
+first of them. The flat weights are the master weights: what is zero in them is zero in the 16-bit model, too.
 
-Worked example: a weight of 3 rows and 5 columns, and two ranks. The 15 numbers are padded to 16, and each rank has 8.
-Rank 0 has the numbers 0 to 7: row 0 as a box of (1, 5), and the first three columns of row 1 as a box of (1, 3). Rank
-1 has the numbers 8 to 14: the other two columns of row 1 as a box of (1, 2), and row 2 as a box of (1, 5). For the
-ZIGs of the columns the box of (1, 3) has the owners 0 1 2, and the box of (1, 2) has the owners 3 4.
+Worked example: two parameter groups, weights and biases, and ZIGs that are to be zero after step 10. In step 10 ZeRO
+first steps the flat weights: the boxes in them that belong to these ZIGs become zero, and so does their state. Then
+ZeRO steps the flat biases, and the same happens to these. With that step 10 is over, and the mask says so. Had the
+gradients overflown, ZeRO would have called neither part, and the next step would be step 10.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .cut_state import why_unflattenable
 from .dhspg import DHSPG
+from .flat import Flat, Section, boxes_of_rank, flat_weights, slices_of_boxes
 from .modeling_oto import OTOError
 from .salience import gradient_squared, inner, weight_squared
-from .slices import Part, Slice, on_this_rank, sum_over_zigs
-from .trace import persistent_buffers
-from .zeros import HeldZeros, can_be_dead
+from .slices import Part, on_this_rank, sum_over_zigs
+from .zeros import can_be_dead
 
 OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")  # classes of DeepSpeed
 OFFLOAD = "leave it out of the config, or let accelerate's FSDP2 train the model"
@@ -71,8 +69,8 @@ def refuse_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
             "`optimizer` from the config, and give its settings to the Trainer (learning_rate, optim) or to DHSPG"
         )
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (1, 2):
-        raise OTOError(f"ZeRO stage {zero.get('stage', 0)} is not supported: use stage 1 or 2, FSDP2 or DDP")
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise OTOError(f"ZeRO stage {zero.get('stage', 0)} is not supported: use stage 1, 2 or 3, FSDP2 or DDP")
     for name, way_out in UNSUPPORTED.items():
         value = zero.get(name)
         if isinstance(value, Mapping):
@@ -88,156 +86,36 @@ def refuse_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         raise OTOError("`torch_autocast` in float16 may skip a part of a step: use bfloat16, or the section `fp16`")
 
 
-# boxes ---------------------------------------------------------------------------------------------
+def refuse_divided(model: nn.Module) -> None:
+    """Raises OTOError where ZeRO-3 has divided a model while it was made, because ZIGs are found on whole models."""
+    if any("ds_id" in vars(p) for p in model.parameters()):
+        raise OTOError(
+            "ZeRO-3 has divided this model while it was made, and ZIGs are found on whole models: make the model "
+            "before the TrainingArguments, or outside of deepspeed.zero.Init"
+        )
 
 
-class Fragment(NamedTuple):
-    """What this rank has of a parameter: a run of its elements, in one of the flat tensors."""
-
-    param: str
-    start: int  # the first element, of the parameter written row by row
-    flat: int  # the number of the flat tensor
-    place: int  # where the run begins in the flat tensor
-    values: Tensor  # the run as the model has it, perhaps in 16 bits, (n,)
-
-
-class Box(NamedTuple):
-    """A part of a parameter that is a tensor again."""
-
-    first: tuple[int, ...]  # its first position in every dimension of the parameter
-    shape: tuple[int, ...]
-
-
-def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Splits the elements from `start` to `stop` of a tensor, written row by row, into boxes, in their order.
-
-    Example:
-        >>> boxes((3, 5), 0, 8)
-        [Box(first=(0, 0), shape=(1, 5)), Box(first=(1, 0), shape=(1, 3))]
-    """
-    if start >= stop:
-        return []
-    if not shape:  # a single number
-        return [Box((), ())]
-    inner_shape = tuple(shape[1:])
-    row_size = math.prod(inner_shape)
-    whole_from = -(-start // row_size)  # the first row that is whole
-    whole_to = stop // row_size  # the row behind the last one that is whole
-    if whole_from > whole_to:
-        return _boxes_of_row(inner_shape, whole_to, start, stop)
-    found = _boxes_of_row(inner_shape, whole_from - 1, start, whole_from * row_size)
-    if whole_from < whole_to:
-        no_offset = (0,) * len(inner_shape)
-        found.append(Box((whole_from, *no_offset), (whole_to - whole_from, *inner_shape)))
-    found += _boxes_of_row(inner_shape, whole_to, whole_to * row_size, stop)
-    return found
-
-
-def _boxes_of_row(inner_shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
-    """Boxes of elements that all lie in one row."""
-    begin = row * math.prod(inner_shape)
-    found = boxes(inner_shape, start - begin, stop - begin)
-    return [Box((row, *box.first), (1, *box.shape)) for box in found]
-
-
-def fragments(params: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
-    """What ZeRO-1 and 2 leave this rank of every parameter of a model.
+@contextlib.contextmanager
+def models_stay_whole(hf_config: Any) -> Iterator[None]:
+    """While open, Transformers makes whole models. Once there are arguments for ZeRO-3, it would divide them.
 
     Args:
-        params: the parameters by name.
+        hf_config: what Transformers has made of the DeepSpeed config.
     """
-    for name, p in params.items():
-        mapping = vars(p).get("_hp_mapping")
-        if mapping is None:  # the parameter is frozen, or all of it is on other ranks
-            continue
-        address = mapping.lp_fragment_address
-        values = p.detach().flatten().narrow(0, address.start, address.numel)
-        place = mapping.hp_fragment_address.start
-        yield Fragment(name, address.start, mapping.param_group_index, place, values)
-
-
-class Flat:
-    """A flat tensor of weights, and the boxes in it.
-
-    Attributes:
-        weights: the flat tensor, which the base optimizer steps.
-        boxes: views of it by name: "layer.weight#1" is the second box of layer.weight on this rank.
-    """
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-        self.boxes: dict[str, Tensor] = {}
-        self._places: dict[str, int] = {}  # where each box begins
-
-    def add(self, name: str, place: int, shape: tuple[int, ...]) -> None:
-        """Takes a box."""
-        self._places[name] = place
-        self.boxes[name] = self.weights.detach().narrow(0, place, math.prod(shape)).view(shape)
-
-    def part(self, tensor: Tensor, name: str) -> Tensor:
-        """The part of a tensor of the flat one's shape that belongs to a box."""
-        box = self.boxes[name]
-        return tensor.narrow(0, self._places[name], box.numel()).view(box.shape)
-
-    def show_gradients(self) -> None:
-        """Gives every box its part of the gradient that the flat tensor has now."""
-        gradient = self.weights.grad
-        for name, box in self.boxes.items():
-            box.grad = None if gradient is None else self.part(gradient, name)
-
-    def hide_gradients(self) -> None:
-        """Lets go of the gradients."""
-        for box in self.boxes.values():
-            box.grad = None
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether the flat tensor lies elsewhere now, so that the boxes are views of nothing."""
-        return any(box.data_ptr() != self.part(self.weights, name).data_ptr() for name, box in self.boxes.items())
-
-
-class Section:
-    """Those flat tensors that are stepped together, and the slices of their boxes."""
-
-    def __init__(
-        self, flats: Sequence[Flat], group: Iterable[Slice], readers: Iterable[Slice], restless: set[tuple[str, int]]
-    ) -> None:
-        self.flats = flats
-        self.params = {name: box for flat in flats for name, box in flat.boxes.items()}
-        self.group = tuple(s for s in group if s.param in self.params)
-        self.readers = tuple(s for s in readers if s.param in self.params)
-        moving = [(s.param, s.dim) for s in self.group if (_param_of(s.param), s.dim) in restless]
-        self.held = HeldZeros(self.group, moving)
-
-
-def _param_of(box: str) -> str:
-    """The name of the parameter that a box is a part of."""
-    return box.rpartition("#")[0]
-
-
-def _slices_of_boxes(slices: Iterable[Slice], boxes_of: Mapping[str, Mapping[str, Box]]) -> list[Slice]:
-    """Slices of whole parameters as slices of the boxes that this rank has of them.
-
-    Args:
-        boxes_of: parameter -> name of a box -> box.
-    """
-    known: dict[bytes, Tensor] = {}  # equal owners are one tensor, as in `slices_of`
-    found = []
-    for s in slices:
-        for name, box in boxes_of.get(s.param, {}).items():
-            first, size = box.first[s.dim], box.shape[s.dim]
-            owner = s.owner[first : first + size]
-            found.append(Slice(name, s.dim, known.setdefault(owner.numpy().tobytes(), owner)))
-    return found
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(hf_config)
 
 
 # the optimizer -------------------------------------------------------------------------------------
 
 
 class ZeroDHSPG(DHSPG):
-    """DHSPG as the client optimizer of DeepSpeed's ZeRO-1 and 2. Its arguments are those of `DHSPG`.
+    """DHSPG as the client optimizer of DeepSpeed's ZeRO-1, 2 and 3. Its arguments are those of `DHSPG`.
 
-    ZeRO steps its parameter groups one by one. The first of them begins a step of this optimizer, and the last one
+    ZeRO steps its flat tensors one by one. The first of them begins a step of this optimizer, and the last one
     ends it. A step that ZeRO skips, because gradients overflow, doesn't count.
 
     The base optimizer has to move every element by itself, as SGD and Adam do, since it gets flat tensors. An axis
@@ -281,27 +159,16 @@ class ZeroDHSPG(DHSPG):
         refuse_config(engine.config)
         zero = engine.optimizer
         if type(zero).__name__ not in OPTIMIZERS or zero.optimizer is not self:
-            raise OTOError(f"{type(zero).__name__} of the engine is not ZeRO-1 or 2 around this optimizer")
+            raise OTOError(f"{type(zero).__name__} of the engine is not ZeRO around this optimizer")
         if "dhspg_step" not in self.param_groups[0]:
             raise OTOError("DeepSpeed drops the first parameter group, which is empty: leave it out")
         self._ranks = zero.dp_process_group
         if dist.get_world_size(self._ranks) != dist.get_world_size():
             raise OTOError("ZeRO beside model or sequence parallel is not supported: let all ranks share the data")
-        flats = [Flat(weights) for group in self.param_groups for weights in group["params"]]
-        params = dict(engine.module.named_parameters())
-        boxes_of: dict[str, dict[str, Box]] = {}
-        for fragment in fragments(params):
-            _refuse_other_layout(fragment, flats[fragment.flat].weights)
-            place = fragment.place
-            stop = fragment.start + len(fragment.values)
-            boxes_of_param = boxes_of.setdefault(fragment.param, {})
-            for box in boxes(params[fragment.param].shape, fragment.start, stop):
-                name = f"{fragment.param}#{len(boxes_of_param)}"
-                boxes_of_param[name] = box
-                flats[fragment.flat].add(name, place, box.shape)
-                place += math.prod(box.shape)
+        flats = [Flat(weights) for weights in flat_weights(zero)]
+        boxes_of = boxes_of_rank(flats, zero, dict(engine.module.named_parameters()))
         group, readers, self._restless = self._whole
-        self._slices = _slices_of_boxes(group, boxes_of), _slices_of_boxes(readers, boxes_of)
+        self._slices = slices_of_boxes(group, boxes_of), slices_of_boxes(readers, boxes_of)
         self._flats = flats
         self._sections: dict[tuple[int, ...], Section] = {}
         self._enter(range(len(flats)))
@@ -450,31 +317,3 @@ class ZeroDHSPG(DHSPG):
 def _is_seen(weight: Tensor, gradient: Tensor) -> Tensor:
     """Which gradients are not zero."""
     return gradient != 0
-
-
-def _refuse_other_layout(fragment: Fragment, flat: Tensor) -> None:
-    """Raises where the flat weights are not the model's, as they are when the layout of ZeRO isn't understood."""
-    values = fragment.values
-    master = flat.detach().narrow(0, fragment.place, len(values))
-    if not torch.equal(master.to(values.dtype), values):
-        raise OTOError(
-            f"ZeRO's flat weights are not those of {fragment.param}: another release of DeepSpeed may order them "
-            "otherwise (0.19 is known), or the model was changed after deepspeed.initialize"
-        )
-
-
-# the end -------------------------------------------------------------------------------------------
-
-
-def master_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model that DeepSpeed trains, whole, on the CPU of every rank, in float32 where they train."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole = {}
-    for name, p in model.named_parameters():
-        master = safe_get_full_fp32_param(p) if p.requires_grad else None
-        value = p if master is None else master
-        whole[name] = value.detach().to("cpu", copy=True)
-    for name, buffer in persistent_buffers(model).items():
-        whole[name] = buffer.detach().to("cpu", copy=True)
-    return whole

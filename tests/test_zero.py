@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_oto import DHSPG, OTOError, PruningPlan
+from hf_oto.flat import boxes
 from hf_oto.resume import lacks
-from hf_oto.zero import ZeroDHSPG, boxes, refuse_config
+from hf_oto.zero import ZeroDHSPG, refuse_config
 
 ROOT = Path(__file__).parents[1]
 WORKER = str(ROOT / "tests" / "zero_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def launch(*command, **environment):
@@ -145,12 +145,12 @@ def folder(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     place = tmp_path_factory.mktemp("zero")
-    launch(*TORCHRUN, WORKER, str(place), "by_hand", "trainer")
+    launch(sys.executable, WORKER, str(place), "by_hand", "trainer")
     return place
 
 
-def one_process(clip=math.inf, frozen=False, **more):
-    model = plain.net()
+def one_process(clip=math.inf, frozen=False, dead=False, **more):
+    model = plain.net("dead" if dead else "")
     model.d.weight.requires_grad_(not frozen)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -175,14 +175,15 @@ def salience(moments):
 def test_all_ranks_end_where_one_process_ends(folder):
     ranks = results(folder, "by_hand")
     one = one_process()
-    expected = {
-        "zero1": one,
-        "zero2": one,
-        "spoilt": one,
+    others = {
         "clipped": one_process(clip=0.05),
         "frozen": one_process(frozen=True),
+        "dead": one_process(dead=True),
         "moments": one_process(salience=salience),
     }
+    names = ("zero1", "zero2", "zero3", "zero3 in parts", "spoilt", "zero3 spoilt")
+    expected = dict.fromkeys(names, one) | others
+    expected |= {f"zero3 {name}": others[name] for name in ("clipped", "frozen")}
     assert int(one["zero"].sum()) == 8
     for name, run in expected.items():
         assert distance(ranks[0][name], ranks[1][name]) == 0, name
@@ -191,13 +192,15 @@ def test_all_ranks_end_where_one_process_ends(folder):
     # the runs are different ones, and a step was skipped
     assert distance(expected["clipped"], one) > 1e-3 and distance(expected["frozen"], one) > 1e-3
     assert distance(expected["moments"], one) == math.inf
-    assert ranks[0]["spoilt"]["skipped"] == 1
+    assert others["dead"]["zero"][8] and not one["zero"][8]
+    assert ranks[0]["spoilt"]["skipped"] == ranks[0]["zero3 spoilt"]["skipped"] == 1
+    assert ranks[0]["zero3 in parts"]["flats"] > ranks[0]["zero3"]["flats"] == 3
     assert distance(ranks[0]["broken"], one) == math.inf
 
 
 @pytest.mark.slow
 def test_sixteen_bits_reach_the_target_with_exact_zeros(folder):
-    for name in ("bf16 zero1", "bf16 zero2", "bf16 in float32"):
+    for name in ("bf16 zero1", "bf16 zero2", "bf16 zero3", "bf16 in float32"):
         run, other = (rank[name] for rank in results(folder, "by_hand"))
         assert run["reached"] and distance(run, other) == 0
         model = plain.net()
@@ -238,21 +241,24 @@ def test_it_ends_where_one_process_ends(folder, tmp_path):
     ranks = results(folder, "trainer")
     one = plain.trained(tmp_path / "one")
     assert 0.35 < one["sparsity"] < 0.45
-    for name in ("zero1", "zero2", "resumed", "best", "bf16"):
+    classes = {"resnet": tf.ResNetForImageClassification, "vit": tf.ViTForImageClassification}
+    for name in ranks[0].keys() - {"errors", "forgetful"}:
         run = ranks[0][name]
         assert distance(run, ranks[1][name]) == 0, name
         assert run["loss"] == ranks[1][name]["loss"], name
         assert run["difference"] < 1e-5, name
-        assert run["sparsity"] == one["sparsity"], name
+        assert abs(run["sparsity"] - 0.4) < 0.05, name
         assert len(run["sizes"]) == 1  # the model is cut at the end only
-        if name != "bf16":
+        if "bf16" not in name and name != "resnet":  # its batch norms see half a batch
             assert distance(run, one) < 1e-5, name
         # whole, saved once, in the dtype that it had, and the same again
-        again = tf.BertForSequenceClassification.from_pretrained(folder / name / "compact").state_dict()
+        cls = classes.get(name.split()[0], tf.BertForSequenceClassification)
+        again = cls.from_pretrained(folder / name / "compact").state_dict()
         assert again.keys() == run["weights"].keys()
-        assert all(torch.equal(t, run["weights"][n]) and t.dtype == torch.float32 for n, t in again.items())
+        assert all(torch.equal(t, run["weights"][n]) and t.dtype != torch.bfloat16 for n, t in again.items())
     assert any(t.shape != plain.bert().state_dict()[n].shape for n, t in ranks[0]["zero2"]["weights"].items())
     assert distance(ranks[0]["resumed"], ranks[0]["zero2"]) == 0
+    assert distance(ranks[0]["zero3 resumed"], ranks[0]["zero3"]) == 0
     assert distance(ranks[0]["forgetful"], ranks[0]["zero2"]) > 0
     assert 1e-5 < distance(ranks[0]["bf16"], one)
 
@@ -277,4 +283,5 @@ def test_what_the_user_reads(folder):
         assert "`offload_optimizer`" in errors["offload"]
         assert "no pruning_mode='paper'" in errors["paper"]
         assert "depends on the shape of a parameter" in errors["adafactor"]
+        assert "make the model before the TrainingArguments" in errors["divided"]
     assert not (folder / "no" / "trained").exists()  # nothing was trained

@@ -5,7 +5,9 @@ Every rank writes what it ended with to FOLDER/SCENARIO.RANK.pt; the test compar
 
 import contextlib
 import faulthandler
+import gc
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -21,13 +23,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from hf_oto import DHSPG, ending
+from hf_oto.flat import master_weights
 from hf_oto.modeling_oto import OTOError
-from hf_oto.zero import ZeroDHSPG, master_weights
+from hf_oto.zero import ZeroDHSPG
 
 # else DeepSpeed compiles a transport of its own: gloo is what is asked for
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
 SIZE = 16  # examples a step
+IN_PARTS = {"stage": 3, "sub_group_size": 50, "stage3_param_persistence_threshold": 0}
 BF16 = {"bf16": {"enabled": True}}
 
 
@@ -50,8 +54,8 @@ def optimizer_for(model, cls=ZeroDHSPG, **more):
     return plain.optimizer_for(model, cls=cls, params=groups_of(model), **more)
 
 
-def engine_for(stage, cls=ZeroDHSPG, attached=True, frozen=False, config=None, **more):
-    model = plain.net()
+def engine_for(stage, cls=ZeroDHSPG, attached=True, frozen=False, dead=False, config=None, **more):
+    model = plain.net("dead" if dead else "")
     model.d.weight.requires_grad_(not frozen)
     optimizer = optimizer_for(model, cls, **more)
     whole_config = {
@@ -77,10 +81,17 @@ def train(engine, start=0, stop=plain.STEPS, spoilt=None):
             engine.step()
 
 
+def half_weights(model):
+    """The weights that the model computes with."""
+    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+        return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+
 def result(engine, optimizer):
     return {
         "weights": master_weights(engine.module),
-        "half": {name: p.detach().float().clone() for name, p in engine.module.named_parameters()},
+        "half": half_weights(engine.module),
+        "flats": len(optimizer._flats),
         "zero": optimizer.made_zero,
         "still zero": optimizer.zero,
         "skipped": engine.skipped_steps,
@@ -133,10 +144,16 @@ def resumed(folder, forgetful=False):
 
 
 def by_hand(rank, world, folder):
-    found = {f"zero{stage}": ran(stage) for stage in (1, 2)}
+    found = {f"zero{stage}": ran(stage) for stage in (1, 2, 3)}
+    found["zero3 in parts"] = ran(3, config={"zero_optimization": IN_PARTS})
+    found["zero3 frozen"] = ran(3, frozen=True)
+    found["zero3 clipped"] = ran(3, config={"gradient_clipping": 0.05})
+    found["zero3 spoilt"] = ran(3, spoilt=7)
+    found["bf16 zero3"] = ran(3, config=BF16)
     found["clipped"] = ran(2, config={"gradient_clipping": 0.05})
     found["spoilt"] = ran(2, spoilt=7)
     found["frozen"] = ran(1, frozen=True)
+    found["dead"] = ran(2, dead=True)
     found["moments"] = ran(2, salience=salience)
     with sums_of_one_rank():
         found["broken"] = ran(2)
@@ -182,6 +199,26 @@ def trained(folder, stage, config=None, **more):
     return plain.trained(folder, world=2, use_cpu=False, deepspeed=whole_config | (config or {}), **more)
 
 
+def vit():
+    """Its inputs are no integers, and DeepSpeed wants them in 16 bits."""
+    tf.set_seed(0)
+    config = tf.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=33, image_size=32, patch_size=8,
+        num_labels=3,
+    )  # fmt: skip
+    return tf.ViTForImageClassification(config)
+
+
+def divided():
+    """A model that is made when there are arguments for ZeRO-3 already."""
+    make = plain.bert
+    plain.bert = lambda: tf.AutoModelForSequenceClassification.from_config(make().config)
+    try:
+        trained(Path("no"), 3)
+    finally:
+        plain.bert = make
+
+
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 BEST = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "load_best_model_at_end": True}
 
@@ -191,7 +228,14 @@ def trainer(rank, world, folder):
     found = {"zero2": trained(folder / "zero2", 2, save_strategy="steps", save_steps=21)}
     again = {"stage": 2, "resume": str(folder / "zero2" / "checkpoint-21")}
     found["zero1"] = trained(folder / "zero1", 1, accumulate=2)
+    found["resnet"] = trained(folder / "resnet", 2, kind="resnet")
+    plain.resnet = vit
+    found["vit bf16"] = trained(folder / "vit bf16", 2, kind="resnet", bf16=True)
     found["resumed"] = trained(folder / "resumed", **again)
+    found["zero3"] = trained(folder / "zero3", 3, save_strategy="steps", save_steps=21)
+    thrice = {"stage": 3, "resume": str(folder / "zero3" / "checkpoint-21")}
+    found["zero3 resumed"] = trained(folder / "zero3 resumed", **thrice)
+    found["zero3 bf16"] = trained(folder / "zero3 bf16", 3, bf16=True)
     found["forgetful"] = trained(folder / "forgetful", callbacks=[plain.Forgets()], **again)
     found["bf16"] = trained(folder / "bf16", 2, bf16=True)
     found["best"] = trained(folder / "best", 2, **BEST)
@@ -200,7 +244,8 @@ def trainer(rank, world, folder):
         offload=lambda: trained(folder / "no", 2, config={"zero_optimization": OFFLOAD}),
         paper=lambda: trained(folder / "no", 2, pruning_mode="paper"),
         adafactor=lambda: trained(folder / "no", 2, optim="adafactor"),
-        callback=lambda: trained(folder / "broken", callbacks=[plain.Breaks()], **again),
+        callback=lambda: trained(folder / "broken", callbacks=[plain.Breaks()], **thrice),
+        divided=divided,
     )  # fmt: skip
     certify = ending.certify
     if rank == 0:  # the others hear of it
@@ -213,14 +258,30 @@ def trainer(rank, world, folder):
 SCENARIOS = {f.__name__: f for f in (by_hand, trainer)}
 
 
-def main():
-    folder, *scenarios = sys.argv[1:]
+def run(folder, scenarios):
+    gc.freeze()  # accelerate collects often; what the imports brought needs no second look
     faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits for the other one for ever
     deepspeed.init_distributed("gloo")
     for scenario in scenarios:
         found = SCENARIOS[scenario](dist.get_rank(), dist.get_world_size(), Path(folder))
         torch.save(found, Path(folder, f"{scenario}.{dist.get_rank()}.pt"))
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def forked(rank, folder, scenarios):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    run(folder, scenarios)
+
+
+def main():
+    """One rank of a launcher; without one both ranks, forked after the imports."""
+    folder, *scenarios = sys.argv[1:]
+    if "RANK" in os.environ:
+        return run(folder, scenarios)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    torch.multiprocessing.start_processes(forked, (folder, scenarios), 2, start_method="fork")
 
 
 if __name__ == "__main__":
