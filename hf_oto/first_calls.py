@@ -103,8 +103,9 @@ class FirstCalls:
             self._taken = []
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
             # DeepSpeed's inputs are in 16 bits; the model, which DeepSpeed hasn't got yet, may still be in 32
-            if self.is_deepspeed_enabled and self.model.dtype != self.args.hf_deepspeed_config.dtype():
-                self.is_deepspeed_enabled = False
+            if self.is_deepspeed_enabled:
+                dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+                self.is_deepspeed_enabled = any(p.dtype == dtype for p in self.model.parameters())
             self.args.average_tokens_across_devices = False  # ranks that fail one by one must not wait for each other
             batch = own_copy(make_batch())
             samples, num_items = self.get_batch_samples(iter([batch]), 1, self.args.device)

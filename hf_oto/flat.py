@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .modeling_oto import OTOError
+from .restore import contents, replace_tensors_
 from .slices import Slice
 from .trace import persistent_buffers
 from .zeros import HeldZeros
@@ -233,15 +234,32 @@ def _param_of(box: str) -> str:
 
 def master_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that DeepSpeed trains, whole, on the CPU of every rank, in float32 where they train."""
-    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     whole = {}
     for name, p in model.named_parameters():
-        with GatheredParameters([p], enabled=not p.requires_grad and "ds_id" in vars(p)):  # frozen, under ZeRO-3
-            master = safe_get_full_fp32_param(p) if p.requires_grad else None
-            value = p if master is None else master
-            whole[name] = value.detach().to("cpu", copy=True)
+        master = safe_get_full_fp32_param(p) if p.requires_grad else None
+        whole[name] = _gathered(p) if master is None else master.detach().to("cpu", copy=True)
     for name, buffer in persistent_buffers(model).items():
         whole[name] = buffer.detach().to("cpu", copy=True)
     return whole
+
+
+def make_whole_(model: nn.Module) -> None:
+    """Makes a model whole that ZeRO-3 has divided while it was made: every rank gets all weights, on the CPU.
+
+    The model has new parameters then, and `deepspeed.initialize` divides them again.
+    """
+    new = {}  # id of a divided parameter -> the whole one
+    for p in model.parameters():
+        if "ds_id" in vars(p):
+            new[id(p)] = nn.Parameter(_gathered(p), p.requires_grad)
+    replace_tensors_(contents(model), new)
+
+
+def _gathered(p: Tensor) -> Tensor:
+    """A copy of a parameter on the CPU, whole where ZeRO-3 has divided it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([p], enabled="ds_id" in vars(p)):
+        return p.detach().to("cpu", copy=True)

@@ -34,6 +34,7 @@ from .dhspg import DHSPG
 from .ending import Ending
 from .evaluating import random_states_kept, take_off_autocast_
 from .first_calls import FirstCalls
+from .flat import make_whole_
 from .hub import Hub, described_optimizer
 from .modeling_oto import OTOError
 from .paper import PaperDHSPG
@@ -44,7 +45,7 @@ from .report import scores
 from .resume import Resuming
 from .shrinking import Shrinking
 from .uniform import Tie, find_ties
-from .zero import ZeroDHSPG, models_stay_whole, refuse_config, refuse_divided
+from .zero import ZeroDHSPG, models_stay_whole, refuse_config
 from .zigs import ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
-    Under FSDP2 that is the model passed in, plain and unsharded, and every rank needs room for one full model.
+    Under FSDP2 and DeepSpeed that is the model passed in, plain, whole and in the dtype that it had, and every rank
+    needs room for one full model.
 
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
@@ -289,12 +291,12 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if self.accelerator.distributed_type == DistributedType.MEGATRON_LM:
             raise OTOError(MEGATRON)
         if self.is_deepspeed_enabled:
-            refuse_divided(self.model)
             refuse_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
             if self._setting("pruning_mode") == "paper":
                 raise OTOError(
                     "under DeepSpeed there is no pruning_mode='paper': use the default, or train with FSDP2"
                 )
+            make_whole_(self.model)  # from_pretrained divides models where there are arguments for ZeRO-3 already
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise OTOError(FSDP1)
         if any(isinstance(p, DTensor) for p in self.model.parameters()):

@@ -32,8 +32,8 @@ from .slices import Part, on_this_rank, sum_over_zigs
 from .zeros import can_be_dead
 
 OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")  # classes of DeepSpeed
-OFFLOAD = "leave it out of the config, or let accelerate's FSDP2 train the model"
-ZERO_PP = "leave it out of the config"
+LEAVE_OUT = "leave it out of the config"
+OFFLOAD = "leave it out of the config; ZeRO-3 or FSDP2 on more devices save memory too"
 # settings of `zero_optimization` that move or change what the boxes are views of -> the way out
 UNSUPPORTED = {
     "offload_optimizer": OFFLOAD,
@@ -43,11 +43,11 @@ UNSUPPORTED = {
     "zenflow": OFFLOAD,
     "elastic_checkpoint": "it drops what DHSPG knows of a run: save ordinary checkpoints (elastic_checkpoint: false)",
     "round_robin_gradients": "it orders the weights otherwise: leave it out of the config",
-    "zero_quantized_weights": ZERO_PP,
-    "zero_quantized_gradients": ZERO_PP,
-    "zero_quantized_nontrainable_weights": ZERO_PP,
-    "zero_hpz_partition_size": ZERO_PP,
-    "mics_shard_size": ZERO_PP,
+    "zero_quantized_weights": LEAVE_OUT,
+    "zero_quantized_gradients": LEAVE_OUT,
+    "zero_quantized_nontrainable_weights": LEAVE_OUT,
+    "zero_hpz_partition_size": LEAVE_OUT,
+    "mics_shard_size": LEAVE_OUT,
 }
 OFF = (None, False, 0, 1, -1, "none", "auto")  # values that turn a setting off; True, which equals 1, doesn't
 
@@ -69,8 +69,9 @@ def refuse_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
             "`optimizer` from the config, and give its settings to the Trainer (learning_rate, optim) or to DHSPG"
         )
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (1, 2, 3):
-        raise OTOError(f"ZeRO stage {zero.get('stage', 0)} is not supported: use stage 1, 2 or 3, FSDP2 or DDP")
+    stage = int(zero.get("stage", 0))
+    if stage not in (1, 2, 3):
+        raise OTOError(f"ZeRO stage {stage} is not supported: use stage 1, 2 or 3, FSDP2 or DDP")
     for name, way_out in UNSUPPORTED.items():
         value = zero.get(name)
         if isinstance(value, Mapping):
@@ -81,18 +82,11 @@ def refuse_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         raise OTOError("universal checkpoints drop what DHSPG knows of a run: resume from the ordinary checkpoint")
     if config.get("elasticity", {}).get("enabled"):
         raise OTOError("`elasticity` changes the number of ranks, and with it what each of them has: leave it out")
+    if config.get("compile", {}).get("deepcompile"):
+        raise OTOError("`deepcompile` divides the parameters in a way of its own: leave it out of the config")
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16"):
         raise OTOError("`torch_autocast` in float16 may skip a part of a step: use bfloat16, or the section `fp16`")
-
-
-def refuse_divided(model: nn.Module) -> None:
-    """Raises OTOError where ZeRO-3 has divided a model while it was made, because ZIGs are found on whole models."""
-    if any("ds_id" in vars(p) for p in model.parameters()):
-        raise OTOError(
-            "ZeRO-3 has divided this model while it was made, and ZIGs are found on whole models: make the model "
-            "before the TrainingArguments, or outside of deepspeed.zero.Init"
-        )
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ def zero(**settings):
         (zero(zero_hpz_partition_size=2), "`zero_hpz_partition_size`.*leave it out"),
         (zero(round_robin_gradients=True), "`round_robin_gradients`.*leave it out"),
         (GOOD | {"checkpoint": {"load_universal": True}}, "universal checkpoints.*ordinary"),
+        (GOOD | {"compile": {"deepcompile": True}}, "`deepcompile`.*leave it out"),
         (GOOD | {"elasticity": {"enabled": True}}, "`elasticity`.*leave it out"),
         (GOOD | {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "float16.*bfloat16"),
     ],
@@ -259,8 +260,21 @@ def test_it_ends_where_one_process_ends(folder, tmp_path):
     assert any(t.shape != plain.bert().state_dict()[n].shape for n, t in ranks[0]["zero2"]["weights"].items())
     assert distance(ranks[0]["resumed"], ranks[0]["zero2"]) == 0
     assert distance(ranks[0]["zero3 resumed"], ranks[0]["zero3"]) == 0
+    assert distance(ranks[0]["divided"], ranks[0]["zero3"]) == 0 and ranks[0]["divided"]["empty"]
     assert distance(ranks[0]["forgetful"], ranks[0]["zero2"]) > 0
     assert 1e-5 < distance(ranks[0]["bf16"], one)
+
+
+@pytest.mark.slow
+def test_accelerate_launch(folder):
+    config = str(ROOT / "recipes" / "accelerate" / "zero.yaml")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    launch(*accelerate, "--main_process_port", "0", WORKER, str(folder), "launched")
+    for rank, other in zip(results(folder, "launched"), results(folder, "trainer"), strict=True):
+        # under DDP, without DeepSpeed, the model would have shrunk while it trained
+        assert len(rank["zero2"]["sizes"]) == 1
+        assert distance(rank["zero2"], other["zero2"]) == 0 < distance(rank["zero2"], other["forgetful"])
+        assert "`offload_optimizer`" in rank["errors"]["offload"]
 
 
 @pytest.mark.slow
@@ -283,5 +297,4 @@ def test_what_the_user_reads(folder):
         assert "`offload_optimizer`" in errors["offload"]
         assert "no pruning_mode='paper'" in errors["paper"]
         assert "depends on the shape of a parameter" in errors["adafactor"]
-        assert "make the model before the TrainingArguments" in errors["divided"]
     assert not (folder / "no" / "trained").exists()  # nothing was trained

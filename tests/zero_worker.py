@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_oto import DHSPG, ending
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ending
 from hf_oto.flat import master_weights
 from hf_oto.modeling_oto import OTOError
 from hf_oto.zero import ZeroDHSPG
@@ -209,12 +209,23 @@ def vit():
     return tf.ViTForImageClassification(config)
 
 
-def divided():
-    """A model that is made when there are arguments for ZeRO-3 already."""
+def divided(folder):
+    """A run with a model that ZeRO-3 divides while it is made, because there are arguments already."""
     make = plain.bert
-    plain.bert = lambda: tf.AutoModelForSequenceClassification.from_config(make().config)
+    whole = make()
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder / "saved")
+    dist.barrier()
+    found = {}
+
+    def load():
+        model = tf.BertForSequenceClassification.from_pretrained(folder / "saved")
+        found["empty"] = all(p.numel() == 0 for p in model.parameters())
+        return model
+
+    plain.bert = load
     try:
-        trained(Path("no"), 3)
+        return trained(folder / "divided", 3) | found
     finally:
         plain.bert = make
 
@@ -235,6 +246,7 @@ def trainer(rank, world, folder):
     found["zero3"] = trained(folder / "zero3", 3, save_strategy="steps", save_steps=21)
     thrice = {"stage": 3, "resume": str(folder / "zero3" / "checkpoint-21")}
     found["zero3 resumed"] = trained(folder / "zero3 resumed", **thrice)
+    found["divided"] = divided(folder)
     found["zero3 bf16"] = trained(folder / "zero3 bf16", 3, bf16=True)
     found["forgetful"] = trained(folder / "forgetful", callbacks=[plain.Forgets()], **again)
     found["bf16"] = trained(folder / "bf16", 2, bf16=True)
@@ -245,7 +257,6 @@ def trainer(rank, world, folder):
         paper=lambda: trained(folder / "no", 2, pruning_mode="paper"),
         adafactor=lambda: trained(folder / "no", 2, optim="adafactor"),
         callback=lambda: trained(folder / "broken", callbacks=[plain.Breaks()], **thrice),
-        divided=divided,
     )  # fmt: skip
     certify = ending.certify
     if rank == 0:  # the others hear of it
@@ -255,7 +266,16 @@ def trainer(rank, world, folder):
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (by_hand, trainer)}
+def launched(rank, world, folder):
+    """The arguments say nothing of DeepSpeed: `accelerate launch` does."""
+    force_deepspeed()
+    found = {"zero2": plain.trained(folder / "launched", world=2, use_cpu=False)}
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"  # as another config of the launcher
+    args = OTOTrainingArguments(str(folder / "no"), report_to="none")
+    return found | {"errors": errors_of(offload=lambda: OTOTrainer(plain.bert(), args))}
+
+
+SCENARIOS = {f.__name__: f for f in (by_hand, trainer, launched)}
 
 
 def run(folder, scenarios):
