@@ -197,6 +197,28 @@ def _refuse_other_layout(fragment: Fragment, flat: Tensor) -> None:
         )
 
 
+def refuse_gaps(
+    boxes_of: Mapping[str, Mapping[str, Box]], params: Mapping[str, Tensor], ranks: dist.ProcessGroup
+) -> None:
+    """Raises where all ranks together don't have every weight exactly once.
+
+    Args:
+        boxes_of: parameter -> name of a box -> box, of this rank.
+        params: the parameters that train, by name.
+        ranks: the ranks that share them.
+    """
+    sizes = [math.prod(box.shape) for boxes_of_param in boxes_of.values() for box in boxes_of_param.values()]
+    device = next(iter(params.values())).device
+    num_here = torch.tensor(sum(sizes), dtype=torch.int64, device=device)
+    dist.all_reduce(num_here, group=ranks)
+    num_weights = sum(math.prod(shape_of(p)) for p in params.values())
+    if int(num_here) != num_weights:
+        raise OTOError(
+            f"ZeRO's flat tensors have {int(num_here):,} weights of the model's {num_weights:,}: another release of "
+            "DeepSpeed may divide them otherwise (0.19 is known)"
+        )
+
+
 def slices_of_boxes(slices: Iterable[Slice], boxes_of: Mapping[str, Mapping[str, Box]]) -> list[Slice]:
     """Slices of whole parameters as slices of the boxes that this rank has of them.
 

@@ -25,7 +25,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from .cut_state import why_unflattenable
 from .dhspg import DHSPG
-from .flat import Flat, Section, boxes_of_rank, flat_weights, slices_of_boxes
+from .flat import Flat, Section, boxes_of_rank, flat_weights, refuse_gaps, slices_of_boxes
 from .modeling_oto import OTOError
 from .salience import gradient_squared, inner, weight_squared
 from .slices import Part, on_this_rank, sum_over_zigs
@@ -160,8 +160,13 @@ class ZeroDHSPG(DHSPG):
         if dist.get_world_size(self._ranks) != dist.get_world_size():
             raise OTOError("ZeRO beside model or sequence parallel is not supported: let all ranks share the data")
         flats = [Flat(weights) for weights in flat_weights(zero)]
-        boxes_of = boxes_of_rank(flats, zero, dict(engine.module.named_parameters()))
+        params = dict(engine.module.named_parameters())
+        trained = {name: params[name] for name in self._trained if name in params}
+        boxes_of = boxes_of_rank(flats, zero, trained)
         group, readers, self._restless = self._whole
+        if not {s.param for s in group + readers} <= trained.keys():
+            raise OTOError("the engine's model is not the one that this optimizer was made for")
+        refuse_gaps(boxes_of, trained, self._ranks)
         self._slices = slices_of_boxes(group, boxes_of), slices_of_boxes(readers, boxes_of)
         self._flats = flats
         self._sections: dict[tuple[int, ...], Section] = {}

@@ -228,6 +228,8 @@ def test_what_the_user_reads_by_hand(folder):
         assert "ZeroDHSPG" in errors["plain"] and "takes the place of DHSPG" in errors["plain"]
         assert "ordinary checkpoints" in errors["elastic"]
         assert "not those of b.weight" in errors["other"]
+        assert "have 382 weights of the model's 385" in errors["gap"]
+        assert "not the one that this optimizer was made for" in errors["model"]
 
 
 def zeros_of(model):
@@ -297,4 +299,5 @@ def test_what_the_user_reads(folder):
         assert "`offload_optimizer`" in errors["offload"]
         assert "no pruning_mode='paper'" in errors["paper"]
         assert "depends on the shape of a parameter" in errors["adafactor"]
+        assert "make a new trainer" in errors["again"]
     assert not (folder / "no" / "trained").exists()  # nothing was trained

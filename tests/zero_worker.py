@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ending
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ending, flat
 from hf_oto.flat import master_weights
 from hf_oto.modeling_oto import OTOError
 from hf_oto.zero import ZeroDHSPG
@@ -134,6 +134,22 @@ def other_weights():
     optimizer.attach(engine)
 
 
+def without_a_weight():
+    """As if a release of DeepSpeed kept one parameter elsewhere."""
+    fragments = flat.fragments
+    flat.fragments = lambda *given: (fragment for fragment in fragments(*given) if fragment.param != "c.bias")
+    try:
+        engine_for(3)
+    finally:
+        flat.fragments = fragments
+
+
+def other_model():
+    engine, optimizer = engine_for(2, attached=False)
+    engine.module = nn.Sequential(engine.module)
+    optimizer.attach(engine)
+
+
 def resumed(folder, forgetful=False):
     engine, optimizer = engine_for(2)
     engine.load_checkpoint(folder)
@@ -171,6 +187,8 @@ def by_hand(rank, world, folder):
         plain=lambda: train(engine_for(2, cls=DHSPG, attached=False)[0], stop=1),
         elastic=lambda: engine_for(2, config={"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}),
         other=other_weights,
+        gap=without_a_weight,
+        model=other_model,
     )
     return found
 
@@ -207,6 +225,31 @@ def vit():
         num_labels=3,
     )  # fmt: skip
     return tf.ViTForImageClassification(config)
+
+
+class Interrupts(tf.TrainerCallback):
+    """Fails in the middle."""
+
+    def on_step_end(self, *_, **__):
+        raise ZeroDivisionError
+
+
+class Again(OTOTrainer):
+    """Trains again after an interruption."""
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except ZeroDivisionError:
+            return super().train(*args, **kwargs)
+
+
+def again_after_an_interruption(folder):
+    before, plain.OTOTrainer = plain.OTOTrainer, Again
+    try:
+        trained(folder, 2, callbacks=[Interrupts()])
+    finally:
+        plain.OTOTrainer = before
 
 
 def divided(folder):
@@ -255,6 +298,7 @@ def trainer(rank, world, folder):
         optimizer=lambda: trained(folder / "no", 2, config={"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}),
         offload=lambda: trained(folder / "no", 2, config={"zero_optimization": OFFLOAD}),
         paper=lambda: trained(folder / "no", 2, pruning_mode="paper"),
+        again=lambda: again_after_an_interruption(folder / "no"),
         adafactor=lambda: trained(folder / "no", 2, optim="adafactor"),
         callback=lambda: trained(folder / "broken", callbacks=[plain.Breaks()], **thrice),
     )  # fmt: skip
@@ -286,6 +330,8 @@ def run(folder, scenarios):
         found = SCENARIOS[scenario](dist.get_rank(), dist.get_world_size(), Path(folder))
         torch.save(found, Path(folder, f"{scenario}.{dist.get_rank()}.pt"))
         AcceleratorState._reset_state(reset_partial_state=True)
+    dist.barrier()
+    dist.destroy_process_group()  # else gloo's threads may still run when the process ends, which aborts it
 
 
 def forked(rank, folder, scenarios):
