@@ -54,6 +54,11 @@ class AroundOptimizer(torch.optim.Optimizer):
         """The parameters as they are now; they are never kept, because FSDP replaces them in the groups."""
         params: dict[str, Tensor] = {}
         for group in self.param_groups:
+            if len(group["param_names"]) != len(group["params"]):
+                raise OTOError(
+                    "the optimizer has got other parameters than those it was made for: under DeepSpeed's ZeRO they "
+                    "are flat, and `hf_oto.zero.ZeroDHSPG` takes the place of DHSPG"
+                )
             named = zip(group["param_names"], group["params"], strict=True)
             params.update(named)
         return params
@@ -75,6 +80,10 @@ class AroundOptimizer(torch.optim.Optimizer):
     @state.setter
     def state(self, state: Any) -> None:
         self.base.state = state
+
+    def state_of(self, p: Tensor) -> Mapping[str, Any]:
+        """The base optimizer's state of a parameter, empty where there is none."""
+        return self.state[p] if p in self.state else {}  # reading a defaultdict would add p to it
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -45,6 +45,17 @@ def why_uncuttable(optimizer: Optimizer) -> str | None:
     return None
 
 
+def why_unflattenable(optimizer: Optimizer) -> str | None:
+    """Why an optimizer can't step parts of flattened parameters instead of whole ones, in words; None: it can."""
+    name = type(optimizer).__name__
+    if optimizer.state:
+        return f"{name} has made its state for whole parameters"
+    why = why_uncuttable(optimizer)
+    if why is None and not all(_moves_when_flat(sample) for sample in _samples(optimizer)):
+        why = f"a step of {name} depends on the shape of a parameter"
+    return why
+
+
 class _Sample(NamedTuple):
     """A parameter of an optimizer, and one of its dimensions."""
 
@@ -142,6 +153,19 @@ def _moves_by_entries(sample: _Sample) -> bool:
     move_of_cut = cut_after - before
     deviation = (move - move_of_cut).norm()
     return bool(deviation <= MAX_DEVIATION * move.norm())
+
+
+def _moves_when_flat(sample: _Sample) -> bool:
+    """Whether half of a flattened parameter moves as it moves in the whole parameter."""
+
+    def half(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        return flat[: len(flat) // 2].clone()
+
+    before = half(sample.param.detach())
+    move = half(sample.moved(torch.clone)) - before
+    move_of_half = sample.moved(half) - before
+    return bool((move - move_of_half).norm() <= MAX_DEVIATION * move.norm())
 
 
 def _has_tensors(value: Any) -> bool:

@@ -19,16 +19,19 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, fsdp2_prepare_model
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cut import Cut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
+from .flat import master_weights
 from .modeling_oto import OTOError
 from .ranks import of_rank_zero
 from .report import Report, scores
 from .sharded import BeforeSharding, ShardedWeights
 from .shrinking import CUTS_NAME
+from .undivided import Undivided
 from .whole import WholeWeights
 from .zigs import PruningPlan
 
@@ -46,7 +49,13 @@ class Ending:
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._before_sharding: BeforeSharding | None = None  # under FSDP2: the model when it was plain
         self._trained: WholeWeights | ShardedWeights | None = None  # once the optimizer's memory was given back
+        self._undivided: Undivided | None = None  # under DeepSpeed: the same
         super().__init__(*args, **kwargs)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether FSDP2 or DeepSpeed have divided the parameters: only all ranks together have all of a run."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # what was trained is never lost ---------------------------------------------------------------
 
@@ -59,15 +68,15 @@ class Ending:
         """Saves the trained model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
             # one rank alone can't gather a model
-            if self._is_of_shards and not self._all_ranks_are_here():
+            if self._is_divided and not self._all_ranks_are_here():
                 return None
             if self.state.is_hyper_param_search:  # it ends trials by errors of its own
                 return None
-            if not self._is_of_shards and not self.is_world_process_zero():
-                return f"the trained model is saved by rank 0 in {self.args.output_dir}"
             try:
-                if self._is_of_shards and self._trained is None:
+                if self._is_divided and self._trained is None:
                     self._take_trained()
+                if not self._is_of_shards and not self.is_world_process_zero():
+                    return f"the trained model is saved by rank 0 in {self.args.output_dir}"
                 self._saved_in = self._save_trained()
             except Exception as error:
                 return f"saving the trained model failed too ({error}): it is in memory still, as trainer.model"
@@ -147,6 +156,7 @@ class Ending:
                 optimizer.group_sparsity,
             )
         made_zero = optimizer.zeros(self.partition)
+        was_divided = self._is_divided
         del optimizer  # its state is twice the model
         trained = self._take_trained()
         state = self.state
@@ -165,7 +175,7 @@ class Ending:
         before, after = trained.measured(self._compaction, rest, self._forwards)
         self._trained = None  # from here on it is the compact model
         trained.keep_(self._compaction, rest)
-        if rest.removed.any() and not self._is_of_shards:  # a callback's copies of shards have no shapes to cut
+        if rest.removed.any() and not was_divided:  # a callback's copies of shards have no shapes to cut
             self._tell_callbacks(trained.model, rest)
         self._cut = self._compaction.whole_cut()
         if self._ties is not None and not trained.stock(self.partition, self.plan, self._ties, self._forwards):
@@ -235,6 +245,13 @@ class Ending:
         """The trained model, plain; gradients and optimizer state are gone, whoever held them."""
         if self._before_sharding is not None:
             trained = self._before_sharding.taken_off(self.model, self.accelerator.device)
+        elif self._undivided is not None:
+            weights = master_weights(self.model)
+            self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
+            unset_hf_deepspeed_config()  # ZeRO-3 would divide every model that is made from here on
+            trained = WholeWeights(self._undivided.filled(weights))
+            self.is_deepspeed_enabled = False
+            self._undivided = self.deepspeed = None
         else:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             take_off_autocast_(model)

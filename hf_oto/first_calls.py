@@ -108,6 +108,10 @@ class FirstCalls:
                             container[name] = value.clone()
             self._taken = []
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
+            # DeepSpeed's inputs are in 16 bits; the model, which DeepSpeed hasn't got yet, may still be in 32
+            if self.is_deepspeed_enabled:
+                dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+                self.is_deepspeed_enabled = any(p.dtype == dtype for p in self.model.parameters())
             self.args.average_tokens_across_devices = False  # ranks that fail one by one must not wait for each other
             batch = own_copy(make_batch())
             # FSDP2 takes the model to its card only when training begins, until then it lies on the CPU

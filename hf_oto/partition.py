@@ -22,7 +22,8 @@ from torch.nn.parameter import is_lazy
 
 from .attempts import Attempt, attempts, differs
 from .axes import Leaf
-from .calls import Forward, Inputs, as_forwards, input_tensors, make_inputs, raise_if_out_of_memory
+from .batches import make_inputs
+from .calls import Forward, Inputs, as_forwards, input_tensors, raise_if_out_of_memory
 from .certificate import refuse_random
 from .cost import Width, Work
 from .cut import resolve

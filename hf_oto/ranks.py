@@ -13,8 +13,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from .modeling_oto import OTOError
+from .zero import refuse_config
 
-DEEPSPEED = "DeepSpeed is not supported, it flattens the parameters: train with FSDP2 (fsdp=True) or DDP instead"
+MEGATRON = "Megatron-LM is not supported, it splits the parameters: train with FSDP2 (fsdp=True) or DDP instead"
 FSDP1 = (
     "FSDP1 is not supported, it flattens the parameters: train with FSDP2 instead (fsdp_config={'version': 2}, or "
     "fsdp_version: 2 in the accelerate config), or with DDP"
@@ -22,11 +23,11 @@ FSDP1 = (
 
 
 def refuse_sharding(args: TrainingArguments | None) -> None:
-    """Raises OTOError for DeepSpeed and FSDP1, which flatten the parameters that ZIGs are made of."""
+    """Raises OTOError for FSDP1, which flattens the parameters, and for what isn't supported of DeepSpeed."""
     if args is None:
         return
     if args.deepspeed:
-        raise OTOError(DEEPSPEED)
+        refuse_config(args.hf_deepspeed_config.config)
     if not args.fsdp:
         return
     version = int(args.fsdp_config.get("version", 2))

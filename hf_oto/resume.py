@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 STATES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # removed before a checkpoint is written again
+DEEPSPEED_LATEST = "latest"  # a file with the name of the folder that DeepSpeed wrote last
+DEEPSPEED_STATES = "_optim_states.pt"
 NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # files that hold something else
 
 
@@ -82,8 +84,10 @@ def lacks(folder: str, with_scaler: bool) -> list[str]:
     if with_scaler:
         wanted.append(SCALER_NAME)
     lacking = [name for name in wanted if name not in names]
-    # FSDP's optimizer has another name, and may be a folder
-    if not any(name.startswith("optimizer") for name in names):
+    # FSDP's optimizer has another name, and may be a folder; DeepSpeed's is in a folder that the file `latest` names
+    if DEEPSPEED_LATEST in names:
+        lacking += _lacks_of_deepspeed(Path(folder))
+    elif not any(name.startswith("optimizer") for name in names):
         lacking.append(OPTIMIZER_NAME)
     # with several ranks every rank has a file of its own
     if not any(name.startswith("rng_state") for name in names):
@@ -95,6 +99,13 @@ def lacks(folder: str, with_scaler: bool) -> list[str]:
     except (OSError, ValueError, TypeError):  # only half of the file may have been written
         lacking.append(TRAINER_STATE_NAME)
     return sorted(lacking)
+
+
+def _lacks_of_deepspeed(folder: Path) -> list[str]:
+    """What the folder of DeepSpeed lacks in a checkpoint: every rank has its part of the optimizer in a file there."""
+    name = (folder / DEEPSPEED_LATEST).read_text().strip()
+    files = [file.name for file in (folder / name).glob(f"*{DEEPSPEED_STATES}")]
+    return [] if files else [f"{name}/*{DEEPSPEED_STATES}"]
 
 
 def has_weights(folder: str) -> bool:
@@ -229,8 +240,8 @@ class Resuming:
         """`Trainer`'s; after a training that was interrupted, or ran out of memory, this one begins anew."""
         if isinstance(self.optimizer, AcceleratedOptimizer):  # it is left from a try with a larger batch
             self._forget_earlier_training()
-            # under FSDP `Trainer` itself loads the weights, later
-            if resume_from_checkpoint is not None and not self.is_fsdp_enabled:
+            # under FSDP and DeepSpeed `Trainer` itself loads the weights, later
+            if resume_from_checkpoint is not None and not self._is_divided:
                 self._load_from_checkpoint(resume_from_checkpoint)
         elif self.optimizer is not None and not isinstance(self.optimizer, DHSPG):
             self._given_optimizer = self.optimizer
@@ -323,14 +334,14 @@ class Resuming:
         load_weights_(unwrapped, best)
 
     def _loads_otherwise(self, inherited: Any, stock: Any, folder: str) -> bool:
-        """Whether another trainer, accelerate (for FSDP) or PEFT loads what is in a folder in its own way.
+        """Whether another trainer, accelerate (for FSDP), DeepSpeed or PEFT loads what is in a folder in its own way.
 
         Args:
             inherited: the method that would run without ours.
             stock: the method of `Trainer`.
         """
         is_of_other_trainer = inherited.__func__ is not stock
-        return self.is_fsdp_enabled or is_of_other_trainer or not holds_whole_model(folder)
+        return self._is_divided or is_of_other_trainer or not holds_whole_model(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """`Trainer`'s; if a state doesn't fit this run, the error names the folder."""

@@ -27,12 +27,13 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from .calls import Forward
-from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, is_free, largest_difference, own_outputs
+from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, is_free, own_outputs
 from .compaction import Compaction
 from .cut import Cut, Scale, ScaleOfStorage, TrialCut, scaled, without_positions
+from .differences import largest_difference
 from .modeling_oto import named_tensors
 from .report import size
-from .restore import contents, places, put_back, replace_tensors_, restored
+from .restore import contents, places, replace_tensors_, restored
 from .shards import (
     Change,
     Shards,
@@ -46,36 +47,13 @@ from .shards import (
     whole_in_files,
 )
 from .slices import Part, Slice, local, on_this_rank, rows_of, slices_of, sum_over_zigs
+from .undivided import Undivided
 from .uniform import Tie, built_by_config
 from .zigs import PruningPlan, ZIGPartition
 
 
-class BeforeSharding:
-    """A model as it is before FSDP2 shards it, without its weights; in the end it is made plain again.
-
-    It is the user's own object: FSDP2 changes the classes, hooks and parameters of its modules, and all of these are
-    put back.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._classes = {module: type(module) for module in model.modules()}
-        kept = contents(model)
-        self._empty: dict[int, nn.Parameter] = {}  # id of a parameter -> the same without values
-        # The copies of the containers would keep the weights alive beside the shards: they hold empty ones instead.
-        for _, before in kept.containers:
-            if isinstance(before, dict):
-                for key, value in list(before.items()):
-                    if isinstance(value, nn.Parameter):
-                        before[key] = self._emptied(value)
-        self._kept = kept._replace(states=[])
-
-    def _emptied(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The parameter without values; the same one for all places where it is tied."""
-        if id(parameter) not in self._empty:
-            without_values = parameter.detach().to("meta")
-            self._empty[id(parameter)] = nn.Parameter(without_values, parameter.requires_grad)
-        return self._empty[id(parameter)]
+class BeforeSharding(Undivided):
+    """A model as it is before FSDP2 shards it, without its weights."""
 
     def taken_off(self, sharded: nn.Module, device: torch.device) -> ShardedWeights:
         """Makes the model plain again, and keeps its weights as they are sharded.
@@ -87,10 +65,9 @@ class BeforeSharding:
         training = sharded.training
         state = get_model_state_dict(sharded)
         layers = [module for module in self._classes if isinstance(module, FSDPModule)]
-        for module, cls in self._classes.items():
-            module.__class__ = cls
+        for module in self._classes:
             _module_state_mapping.pop(module, None)  # else FSDP2 refuses to shard it a second time
-        put_back(self._kept)
+        self._put_back()
         shards: Shards = {}
         new: dict[int, Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
         for name, tensor in named_tensors(model).items():

@@ -36,6 +36,7 @@ from .evaluating import random_states_kept, take_off_autocast_
 from .modeling_oto import OTOError
 from .ranks import of_rank_zero
 from .restore import restored
+from .zero import ZeroDHSPG
 from .zigs import PruningPlan
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,12 @@ class _CutAfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._look_for_zeros()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # only now DeepSpeed has divided the parameters, and has loaded a checkpoint
+        optimizer = self._trainer._dhspg()
+        if isinstance(optimizer, ZeroDHSPG):
+            optimizer.attach(self._trainer.model_wrapped)
 
 
 class Shrinking:
@@ -203,6 +210,8 @@ class Shrinking:
             return "shrink=False"
         if self.is_fsdp_enabled:
             return "FSDP2 shards its parameters"
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed has its parameters in flat tensors, whose sizes it has written down"
         if isinstance(self.model_wrapped, DataParallel):
             return "DataParallel copies it in every step"
         if self.accelerator.state.dynamo_plugin.use_regional_compilation:

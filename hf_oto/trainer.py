@@ -7,6 +7,7 @@ ending.py cuts at the end, and hub.py pushes to the Hub.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,20 @@ from .dhspg import DHSPG
 from .ending import Ending
 from .evaluating import random_states_kept, take_off_autocast_
 from .first_calls import FirstCalls
+from .flat import make_whole_
 from .hub import Hub, described_optimizer
 from .modeling_oto import OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
-from .ranks import DEEPSPEED, FSDP1, of_rank_zero, refuse_sharding
+from .ranks import FSDP1, MEGATRON, of_rank_zero, refuse_sharding
 from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
 from .sharded import BeforeSharding
 from .shrinking import Shrinking
+from .undivided import Undivided
 from .uniform import Tie, find_ties
+from .zero import ZeroDHSPG, models_stay_whole, refuse_config
 from .zigs import ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
     Under FSDP2 it stays sharded, and no rank ever holds all of it; `save_model` writes it whole, weight by weight.
+    Under DeepSpeed it is the model passed in, plain, whole on every rank, and in the dtype that it had.
 
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
@@ -117,6 +122,9 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if self.model_init is not None:
             self.partition = self._ties = None
             self._forwards = []
+            self.is_deepspeed_enabled = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.is_deepspeed_enabled and isinstance(self.optimizer, AcceleratedOptimizer):
+            raise OTOError("DeepSpeed's engine is left from a training that was interrupted: make a new trainer")
         was_cut = self._dhspg() is not None and self._has_shrunk  # as the model of a checkpoint, before a failure
         if was_cut or isinstance(self.optimizer, AcceleratedOptimizer):
             self._forget_earlier_training()
@@ -171,7 +179,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if not isinstance(base, torch.optim.Optimizer):
             raise OTOError(f"{type(base).__name__} is no torch optimizer, which makes the steps: use one that is")
         take_off_autocast_(model)  # an evaluation may have put it on; training puts it on again
-        with random_states_kept(model):  # training goes on with the numbers it would have drawn
+        if self.is_deepspeed_enabled:
+            model.to(self.args.device)  # where the first batch will be; DeepSpeed would move the model a moment later
+        plugin = self.accelerator.state.deepspeed_plugin
+        whole = contextlib.nullcontext() if plugin is None else models_stay_whole(plugin.hf_ds_config)
+        with whole, random_states_kept(model):  # training goes on with the numbers it would have drawn
             self._analyse(model)
             self.optimizer = self._dhspg_around(base, model)
             self._begin_whole(model)
@@ -201,8 +213,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             self._rehearsed = self.partition
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
-        if self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in model.parameters()):
-            self._before_sharding = BeforeSharding(model)
+        if self._is_divided and not any(isinstance(p, DTensor) for p in model.parameters()):
+            if self.is_fsdp_enabled:
+                self._before_sharding = BeforeSharding(model)
+            else:
+                self._undivided = Undivided(model)
             # only with gloo a barrier says which rank is missing
             self._meeting = torch.distributed.new_group(backend="gloo")
 
@@ -212,7 +227,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         targets = {name: self._setting(name) for name in TARGETS if self._setting(name) is not None}
         if self._setting("pruning_mode") == "paper":
             return PaperDHSPG(model, self.partition, **common, **targets)
-        return DHSPG(
+        cls = ZeroDHSPG if self.is_deepspeed_enabled else DHSPG
+        return cls(
             model,
             self.partition,
             window=self._setting("pruning_window"),
@@ -266,7 +282,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             super().save_model(output_dir, *args, **kwargs)
         if self.report is None:
             self._save_cuts(folder)
-        if self.report is not None or not self.is_fsdp_enabled:
+        if self.report is not None or not self._is_divided:
             self._last_saved = self.state.global_step, folder
         if self.report is not None:
             self._save_figures(folder)
@@ -283,8 +299,15 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
 
     def _refuse_launcher(self) -> None:
         """Raises where `accelerate launch` or the model, rather than the arguments, ask for what can't be done."""
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise OTOError(DEEPSPEED)
+        if self.accelerator.distributed_type == DistributedType.MEGATRON_LM:
+            raise OTOError(MEGATRON)
+        if self.is_deepspeed_enabled:
+            refuse_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
+            if self._setting("pruning_mode") == "paper":
+                raise OTOError(
+                    "under DeepSpeed there is no pruning_mode='paper': use the default, or train with FSDP2"
+                )
+            make_whole_(self.model)  # from_pretrained divides models where there are arguments for ZeRO-3 already
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise OTOError(FSDP1)
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
@@ -300,6 +323,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
+        if self.is_deepspeed_enabled and not isinstance(optimizer, torch.optim.Optimizer | None):
+            optimizer = optimizer.optimizer  # DeepSpeed's own is around the one it was given
         return optimizer if isinstance(optimizer, DHSPG) else None
 
 

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from .calls import Forward
-from .certificate import Certificate, certify, largest_difference, own_outputs, zeroed
+from .certificate import Certificate, certify, own_outputs, zeroed
 from .compaction import Compaction
 from .cut import Cut, TrialCut
+from .differences import largest_difference
 from .ranks import of_rank_zero
 from .report import measure, size
 from .uniform import Tie, plain

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,22 +48,33 @@ def dead_zigs(axes: Sequence[PrunableAxis], slices: Sequence[Slice], params: Map
         slices: what ZIGs are made of, and what reads them and trains.
         params: parameter name -> parameter, unsharded or as a DTensor.
     """
-    is_silent_axis = []  # whether zeros of an axis, once they are in its weights, get no gradient
-    for axis in axes:
-        consumers = [member for member in axis.members if member.role == "consumer"]
-        all_train = all(member.param in params for member in consumers)
-        is_silent_axis.append(axis.zero_path and bool(consumers) and all_train)
-    num_zigs = sum(axis.size for axis in axes)
+    possible = can_be_dead(axes, params)
+    num_zigs = len(possible)
     params_of_slices = {s.param: params[s.param] for s in slices}
-    if not any(is_silent_axis) or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
+    if not possible.any() or any(p.is_meta for p in params_of_slices.values()):  # shapes alone have no values
         return torch.zeros(num_zigs, dtype=torch.uint8, device="cpu")
     nonzero = (Part(s, None, p != 0) for s, p in on_this_rank(slices, params))
     (num_nonzero,) = sum_over_zigs([nonzero], params_of_slices, num_zigs)  # (num_zigs,)
-    can_be_dead = np.repeat(is_silent_axis, [axis.size for axis in axes])  # (num_zigs,)
-    dead = torch.from_numpy(can_be_dead) & (num_nonzero == 0)
+    dead = possible & (num_nonzero == 0)
     if dead.any():
         logger.info("%d ZIGs are zero already, for good: they count for the target", int(dead.sum()))
     return dead.to(torch.uint8)
+
+
+def can_be_dead(axes: Sequence[PrunableAxis], trained: Container[str]) -> Tensor:
+    """The ZIGs that get no gradient once they are zero with all that reads them, bool (num_zigs,), on the CPU.
+
+    Args:
+        axes: all axes, whose ZIGs are numbered in this order.
+        trained: the names of the parameters that train.
+    """
+    is_silent_axis = []
+    for axis in axes:
+        consumers = [member for member in axis.members if member.role == "consumer"]
+        all_train = all(member.param in trained for member in consumers)
+        is_silent_axis.append(axis.zero_path and bool(consumers) and all_train)
+    possible = np.repeat(np.array(is_silent_axis, bool), [axis.size for axis in axes])  # (num_zigs,)
+    return torch.from_numpy(possible)
 
 
 class HeldZeros:

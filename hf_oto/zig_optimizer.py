@@ -257,8 +257,7 @@ class ZIGOptimizer(AroundOptimizer):
             p = params[slice_.param]
             local_p = local(p)
             local_p.index_fill_(slice_.dim, index, 0)
-            state = self.state[p] if p in self.state else {}  # reading a defaultdict would add p to it
-            for value in state.values():
+            for value in self.state_of(p).values():
                 if _can_be_zeroed(value, local_p):
                     local(value).index_fill_(slice_.dim, index, 0)
         zero = self.made_zero | zigs

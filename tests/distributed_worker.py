@@ -58,7 +58,8 @@ PARTITION = ZIGPartition((_axis("a", 7, 3, "b.weight"), _axis("b", 9, 1, "c.weig
 
 
 def net(kind=""):
-    """With "alike" the ZIGs of b differ by rounding only, with "tied" every salience is exactly 0."""
+    """With "alike" the ZIGs of b differ by rounding only, with "tied" every salience is exactly 0, with "dead" the
+    second unit of b, and what reads it, is zero."""
     torch.manual_seed(0)
     model = Net()
     with torch.no_grad():
@@ -68,6 +69,9 @@ def net(kind=""):
             model.b.bias[:] = 0.1
         elif kind == "tied":
             model.b.bias[:] = -100.0
+        elif kind == "dead":
+            for p, dim in ((model.b.weight, 0), (model.b.bias, 0), (model.c.weight, 1), (model.d.weight, 1)):
+                p.select(dim, 1).zero_()
     return model
 
 

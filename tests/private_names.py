@@ -2,13 +2,14 @@
 
 A private name may go in any release. test_private_names.py looks for each of these in the installed ones, and in
 hf_oto for names that are not here. All of them were found in torch 2.13.0, in transformers 5.20.0, 5.23.0 and 5.24.0,
-and in accelerate 1.10.0 and 1.15.0: a release that lacks one is to be compared with these.
+in accelerate 1.10.0 and 1.15.0, and in deepspeed 0.19.8: a release that lacks one is to be compared with these.
 """
 
 import functools
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
@@ -28,13 +29,18 @@ def is_named_in_its_code(owner, name):
     return name in inspect.getsource(owner)
 
 
+def is_named_in_its_file(file, name):
+    """The same where importing the file would do much: DeepSpeed looks for accelerators and compilers."""
+    return name in file.read_text()
+
+
 class PrivateName(NamedTuple):
     """A private name of another library.
 
     `name` may be written with the parameters that hf_oto gives, or takes and hands on: they are the first ones then.
     """
 
-    owner: Any  # a module, a class, or an object that has it
+    owner: Any  # a module, a class, an object that has it, or a file; None: of a library that isn't installed
     name: str
     need: str
     works: Callable[[Any, str], bool] = is_there
@@ -93,6 +99,8 @@ def writes_weights_flat(rnn, name):
     return rnn._flat_weights is not before
 
 
+DEEPSPEED = importlib.util.find_spec("deepspeed")
+OF_ZERO = DEEPSPEED and Path(DEEPSPEED.origin).with_name("utils") / "mixed_precision_linkage.py"
 LINEAR, NORM, TENSOR = nn.Linear(1, 1), nn.BatchNorm1d(1), torch.zeros(1)
 OPTIMIZER = torch.optim.SGD([nn.Parameter(TENSOR.clone())])
 ADD = torch.ops.aten.add.Tensor
@@ -181,8 +189,14 @@ OF_ACCELERATE = [
     PrivateName(accelerate.Accelerator, "_is_accelerate_prepared", "a model is prepared again", is_named_in_its_code),
 ]
 
+OF_DEEPSPEED = [
+    PrivateName(
+        OF_ZERO, "_hp_mapping", "where a parameter lies in the flat weights of ZeRO-1 and 2", is_named_in_its_file
+    ),
+]
+
 OF_PYTHON = [
     PrivateName(functools, "_lru_cache_wrapper", "the type of a cached function, which is kept and emptied"),
 ]
 
-PRIVATE_NAMES = [*OF_TORCH, *OF_TRANSFORMERS, *OF_ACCELERATE, *OF_PYTHON]
+PRIVATE_NAMES = [*OF_TORCH, *OF_TRANSFORMERS, *OF_ACCELERATE, *OF_DEEPSPEED, *OF_PYTHON]

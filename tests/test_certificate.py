@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 import hf_oto.certificate
 from hf_oto import PruningPlan, ZIGPartition, check_zero_invariance, partition_zigs
-from hf_oto.certificate import TOLERANCE, certify, cut_difference, largest_difference
+from hf_oto.certificate import TOLERANCE, certify, cut_difference
 from hf_oto.cut import cut_, resolve
+from hf_oto.differences import largest_difference
 
 # what is judged, by whatever name it goes
 

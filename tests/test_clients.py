@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -488,10 +489,10 @@ def test_any_order_of_the_constructor(tmp_path):
     trainer.train()
     holds(trainer, dense, tmp_path / "compact")
     sharded = settings(tmp_path)
-    sharded.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(OTOError, match="DeepSpeed is not supported"):  # before the trainer does anything
+    sharded.deepspeed, sharded.hf_deepspeed_config = True, SimpleNamespace(config={"optimizer": {}})
+    with pytest.raises(OTOError, match="remove the section `optimizer`"):  # before the trainer does anything
         cls(labelled(), sharded, network=bert())
-    with pytest.raises(OTOError, match="DeepSpeed is not supported"):
+    with pytest.raises(OTOError, match="remove the section `optimizer`"):
         cls(data=labelled(), network=bert(), how=sharded)
 
 

@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from hf_oto import DHSPG, OTOTrainer, PruningPlan, certificate, check_zero_invariance, compact, partition_zigs
 from hf_oto.calls import as_forwards
-from hf_oto.certificate import certify, largest_difference, own_outputs, zeroed
+from hf_oto.certificate import certify, own_outputs, zeroed
 from hf_oto.compaction import Compaction
 from hf_oto.cut import Scale
+from hf_oto.differences import largest_difference
 from hf_oto.evaluating import random_states_kept
 
 ON_CPU = bool(os.environ.get("HF_OTO_CUDA_TESTS_ON_CPU"))

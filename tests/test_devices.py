@@ -32,9 +32,10 @@ from hf_oto import (
 from hf_oto import cut as cut_module
 from hf_oto import paper as paper_module
 from hf_oto.calls import Forward, at_home
-from hf_oto.certificate import certify, largest_difference, own_outputs, zeroed
+from hf_oto.certificate import certify, own_outputs, zeroed
 from hf_oto.compaction import Compaction
 from hf_oto.cut_state import why_uncuttable
+from hf_oto.differences import largest_difference
 from hf_oto.evaluating import random_states_kept
 from hf_oto.paper import PaperDHSPG, Penalty
 from hf_oto.zigs import OTOError

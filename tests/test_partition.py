@@ -25,9 +25,10 @@ import hf_oto
 import hf_oto.partition
 import hf_oto.rules
 from hf_oto import DHSPG, PruningPlan, check_zero_invariance, compact, partition_zigs
-from hf_oto.calls import Forward, make_inputs
-from hf_oto.certificate import largest_difference
+from hf_oto.batches import make_inputs
+from hf_oto.calls import Forward
 from hf_oto.cut import resolve
+from hf_oto.differences import largest_difference
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import macs
 

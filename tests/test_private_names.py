@@ -88,11 +88,15 @@ def names_of_others(sources):
 
 @pytest.mark.parametrize("row", PRIVATE_NAMES, ids=str)
 def test_a_private_name_is_there(row):
+    if row.owner is None:
+        pytest.skip("its library is not installed")
     assert row.holds, f"{row} is gone, or has changed: {row.need}"
 
 
 @pytest.mark.parametrize("row", PRIVATE_NAMES, ids=str)
 def test_a_name_that_is_gone_is_noticed(row):
+    if row.owner is None:
+        pytest.skip("its library is not installed")
     assert not row._replace(name="_made_up").holds
 
 

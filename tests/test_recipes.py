@@ -169,7 +169,8 @@ def test_the_metric_is_the_share_of_right_answers():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "processes"), [("one", "NO", 1), ("ddp", "MULTI_GPU", 2), ("fsdp2", "FSDP", 2)]
+    ("name", "kind", "processes"),
+    [("one", "NO", 1), ("ddp", "MULTI_GPU", 2), ("fsdp2", "FSDP", 2), ("zero", "DEEPSPEED", 2)],
 )
 def test_accelerate_reads_its_files(name, kind, processes, tmp_path):
     path = RECIPES / "accelerate" / f"{name}.yaml"

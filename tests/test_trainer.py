@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -418,8 +419,8 @@ def test_a_batch_the_model_cannot_take(tmp_path):
 
 def test_sharded_training_is_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
-    args.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(OTOError, match=r"DeepSpeed is not supported.*DDP"):
+    args.deepspeed, args.hf_deepspeed_config = True, SimpleNamespace(config={"zero_optimization": {"stage": 0}})
+    with pytest.raises(OTOError, match=r"ZeRO stage 0 is not supported.*DDP"):
         OTOTrainer(bert(), args)
     args = arguments(tmp_path)
     args.fsdp, args.fsdp_config = True, {"version": 1}
@@ -427,8 +428,8 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
         OTOTrainer(bert(), args)
     with monkeypatch.context() as patch:  # what `accelerate launch` asked for, the arguments don't know of
         args = arguments(tmp_path)
-        patch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-        with pytest.raises(OTOError, match=r"DeepSpeed is not supported.*FSDP2"):
+        patch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.MEGATRON_LM)
+        with pytest.raises(OTOError, match=r"Megatron-LM is not supported.*FSDP2"):
             OTOTrainer(bert(), args)
         patch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.FSDP)
         plugin = FullyShardedDataParallelPlugin(fsdp_version=1)

@@ -1,0 +1,287 @@
+"""Flat weights: what ZeRO leaves each rank of the parameters, seen as boxes, which are tensors again.
+
+ZeRO writes the weights of a parameter group one behind the other and gives every rank a run of these numbers (ZeRO-1
+and 2), or gives every rank a run of each parameter (ZeRO-3). A run is a few boxes. Each box is a view of the flat
+float32 weights, with the ZIGs of its own positions, so that slices.py, salience.py and zeros.py treat boxes as they
+treat parameters. zero.py makes the steps.
+
+Worked example: a weight of 3 rows and 5 columns, and two ranks. The 15 numbers are padded to 16, and each rank has 8.
+Rank 0 has the numbers 0 to 7: row 0 as a box of (1, 5), and the first three columns of row 1 as a box of (1, 3). Rank
+1 has the numbers 8 to 14: the other two columns of row 1 as a box of (1, 2), and row 2 as a box of (1, 5). For the
+ZIGs of the columns the box of (1, 3) has the owners 0 1 2, and the box of (1, 2) has the owners 3 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .modeling_oto import OTOError
+from .restore import contents, replace_tensors_
+from .slices import Slice
+from .trace import persistent_buffers
+from .zeros import HeldZeros
+
+
+class Fragment(NamedTuple):
+    """What this rank has of a parameter: a run of its elements, in one of the flat tensors."""
+
+    param: str
+    start: int  # the first element, of the parameter written row by row
+    flat: int  # the number of the flat tensor
+    place: int  # where the run begins in the flat tensor
+    values: Tensor  # the run as the model has it, perhaps in 16 bits, (n,)
+
+
+class Box(NamedTuple):
+    """A part of a parameter that is a tensor again."""
+
+    first: tuple[int, ...]  # its first position in every dimension of the parameter
+    shape: tuple[int, ...]
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Splits the elements from `start` to `stop` of a tensor, written row by row, into boxes, in their order.
+
+    Example:
+        >>> boxes((3, 5), 0, 8)
+        [Box(first=(0, 0), shape=(1, 5)), Box(first=(1, 0), shape=(1, 3))]
+    """
+    if start >= stop:
+        return []
+    if not shape:  # a single number
+        return [Box((), ())]
+    inner_shape = tuple(shape[1:])
+    row_size = math.prod(inner_shape)
+    whole_from = -(-start // row_size)  # the first row that is whole
+    whole_to = stop // row_size  # the row behind the last one that is whole
+    if whole_from > whole_to:
+        return _boxes_of_row(inner_shape, whole_to, start, stop)
+    found = _boxes_of_row(inner_shape, whole_from - 1, start, whole_from * row_size)
+    if whole_from < whole_to:
+        no_offset = (0,) * len(inner_shape)
+        found.append(Box((whole_from, *no_offset), (whole_to - whole_from, *inner_shape)))
+    found += _boxes_of_row(inner_shape, whole_to, whole_to * row_size, stop)
+    return found
+
+
+def _boxes_of_row(inner_shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
+    """Boxes of elements that all lie in one row."""
+    begin = row * math.prod(inner_shape)
+    found = boxes(inner_shape, start - begin, stop - begin)
+    return [Box((row, *box.first), (1, *box.shape)) for box in found]
+
+
+class Flat:
+    """A flat tensor of weights, and the boxes in it.
+
+    Attributes:
+        weights: the flat tensor, which the base optimizer steps.
+        boxes: views of it by name: "layer.weight#1" is the second box of layer.weight on this rank.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._address = weights.data_ptr()
+        self.boxes: dict[str, Tensor] = {}
+        self._places: dict[str, int] = {}  # where each box begins
+
+    def add(self, name: str, place: int, shape: tuple[int, ...]) -> None:
+        """Takes a box."""
+        self._places[name] = place
+        self.boxes[name] = self.weights.detach().narrow(0, place, math.prod(shape)).view(shape)
+
+    def part(self, tensor: Tensor, name: str) -> Tensor:
+        """The part of a tensor of the flat one's shape that belongs to a box."""
+        box = self.boxes[name]
+        return tensor.narrow(0, self._places[name], box.numel()).view(box.shape)
+
+    def show_gradients(self) -> None:
+        """Gives every box its part of the gradient that the flat tensor has now."""
+        gradient = self.weights.grad
+        for name, box in self.boxes.items():
+            box.grad = None if gradient is None else self.part(gradient, name)
+
+    def hide_gradients(self) -> None:
+        """Lets go of the gradients."""
+        for box in self.boxes.values():
+            box.grad = None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the flat tensor lies elsewhere now, so that the boxes are views of nothing."""
+        return self.weights.data_ptr() != self._address
+
+
+def flat_weights(zero: Any) -> list[Tensor]:
+    """The flat tensors of this rank, in the order in which they are stepped.
+
+    Args:
+        zero: the optimizer that DeepSpeed has put around ours.
+    """
+    if _is_stage_3(zero):
+        return list(zero.fp32_partitioned_groups_flat)
+    return [weights for group in zero.optimizer.param_groups for weights in group["params"]]
+
+
+def _is_stage_3(zero: Any) -> bool:
+    return type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3"
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also while ZeRO-3 keeps it empty."""
+    return tuple(vars(p).get("ds_shape", p.shape))
+
+
+def fragments(zero: Any, params: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
+    """What ZeRO leaves this rank of every parameter of a model; frozen parameters are not in the flat tensors.
+
+    Args:
+        zero: the optimizer that DeepSpeed has put around ours.
+        params: the parameters by name.
+    """
+    for name, p in params.items():
+        if not p.requires_grad:
+            continue
+        if _is_stage_3(zero):
+            flat, place, run = zero.grad_position[zero.get_param_id(p)]
+            start = run * dist.get_rank(zero.dp_process_group)
+            size = min(run, math.prod(shape_of(p)) - start)  # the last runs are padded, or all padding
+            if size > 0:
+                yield Fragment(name, start, flat, place, p.ds_tensor.detach().narrow(0, 0, size))
+            continue
+        mapping = vars(p).get("_hp_mapping")
+        if mapping is not None:  # else all of it is on other ranks
+            address = mapping.lp_fragment_address
+            values = p.detach().flatten().narrow(0, address.start, address.numel)
+            place = mapping.hp_fragment_address.start
+            yield Fragment(name, address.start, mapping.param_group_index, place, values)
+
+
+def boxes_of_rank(flats: Sequence[Flat], zero: Any, params: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Box]]:
+    """Finds all boxes of this rank, and puts each one into its flat tensor.
+
+    Returns:
+        parameter -> name of a box -> box.
+
+    Raises:
+        OTOError: the flat weights are not those of the model.
+    """
+    found: dict[str, dict[str, Box]] = {}
+    for fragment in fragments(zero, params):
+        flat = flats[fragment.flat]
+        _refuse_other_layout(fragment, flat.weights)
+        place = fragment.place
+        stop = fragment.start + len(fragment.values)
+        for number, box in enumerate(boxes(shape_of(params[fragment.param]), fragment.start, stop)):
+            name = f"{fragment.param}#{number}"
+            found.setdefault(fragment.param, {})[name] = box
+            flat.add(name, place, box.shape)
+            place += math.prod(box.shape)
+    return found
+
+
+def _refuse_other_layout(fragment: Fragment, flat: Tensor) -> None:
+    """Raises where the flat weights are not the model's, as they are when the layout of ZeRO isn't understood."""
+    values = fragment.values
+    master = flat.detach().narrow(0, fragment.place, len(values))
+    if not torch.equal(master.to(values.dtype), values):
+        raise OTOError(
+            f"ZeRO's flat weights are not those of {fragment.param}: another release of DeepSpeed may order them "
+            "otherwise (0.19 is known), or the model was changed after deepspeed.initialize"
+        )
+
+
+def refuse_gaps(
+    boxes_of: Mapping[str, Mapping[str, Box]], params: Mapping[str, Tensor], ranks: dist.ProcessGroup
+) -> None:
+    """Raises where all ranks together don't have every weight exactly once.
+
+    Args:
+        boxes_of: parameter -> name of a box -> box, of this rank.
+        params: the parameters that train, by name.
+        ranks: the ranks that share them.
+    """
+    sizes = [math.prod(box.shape) for boxes_of_param in boxes_of.values() for box in boxes_of_param.values()]
+    device = next(iter(params.values())).device
+    num_here = torch.tensor(sum(sizes), dtype=torch.int64, device=device)
+    dist.all_reduce(num_here, group=ranks)
+    num_weights = sum(math.prod(shape_of(p)) for p in params.values())
+    if int(num_here) != num_weights:
+        raise OTOError(
+            f"ZeRO's flat tensors have {int(num_here):,} weights of the model's {num_weights:,}: another release of "
+            "DeepSpeed may divide them otherwise (0.19 is known)"
+        )
+
+
+def slices_of_boxes(slices: Iterable[Slice], boxes_of: Mapping[str, Mapping[str, Box]]) -> list[Slice]:
+    """Slices of whole parameters as slices of the boxes that this rank has of them.
+
+    Args:
+        boxes_of: parameter -> name of a box -> box.
+    """
+    known: dict[bytes, Tensor] = {}  # equal owners are one tensor, as in `slices_of`
+    found = []
+    for s in slices:
+        for name, box in boxes_of.get(s.param, {}).items():
+            first, size = box.first[s.dim], box.shape[s.dim]
+            owner = s.owner[first : first + size]
+            found.append(Slice(name, s.dim, known.setdefault(owner.numpy().tobytes(), owner)))
+    return found
+
+
+class Section:
+    """Those flat tensors that are stepped together, and the slices of their boxes."""
+
+    def __init__(
+        self, flats: Sequence[Flat], group: Iterable[Slice], readers: Iterable[Slice], restless: set[tuple[str, int]]
+    ) -> None:
+        self.flats = flats
+        self.params = {name: box for flat in flats for name, box in flat.boxes.items()}
+        self.group = tuple(s for s in group if s.param in self.params)
+        self.readers = tuple(s for s in readers if s.param in self.params)
+        moving = [(s.param, s.dim) for s in self.group if (_param_of(s.param), s.dim) in restless]
+        self.held = HeldZeros(self.group, moving)
+
+
+def _param_of(box: str) -> str:
+    """The name of the parameter that a box is a part of."""
+    return box.rpartition("#")[0]
+
+
+def master_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model that DeepSpeed trains, whole, on the CPU of every rank, in float32 where they train."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = {}
+    for name, p in model.named_parameters():
+        master = safe_get_full_fp32_param(p) if p.requires_grad else None
+        whole[name] = _gathered(p) if master is None else master.detach().to("cpu", copy=True)
+    for name, buffer in persistent_buffers(model).items():
+        whole[name] = buffer.detach().to("cpu", copy=True)
+    return whole
+
+
+def make_whole_(model: nn.Module) -> None:
+    """Makes a model whole that ZeRO-3 has divided while it was made: every rank gets all weights, on the CPU.
+
+    The model has new parameters then, and `deepspeed.initialize` divides them again.
+    """
+    new = {}  # id of a divided parameter -> the whole one
+    for p in model.parameters():
+        if "ds_id" in vars(p):
+            new[id(p)] = nn.Parameter(_gathered(p), p.requires_grad)
+    replace_tensors_(contents(model), new)
+
+
+def _gathered(p: Tensor) -> Tensor:
+    """A copy of a parameter on the CPU, whole where ZeRO-3 has divided it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([p], enabled="ds_id" in vars(p)):
+        return p.detach().to("cpu", copy=True)
