@@ -161,6 +161,7 @@ class Ending:
         trained = self._take_trained()
         state = self.state
         last = (self.args.load_best_model_at_end and state.best_global_step) or state.global_step  # of these weights
+        training_macs = self._training_macs()
         metrics = {k: v for logs in state.log_history if logs["step"] == last for k, v in scores(logs).items()}
         # before rank 0 waits for any other
         self._saved_in = self._save_trained() if self._is_of_shards else of_rank_zero(self._save_trained)
@@ -187,6 +188,7 @@ class Ending:
             group_sparsity=float(self._cut.removed.sum() / max(1, self.partition.num_zigs)),
             max_output_difference=max(certificate.cut for certificate in self._certificates),
             max_output_difference_in_own_dtype=max(certificate.rounding for certificate in self._certificates),
+            training_macs=training_macs,
             pruning=[events[0], events[-1] if len(events) > 1 else state.global_step] if events else [],
             metrics={"zeroed": metrics, "compact": {}},
         )

@@ -67,6 +67,8 @@ class Shrinking:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._compaction: Compaction | None = None  # what has been cut out of the model
         self._certificates: list[Certificate] = []  # of the cuts so far
+        # (step, fraction of the dense model's MACs that every later step takes), for each cut during training
+        self._macs_since: list[tuple[int, float]] = []
         self._fingerprint = ""  # of the axes that the optimizer prunes
         self._mask_seen: torch.Tensor | None = None  # the optimizer's mask of zeros when it was last looked at
         self._stays_whole_because: str | None = None  # why nothing more is cut before the end; None: cuts go on
@@ -78,6 +80,7 @@ class Shrinking:
         self._compaction = Compaction(model, self.partition)
         self._fingerprint = self._dhspg().fingerprint
         self._certificates = []
+        self._macs_since = []
         self._mask_seen = None
         self._stays_whole_because = None
 
@@ -118,6 +121,7 @@ class Shrinking:
             return
         self._certificates.append(certificate)
         self._cut_(model, cut)
+        self._macs_since.append((self.state.global_step, self._macs_left()))
         self._tell_callbacks(model, cut)
 
     def _plan_for_now(self, optimizer: DHSPG) -> PruningPlan:
@@ -143,6 +147,24 @@ class Shrinking:
         saved = work.left(num_gone_before) - work.left(num_gone_after)
         dense = work.left(np.zeros_like(num_gone_before))
         return saved >= WORTH_IT * dense
+
+    def _macs_left(self) -> float:
+        """The fraction of the dense model's MACs that a forward takes now; 1 where they are not known."""
+        work = self._works.get("macs")
+        if work is None:
+            return 1.0
+        num_gone = self._num_gone(self._compaction.gone)  # (axes,)
+        dense = work.left(np.zeros_like(num_gone))
+        return work.left(num_gone) / (dense or 1)
+
+    def _training_macs(self) -> float:
+        """The MACs of the run, as a fraction of those that the dense model would have taken."""
+        last = self.state.global_step
+        steps = [step for step, _ in self._macs_since] + [last]
+        total = float(steps[0])  # until the first cut every step takes all
+        for (_, left), begin, end in zip(self._macs_since, steps, steps[1:], strict=False):
+            total += (end - begin) * left
+        return total / max(1, last)
 
     def _num_gone(self, gone: np.ndarray) -> np.ndarray:
         """The number of ZIGs of every axis that are gone, (axes,).
@@ -241,6 +263,7 @@ class Shrinking:
         saved = {
             "partition": self._fingerprint,
             "plan": dict(plan.kept),
+            "macs_since": self._macs_since,
             "certificates": [list(certificate) for certificate in self._certificates],
         }
         file.write_text(json.dumps(saved))
@@ -269,6 +292,7 @@ class Shrinking:
         cut = self._compaction.resolve(plan, warn=False)
         self._cut_(model, cut)
         self._certificates = [Certificate(*values) for values in saved["certificates"]]
+        self._macs_since = [(step, left) for step, left in saved["macs_since"]]
 
 
 def _keeps_tensors(callback: Any, model: nn.Module) -> bool:

@@ -74,7 +74,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         plan: what was kept (`PruningPlan`), or None before the end of `train()`.
         report: dict with "before" and "after" (see `measure`), "group_sparsity" (of the ZIGs that were cut out),
             "max_output_difference_in_own_dtype" and, computed in double, "max_output_difference" (relative,
-            of zeroed full and compact model on a real batch), "pruning" (its first and last step) and "metrics" (of
+            of zeroed full and compact model on a real batch), "training_macs" (those of the run, as a fraction of what
+            the dense model would have taken in the same steps), "pruning" (its first and last step) and "metrics" (of
             the last evaluation of the full model, if its weights were those that were cut, "zeroed", and of the first
             one after, "compact"), or None. It prints as a table.
     """

@@ -19,7 +19,7 @@ from models import TABLE, make
 from test_wide import LOW, InDouble, apart, converted, run
 from transformers import PreTrainedModel
 
-import hf_oto.certificate
+import hf_oto.differences
 from hf_oto import PruningPlan, ZIGPartition, check_zero_invariance, partition_zigs
 from hf_oto.certificate import TOLERANCE, certify, cut_difference
 from hf_oto.cut import cut_, resolve
@@ -386,7 +386,7 @@ def test_large_outputs_are_compared_in_pieces(monkeypatch):
     whole = largest_difference([x, x[0, 0]], [y, x[0, 0]])
     assert 0.05 < whole < 0.5  # of the spread, not of the offset
     for piece in (1, 2, 5, 76, 77):
-        monkeypatch.setattr(hf_oto.certificate, "PIECE", piece)
+        monkeypatch.setattr(hf_oto.differences, "PIECE", piece)
         assert largest_difference([x, x[0, 0]], [y, x[0, 0]]) == pytest.approx(whole)
         assert largest_difference([x], [x]) == 0
     y[6, 10] = 1.0

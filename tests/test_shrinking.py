@@ -260,6 +260,10 @@ def test_each_cut_saves_operations(tmp_path, name):
         before, after = small.flops[step - 1 : step + 1]
         assert (after < before) == (step in small.steps.cuts) and after <= before
     assert small.flops[-1] < 0.75 * small.flops[0]
+    fraction = sum(small.flops) / (len(small.flops) * small.flops[0])
+    assert small.report["training_macs"] == pytest.approx(fraction, abs=0.03) and fraction < 0.9
+    assert f"training took {100 * small.report['training_macs']:.0f} % of the MACs" in str(small.report)
+    assert whole.report["training_macs"] == 1 and "training took" not in str(whole.report)
     assert len({*whole.flops}) == 1 and whole.flops[0] == small.flops[0]  # control
 
 
