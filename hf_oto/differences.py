@@ -29,27 +29,30 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
         >>> largest_difference([torch.tensor([10.0, 14.0])], [torch.tensor([10.0, 14.5])])  # spread 2 around 12
         0.25
     """
-    first = [_as_dense(x) for x in first]
-    second = [_as_dense(x) for x in second]
-    if [x.shape for x in first] != [x.shape for x in second]:
+    shapes = [x.shape for x in first]
+    if [y.shape for y in second] != shapes:
         return math.inf
-    sizes, other_sizes = ([x for x in outputs if not has_numbers(x)] for outputs in (first, second))
-    if not all(map(torch.equal, sizes, other_sizes)):
-        return math.inf
-    first, second = ([x for x in outputs if has_numbers(x)] for outputs in (first, second))
+    outputs = []
     differences = []
     for x, y in zip(first, second, strict=True):
+        if not has_numbers(x):
+            if not torch.equal(x, y):
+                return math.inf
+            continue
+        x = _as_dense(x)
+        y = _as_dense(y)
         difference = _difference(x, y)
         if difference == math.inf:
             return math.inf
+        outputs.append(x)
         differences.append(difference)
-    spreads = [_spread(x) for x in first]
+    spreads = [_spread(x) for x in outputs]
     known = [spread for spread in spreads if spread is not None]
     if not known:
         return math.nan
     largest_spread = max(known)
     relative = []
-    for x, spread, difference in zip(first, spreads, differences, strict=True):
+    for x, spread, difference in zip(outputs, spreads, differences, strict=True):
         reference = spread if x.dim() else largest_spread
         reference = max(reference or 0.0, 1e-3)  # outputs that are zero, but for rounding, have no spread either
         relative.append(difference / reference)
@@ -57,6 +60,7 @@ def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Ten
 
 
 def has_numbers(x: torch.Tensor) -> bool:
+    """Whether a tensor is to be compared as numbers, and not as sizes."""
     return x.is_floating_point() or x.is_complex()
 
 
