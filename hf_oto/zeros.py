@@ -113,6 +113,10 @@ class HeldZeros:
             indices |= {id(rows.index): rows.index, id(rows.positions): rows.positions}
         return sum(index.nbytes for index in indices.values())
 
+    def is_idle(self, zero: Tensor) -> bool:
+        """Whether this rank holds nothing that a mask says is zero, which was seen when it was last asked."""
+        return self._mask is zero and not self._rows
+
     def _zero_rows(self, zero: Tensor, params: Tensors) -> list[ZeroRows]:
         """All zero positions, which are found once for each mask."""
         # a freeze, and loading a state, put another tensor in the place of the mask

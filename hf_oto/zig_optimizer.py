@@ -177,8 +177,9 @@ class ZIGOptimizer(AroundOptimizer):
         """Prunes after step `now` of the base optimizer, counted from 1. A subclass says how."""
 
     def _hold_zeros(self, now: int) -> None:
-        params = self.parameters_by_name()
-        self.held.hold_(self._own["zero"], params, now)
+        if not self.held.is_idle(self._own["zero"]):
+            params = self.parameters_by_name()
+            self.held.hold_(self._own["zero"], params, now)
 
     def _watched(self, closure: Closure, now: int) -> Closure:
         """A closure that calls `_before_step` once, after its first call.
