@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .modeling_oto import OTOError
 
+OF_SCHEDULERS = {"initial_lr"}  # entries of groups that are no settings of an optimizer
+
 
 class AroundOptimizer(torch.optim.Optimizer):
     """An optimizer that has no groups and no state of its own.
@@ -119,7 +121,20 @@ class AroundOptimizer(torch.optim.Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The base optimizer's."""
+        """The base optimizer's.
+
+        Raises:
+            OTOError: the state is of another kind of optimizer, which torch would find out in the next step only.
+        """
+        saved = state_dict["param_groups"][0].keys()
+        lacking = self.defaults.keys() - saved
+        foreign = saved - self.param_groups[0].keys() - OF_SCHEDULERS
+        # other releases of torch may know one setting more or less, but not both
+        if lacking and foreign:
+            raise OTOError(
+                f"this optimizer state is not of {type(self.base).__name__}: it has {min(foreign)!r} and no "
+                f"{min(lacking)!r}. Go on with the kind of optimizer (`optim`) that the run began with"
+            )
         self.base.load_state_dict(state_dict)
 
     # The hooks of states, too, have to see the base: it is the one that makes and loads them.

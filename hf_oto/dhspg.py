@@ -189,11 +189,11 @@ class DHSPG(ZIGOptimizer):
         _refuse_other_cuts(saved, own)
         run = own["run"]
         if saved["run"] != run:
-            zero = torch.as_tensor(saved["zero"]).cpu() > 0
+            zero = torch.stack([saved["zero"], saved["redundant"]]).cpu().amax(0) > 0  # the latter will be zero, too
             left = self._left(zero.numpy())
             _refuse_what_cannot_go_on(saved, run, left, self.budget, self.schedule)
             logger.warning("the run goes on with another plan: %s; so far: %s", run, saved["run"])
-        self.base.load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
         self._own["run"] = run
 
     def __repr__(self) -> str:
@@ -379,7 +379,7 @@ def _trained_axes(partition: ZIGPartition, params: Mapping[str, Tensor], target:
             ", ".join(first_names),
         )
     if not axes and not _asks_for_nothing(target):
-        raise ValueError("no prunable ZIG is trained: all are frozen, pinned, or not in the optimizer")
+        raise ValueError("no prunable ZIG is trained: all are frozen (unfreeze some), pinned, or not in the optimizer")
     return axes
 
 

@@ -219,6 +219,8 @@ class Ending:
                 cut.append(f"{text} {before[name]:,} -> {after[name]:,}")
         where = "the compact model is in memory, as trainer.model: trainer.save_model() saves it"
         checkpoints = [self._last_saved[1], self.state.best_model_checkpoint or ""]
+        if self.args.load_best_model_at_end:
+            checkpoints.reverse()
         for folder in checkpoints:  # the last one may have been deleted for the best one
             if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and os.path.isdir(folder):
                 was_cut = Path(folder, CUTS_NAME).exists()
@@ -236,10 +238,10 @@ class Ending:
         difference = trained.moved_by_zeroing(Cut(left, removed, {}, {}), self._forwards)
         trained.zero_(left, PruningPlan.removing(removed, left))
         logger.warning(
-            "%d of %d ZIGs that training had made zero were not zero in the end: weights were put into the model from "
-            "outside (an average, a checkpoint, a callback of yours). They are zeroed again, by which the outputs on "
-            "a real batch move by %.1e, relative to their size",
-            moved.sum(), removed.sum(), difference,
+            "of the %d ZIGs that training had made zero and that were not cut yet, %d were not zero in the end: "
+            "weights were put into the model from outside (an average, a checkpoint, a callback of yours). They are "
+            "zeroed again, by which the outputs on a real batch move by %.1e, relative to their size",
+            removed.sum(), moved.sum(), difference,
         )  # fmt: skip
         return True
 

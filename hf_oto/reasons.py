@@ -58,8 +58,8 @@ UNCOUNTED = "model code that does not count positions of this axis"
 
 OUTPUT = Reason("it is part of the model's output", "nothing: it would change what the model returns")
 MEETS = Reason(
-    "it meets a position that stays (of an input or an index, say)",
-    "nothing: the input has this width",
+    "it meets a position that stays (of an input, an index, or a buffer that is not saved, say)",
+    "register the buffer with persistent=True; nothing, if it is an input, which has this width",
 )
 STAYS = Reason("it meets a position that can't go", MEANING)
 FACTORS = Reason("its factors don't fit those of another axis", MEANING)

@@ -291,6 +291,7 @@ class Shrinking:
         plan = PruningPlan(saved["plan"])
         cut = self._compaction.resolve(plan, warn=False)
         self._cut_(model, cut)
+        self._tell_callbacks(model, cut)
         self._certificates = [Certificate(*values) for values in saved["certificates"]]
         self._macs_since = [(step, left) for step, left in saved["macs_since"]]
 

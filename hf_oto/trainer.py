@@ -66,7 +66,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
     control, model, optimizer, cut, **kwargs)`: `self.copies = cut.of_tensors(self.copies, model)`. This method is
-    called after every cut: during training before `on_step_end` of any callback, and at the end after `on_train_end`.
+    called after every cut: during training before `on_step_end` of any callback, at the end after `on_train_end`, and
+    when a run is resumed, before its weights are loaded, for all that had been cut.
     If a callback keeps tensors and has no such method, the model is cut at the end only.
 
     Attributes:
@@ -76,8 +77,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             "max_output_difference_in_own_dtype" and, computed in double, "max_output_difference" (relative,
             of zeroed full and compact model on a real batch), "training_macs" (those of the run, as a fraction of what
             the dense model would have taken in the same steps), "pruning" (its first and last step) and "metrics" (of
-            the last evaluation of the full model, if its weights were those that were cut, "zeroed", and of the first
-            one after, "compact"), or None. It prints as a table.
+            the last evaluation of the full model, if its weights were those that were cut, "zeroed" (not where the
+            model had shrunk before), and of the first one after, "compact"), or None. It prints as a table.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -253,11 +254,13 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
             ours["oto/group_sparsity"] = self.report["group_sparsity"]
             ours |= {f"oto/{name}_left": after[name] / (before[name] or 1) for name in self._works if name in before}
         elif optimizer is not None:
-            ours["oto/group_sparsity"] = optimizer.group_sparsity
+            # of all ZIGs, as in the report; those of frozen parameters are not the optimizer's
+            sparsity = float(optimizer.zero.sum()) / max(1, self.partition.num_zigs)
+            ours["oto/group_sparsity"] = sparsity
             ours |= {f"oto/{name}_left": optimizer.left(self.partition, work) for name, work in self._works.items()}
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    text = f"group sparsity {optimizer.group_sparsity:.2f}, {optimizer.phase}"
+                    text = f"group sparsity {sparsity:.2f}, {optimizer.phase}"
                     callback.training_bar.set_postfix_str(text)
         shown = logs | ours
         super().log(shown, *args, **kwargs)

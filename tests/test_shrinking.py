@@ -95,7 +95,8 @@ class Steps(tf.TrainerCallback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
     def on_compact(self, args, state, control, model, optimizer, cut, **kwargs):
-        if optimizer is not None:  # none is left at the end, where the last cut is made
+        # no optimizer is left at the end, where the last cut is made; a checkpoint's cuts come before the first step
+        if optimizer is not None and state.global_step > 0:
             self.cuts.append(state.global_step)
 
 
@@ -726,6 +727,21 @@ def test_copies_of_the_weights_are_cut_alike(tmp_path, name):
 
 def weights_as_floats(model):
     return {name: t for name, t in weights(model).items() if t.is_floating_point()}
+
+
+def test_copies_are_told_of_the_cuts_of_a_checkpoint(tmp_path, run):
+    folder = checkpoint(run("vit", "adamw", True), 12)
+    model = made("vit")
+    callback = CutAverage(model)
+    trained(tmp_path / "a", model=model, callbacks=[callback], resume=folder, **OPTIMIZERS["adamw"], **LOGGED)
+    assert {name: t.shape for name, t in callback.kept.items()} == shapes(weights_as_floats(model))
+    model = made("vit")
+    with pytest.raises(AssertionError):  # control: copies that aren't cut have other shapes
+        trained(tmp_path / "b", model=model, callbacks=[Lagging(model)], resume=folder, **OPTIMIZERS["adamw"])
+
+
+def shapes(tensors):
+    return {name: t.shape for name, t in tensors.items()}
 
 
 def test_the_control_of_the_copies(tmp_path):
