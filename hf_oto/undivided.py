@@ -31,7 +31,8 @@ class Undivided:
         places_of_id = places_in(before for _, before in kept.containers)
         for parameter in model.parameters():
             empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            for place in places_of_id[id(parameter)]:  # several where it is tied, or where a layer lists its weights
+            # several where it is tied, or where a layer lists its weights; none in a scripted module
+            for place in places_of_id.get(id(parameter), ()):
                 place.put(empty)
         self._kept = kept._replace(states=[])
 
