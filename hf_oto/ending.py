@@ -48,6 +48,7 @@ class Ending:
         self._saved_in: str | None = None  # the trained model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._before_sharding: BeforeSharding | None = None  # under FSDP2: the model when it was plain
+        self._others_failed = False  # another rank has failed after the last step, and this one helps to save
         self._trained: WholeWeights | ShardedWeights | None = None  # once the optimizer's memory was given back
         self._undivided: Undivided | None = None  # under DeepSpeed: the same
         super().__init__(*args, **kwargs)
@@ -64,11 +65,11 @@ class Ending:
         made = max(self.state.global_step, self._steps_made)
         return made > 0 and (self.control.should_training_stop or made >= self.state.max_steps)
 
-    def _where_trained_is_safe(self) -> str | None:
+    def _where_trained_is_safe(self, error: BaseException) -> str | None:
         """Saves the trained model, if it isn't yet, and says where; None if that isn't for this process to do."""
         if self._saved_in is None:
             # one rank alone can't gather a model
-            if self._is_divided and not self._all_ranks_are_here():
+            if self._is_divided and not self._others_failed and self._failures_of_ranks(error) is None:
                 return None
             if self.state.is_hyper_param_search:  # it ends trials by errors of its own
                 return None
@@ -78,8 +79,8 @@ class Ending:
                 if not self._is_of_shards and not self.is_world_process_zero():
                     return f"the trained model is saved by rank 0 in {self.args.output_dir}"
                 self._saved_in = self._save_trained()
-            except Exception as error:
-                return f"saving the trained model failed too ({error}): it is in memory still, as trainer.model"
+            except Exception as another:
+                return f"saving the trained model failed too ({another}): it is in memory still, as trainer.model"
         return f"the trained model is saved in {self._saved_in}"
 
     @property
@@ -87,14 +88,29 @@ class Ending:
         """Whether FSDP2 has sharded the model, so that all ranks together save it."""
         return self._before_sharding is not None
 
-    def _all_ranks_are_here(self) -> bool:
-        """Whether all ranks have come to this line, within a minute: whatever failed has failed on each of them."""
+    def _meet_after_training(self) -> None:
+        """Raises if another rank has failed after the last step: it can't save a divided model without this one."""
+        if not self._is_divided:
+            return
+        failures = self._failures_of_ranks(None, timedelta(days=1))  # a callback of rank 0 may push for long
+        for rank, failure in enumerate(failures or []):
+            if failure is not None:
+                self._others_failed = True
+                raise OTOError(f"rank {rank} failed: {failure}")
+
+    def _failures_of_ranks(
+        self, error: BaseException | None, timeout: timedelta = timedelta(minutes=1)
+    ) -> list[str | None] | None:
+        """How every rank has failed, each None where it hasn't; None if not all of them have come here in time."""
+        failures: list[str | None] = [None] * torch.distributed.get_world_size()
+        failure = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            torch.distributed.monitored_barrier(self._meeting, timeout=timedelta(minutes=1))
-        except RuntimeError as error:
-            logger.error("not all ranks failed after the last step, so the model can't be gathered: %s", error)
-            return False
-        return True
+            torch.distributed.monitored_barrier(self._meeting, timeout=timeout)
+            torch.distributed.all_gather_object(failures, failure, group=self._meeting)
+        except RuntimeError as not_here:
+            logger.error("other ranks are not here, and without them the model can't be gathered: %s", not_here)
+            return None
+        return failures
 
     def _save_trained(self) -> str:
         """Saves the model as it is now, before its last cut, and returns the folder.
@@ -248,7 +264,8 @@ class Ending:
     def _take_trained(self) -> WholeWeights | ShardedWeights:
         """The trained model, plain; gradients and optimizer state are gone, whoever held them."""
         if self._before_sharding is not None:
-            trained = self._before_sharding.taken_off(self.model, self.accelerator.device)
+            # from here on the shards are nowhere else, whatever is raised
+            trained = self._trained = self._before_sharding.taken_off(self.model, self.accelerator.device)
         elif self._undivided is not None:
             weights = master_weights(self.model)
             self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
@@ -285,7 +302,7 @@ class Ending:
 
     def _shard_again(self) -> None:
         """Shards a model again that was made plain to be cut, after which something has failed."""
-        if isinstance(self._trained, ShardedWeights) and self._all_ranks_are_here():
+        if isinstance(self._trained, ShardedWeights) and self._failures_of_ranks(None) is not None:
             self._take_compact(self._trained)
 
     def _sharded_as_in_training(self, model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ The trainer asks here wherever ranks have to agree, and with one process everyth
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,17 @@ def of_rank_zero(compute: Callable[[], Any]) -> Any:
         except Exception as error:
             if PartialState().num_processes == 1:
                 raise
-            value_and_error[1] = error
+            value_and_error[1] = sendable(error)
     value, error = broadcast_object_list(value_and_error)
     if error is not None:
         raise error
     return value
+
+
+def sendable(error: Exception) -> Exception:
+    """An error that other ranks can read: itself, or its text where its class can't be made anew."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

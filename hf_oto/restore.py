@@ -247,10 +247,11 @@ def places(model: nn.Module) -> dict[int, list[Place]]:
     A tensor is kept as a parameter or buffer, under one name or several, as an attribute, or in a list (the flat
     weights of recurrent layers).
     """
-    return _places(_Walk(model).containers)
+    return places_in(_Walk(model).containers)
 
 
-def _places(containers: Iterable[Any]) -> dict[int, list[Place]]:
+def places_in(containers: Iterable[Any]) -> dict[int, list[Place]]:
+    """`places`, of some containers."""
     places_of_id: dict[int, list[Place]] = {}
     for container in containers:
         if isinstance(container, set):  # an entry of a set has no place
@@ -280,7 +281,7 @@ def replace_tensors_(kept: Contents, new: Mapping[int, torch.Tensor]) -> None:
         kept: the contents of the model.
         new: id of the old tensor -> the new one. The old ones must be alive.
     """
-    places_of_id = _places(container for container, _ in kept.containers)
+    places_of_id = places_in(container for container, _ in kept.containers)
     for old_id, places_of_tensor in places_of_id.items():
         if old_id in new:
             for place in places_of_tensor:

@@ -56,6 +56,12 @@ from .uniform import Tie, built_by_config
 from .zigs import PruningPlan, ZIGPartition
 
 
+def let_go_of_whole_weights(sharded: nn.Module) -> None:
+    """Puts the shards in their places again, where FSDP2 has kept weights whole since the last forward."""
+    if any(isinstance(module, FSDPModule) for module in sharded.modules()):
+        get_model_state_dict(sharded)
+
+
 class BeforeSharding(Undivided):
     """A model as it is before FSDP2 shards it, without its weights."""
 
@@ -66,27 +72,38 @@ class BeforeSharding(Undivided):
             device: where this rank computes. Buffers, which are not sharded, are put there.
         """
         model = self._model
-        training = sharded.training
-        state = get_model_state_dict(sharded)
+        let_go_of_whole_weights(sharded)
+        trained = self._registered()
         layers = [module for module in self._classes if isinstance(module, FSDPModule)]
         for module in self._classes:
             _module_state_mapping.pop(module, None)  # else FSDP2 refuses to shard it a second time
         self._put_back()
+        as_trained: dict[int, Tensor] = {}  # id of an empty parameter or a buffer -> what was in its place
+        for place, tensor in self._registered().items():
+            as_trained[id(tensor)] = trained.get(place, tensor)
         shards: Shards = {}
         new: dict[int, Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
         for name, tensor in named_tensors(model).items():
             if id(tensor) in new:  # it is tied, and its first name counts
                 continue
             if isinstance(tensor, nn.Parameter):
-                shards[name] = state[name].detach()
+                shards[name] = as_trained[id(tensor)].detach()
                 # mixed precision trains in a wider dtype than that of the model that was passed in
-                empty = torch.empty_like(tensor, dtype=state[name].dtype)
+                empty = torch.empty_like(tensor, dtype=shards[name].dtype)
                 new[id(tensor)] = nn.Parameter(empty, tensor.requires_grad)
             else:
-                new[id(tensor)] = state.get(name, tensor).to(device)
+                new[id(tensor)] = as_trained[id(tensor)].to(device)
         replace_tensors_(contents(model), new)
-        model.train(training)
         return ShardedWeights(model, shards, layers, device)
+
+    def _registered(self) -> dict[tuple[nn.Module, str], Tensor]:
+        """(module, name in it) -> the parameter or buffer that is there now."""
+        registered = {}
+        for module in self._classes:
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    registered[module, name] = tensor
+        return registered
 
     @contextlib.contextmanager
     def whole_on_disk(
@@ -95,8 +112,7 @@ class BeforeSharding(Undivided):
         """While open, the model is plain and has whole weights; see `ShardedWeights.whole_on_disk`."""
         states = {module: _module_state_mapping[module] for module in self._classes if module in _module_state_mapping}
         classes = {module: type(module) for module in self._classes}
-        # FSDP2 lets go of weights that are whole since the last forward, and which could not be put back
-        get_model_state_dict(sharded)
+        let_go_of_whole_weights(sharded)  # which could not be put back
         with restored(self._model):
             try:
                 weights = self.taken_off(sharded, device)
@@ -412,8 +428,13 @@ class ShardedWeights:
             writes: whether this rank gets the weights.
         """
         with contextlib.ExitStack() as stack:
-            files = stack.enter_context(tempfile.TemporaryDirectory(prefix="weights-", dir=folder)) if writes else ""
-            in_files = whole_in_files(self._shards, files)
+
+            def make_folder() -> str:
+                # disks of other machines keep files for as long as they are read, and then fail to delete the folder
+                made = tempfile.TemporaryDirectory(prefix="weights-", dir=folder, ignore_cleanup_errors=True)
+                return stack.enter_context(made)
+
+            in_files = whole_in_files(self._shards, make_folder if writes else None)
             if writes:
                 stack.enter_context(restored(self.model))
                 new = {}

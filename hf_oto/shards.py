@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .calls import outermost_pretrained
 from .cut import Scale, ScaleOfStorage
+from .ranks import sendable
 from .restore import Place
 from .slices import local
 from .wide import storage_of
@@ -127,10 +128,16 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def whole_in_files(shards: Shards, folder: str) -> Shards:
-    """All weights, whole, each in a file of a folder; on a rank without a folder, nothing."""
+def whole_in_files(shards: Shards, make_folder: Callable[[], str] | None) -> Shards:
+    """All weights, whole, each in a file of a folder; on a rank that makes no folder, nothing."""
     in_files: Shards = {}
+    folder = ""
     error: Exception | None = None
+    if make_folder is not None:
+        try:
+            folder = make_folder()
+        except Exception as first_error:
+            error = first_error
     for number, (name, shard) in enumerate(shards.items()):
         weight = whole(shard)
         # the other ranks go on to gather, whatever happens to the files of this one
@@ -140,7 +147,7 @@ def whole_in_files(shards: Shards, folder: str) -> Shards:
             except Exception as first_error:
                 error = first_error
         del weight  # before the next one is gathered
-    for error_of_rank in of_all_ranks(error):
+    for error_of_rank in of_all_ranks(error and sendable(error)):
         if error_of_rank is not None:
             raise error_of_rank
     return in_files

@@ -43,7 +43,7 @@ from .ranks import FSDP1, MEGATRON, of_rank_zero, refuse_sharding
 from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
-from .sharded import BeforeSharding
+from .sharded import BeforeSharding, let_go_of_whole_weights
 from .shrinking import Shrinking
 from .undivided import Undivided
 from .uniform import Tie, find_ties
@@ -115,12 +115,16 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if self.report is not None and self.model_init is None:
             raise OTOError(
                 "this trainer has compacted its model: to train that further make a Trainer(trainer.model, ...), "
-                "to prune it again an OTOTrainer(trainer.model, ...)"
+                "to prune it again an OTOTrainer(trainer.model, ...); a model that is sharded has to be saved and "
+                "loaded before"
             )
         if resume_from_checkpoint:
             resume_from_checkpoint = self._complete_checkpoint(resume_from_checkpoint)
         self.plan = self.report = self._saved_in = self._trained = None
         self._last_saved = (0, "")
+        self._others_failed = False
+        if self.is_fsdp_enabled:
+            let_go_of_whole_weights(self.model)
         if self.model_init is not None:
             self.partition = self._ties = None
             self._forwards = []
@@ -135,11 +139,12 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         earlier = self.state  # training makes a new one when it begins
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._meet_after_training()
             self._compact()
         except BaseException as error:
             if self.state is earlier or not self._is_trained():
                 raise
-            where = self._where_trained_is_safe()
+            where = self._where_trained_is_safe(error)
             self._shard_again()
             if where is None:
                 raise

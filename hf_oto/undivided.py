@@ -12,39 +12,42 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .restore import contents, put_back, replace_tensors_
+from .restore import ATOMS, contents, places_in, put_back, replace_tensors_
 from .trace import persistent_buffers
 
 
 class Undivided:
     """The user's own model, to be made plain again.
 
-    FSDP2 and DeepSpeed change the classes, hooks and parameters of its modules. All of these are put back.
+    FSDP2 and DeepSpeed change the classes, hooks and parameters of its modules. All of these are put back. Plain
+    values that training has written (a counter, a temperature) stay.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._classes = {module: type(module) for module in model.modules()}
         kept = contents(model)
-        self._empty: dict[int, nn.Parameter] = {}  # id of a parameter -> the same without values
         # The copies of the containers would keep the weights alive beside the shards: they hold empty ones instead.
-        for _, before in kept.containers:
-            if isinstance(before, dict):
-                for key, value in list(before.items()):
-                    if isinstance(value, nn.Parameter):
-                        before[key] = self._emptied(value)
+        places_of_id = places_in(before for _, before in kept.containers)
+        for parameter in model.parameters():
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            # several where it is tied, or where a layer lists its weights; none in a scripted module
+            for place in places_of_id.get(id(parameter), ()):
+                place.put(empty)
         self._kept = kept._replace(states=[])
 
-    def _emptied(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The parameter without values; the same one for all places where it is tied."""
-        if id(parameter) not in self._empty:
-            without_values = parameter.detach().to("meta")
-            self._empty[id(parameter)] = nn.Parameter(without_values, parameter.requires_grad)
-        return self._empty[id(parameter)]
-
     def _put_back(self) -> None:
-        """Makes the model plain, with empty parameters."""
+        """Makes the model plain, with empty parameters and the buffers from before."""
+        others = vars(nn.Module()).keys() - {"training"}  # whoever divides the model writes to these
+        written = []
+        for module in self._classes:
+            for name, value in vars(module).items():
+                if type(value) in ATOMS and name not in others:
+                    written.append((vars(module), name, value))
         put_back(self._kept)
+        for attributes, name, value in written:
+            if name in attributes and type(attributes[name]) in ATOMS:
+                attributes[name] = value
         for module, cls in self._classes.items():
             module.__class__ = cls
 
@@ -55,7 +58,6 @@ class Undivided:
             whole: its parameters and persistent buffers, by name.
         """
         model = self._model
-        training = model.training
         self._put_back()
         new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
         for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
@@ -64,4 +66,4 @@ class Undivided:
                 value = nn.Parameter(value, tensor.requires_grad)
             new[id(tensor)] = value
         replace_tensors_(contents(model), new)
-        return model.train(training)
+        return model

@@ -290,10 +290,11 @@ class Forgets(tf.TrainerCallback):
 
 
 class Breaks(tf.TrainerCallback):
-    """Fails when all is trained, on every rank."""
+    """Fails when all is trained, on one rank alone."""
 
     def on_train_end(self, *_, **__):
-        raise ZeroDivisionError("a callback of the user's")
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("a callback of the user's")
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):

@@ -23,7 +23,7 @@ from hf_oto import PruningPlan, partition_zigs
 from hf_oto.calls import as_forwards, tensors_of
 from hf_oto.compaction import Compaction
 from hf_oto.modeling_oto import named_tensors
-from hf_oto.sharded import BeforeSharding
+from hf_oto.sharded import BeforeSharding, let_go_of_whole_weights
 from hf_oto.shards import WholeForNow
 from hf_oto.zigs import random_half
 
@@ -56,11 +56,15 @@ class Residual(nn.Module):
             nn.Sequential(nn.Linear(14, 21), nn.BatchNorm1d(21), nn.ReLU(), nn.Linear(21, 14)) for _ in range(2)
         )
         self.out = nn.Parameter(torch.randn(3, 14))
+        self.rnn = nn.GRU(14, 14)  # it keeps a list of its weights
+        self.num_runs = 0
+        self.register_buffer("seen", torch.zeros(2), persistent=False)
 
     def forward(self, x):
         x = self.embed(x)
         for layer in self.layers:
             x = x + layer(x)
+        x, _ = self.rnn(x)
         return x @ self.out.T
 
 
@@ -165,9 +169,13 @@ def ended(name, mesh, folder):
     sharded.eval()
     with torch.no_grad():
         sharded(**inputs)  # the head stays whole after that
+    if name == "plain":
+        user.num_runs, user.seen = 7, torch.ones(2)  # as training may write them
     weights = before.taken_off(sharded, torch.device("cpu"))
     assert weights.model is user and not any(isinstance(p, DTensor) for p in user.parameters())
     assert all(p.is_meta for p in user.parameters())
+    if name == "plain":
+        assert all(ours is p for ours, p in zip(user.rnn._flat_weights, user.rnn.parameters(), strict=True))
 
     found["zeros"] = weights.zeros(partition) == PruningPlan.removing(plan.removed(partition), partition)
     compaction = Compaction(weights.model, partition)
@@ -189,12 +197,23 @@ def ended(name, mesh, folder):
     assert all(isinstance(p, DTensor) for p in user.parameters())
     with torch.no_grad():
         found["outputs"] = logits(user(**inputs))
+    assert not all(isinstance(p, DTensor) for p in user.parameters())  # what is in no layer is whole still
+    let_go_of_whole_weights(user)
+    assert all(isinstance(p, DTensor) for p in user.parameters())
     rank = dist.get_rank()
+    try:
+        with again.whole_on_disk(user, torch.device("cpu"), folder / "missing", writes=rank == 0):
+            pass
+    except FileNotFoundError as error:  # every rank hears of it
+        found["no folder"] = str(error)
     with again.whole_on_disk(user, torch.device("cpu"), folder, writes=rank == 0):
         if rank == 0 and isinstance(user, tf.PreTrainedModel):
             user.save_pretrained(folder / name)
         elif rank == 0:
             torch.save(user.state_dict(), folder / f"{name}.state")
+    if name == "plain":
+        found["written"] = user.num_runs, user.seen.tolist()
+        user.seen.zero_()  # one process has written nothing
     found["weights"] = {n: whole(t) for n, t in named_tensors(user).items()}
     user.train()
     logits(user(**inputs)).square().mean().backward()  # it trains on

@@ -112,3 +112,15 @@ def test_no_rank_ever_holds_more_than_a_layer_and_what_is_in_none(run):
     for rank in ranks:
         assert max(layers) < rank["gathered"] <= max(layers) + in_none
     assert max(layers) + in_none < sum(layers) + in_none  # control: that is less than the model
+
+
+@pytest.mark.slow
+def test_what_training_has_written_beside_the_weights_stays(folder):
+    for rank in range(2):
+        assert torch.load(folder / f"2.{rank}.pt")["plain"]["written"] == (7, [1, 1])
+
+
+@pytest.mark.slow
+def test_all_ranks_hear_of_a_folder_that_cannot_be_written(run):
+    _, ranks = run
+    assert all("missing" in rank["no folder"] for rank in ranks)
