@@ -9,8 +9,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from .modeling_oto import OTOError
@@ -34,6 +36,27 @@ def refuse_sharding(args: TrainingArguments | None) -> None:
     version = int(args.fsdp_config.get("version", 2))
     if version != 2 or args.fsdp_config.get("xla"):
         raise OTOError(FSDP1)
+
+
+def refuse_set_up(accelerator: Accelerator, model: nn.Module, is_paper: bool) -> None:
+    """Raises OTOError where `accelerate launch` or the model, rather than the arguments, ask for what can't be done.
+
+    Args:
+        is_paper: whether the paper's own rule is to be used.
+    """
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise OTOError(MEGATRON)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        refuse_config(accelerator.state.deepspeed_plugin.hf_ds_config.config)
+        if is_paper:
+            raise OTOError("under DeepSpeed there is no pruning_mode='paper': use the default, or train with FSDP2")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise OTOError(FSDP1)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise OTOError(
+            "from_pretrained has sharded this model already, and ZIGs are found on whole ones: load it without a "
+            "distributed_config and let the Trainer shard it (fsdp=True), or train with DDP"
+        )
 
 
 def of_rank_zero(compute: Callable[[], Any]) -> Any:

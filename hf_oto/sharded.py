@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from .calls import Forward
-from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, is_free, own_outputs
+from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, own_outputs
+from .changes import Changes
 from .compaction import Compaction
-from .cut import Cut, Scale, ScaleOfStorage, TrialCut, scaled, without_positions
+from .cut import Cut, Scale, ScaleOfStorage, TrialCut
 from .differences import largest_difference
 from .modeling_oto import named_tensors
 from .report import size
@@ -181,23 +181,24 @@ class ShardedWeights:
     def certify(self, cut: Cut, forwards: Sequence[Forward]) -> Certificate:
         """`hf_oto.certificate.certify`; each rank compares outputs on its own examples, and the worst rank counts."""
         model = self.model
-        forwards = self._here(forwards)
-        self._agree_on_arithmetic()
-        with self._running(self._zeroed(cut)):
+        forwards = _on(self._device, forwards)
+        changes = Changes(cut, self._first_names())
+        _agree_on_arithmetic(model)
+        with self._running(changes.zeroed()):
             exact, _ = exact_outputs(model, forwards)
             rounded = own_outputs(model, forwards)
-        with self._running(self._noisy(cut)):
+        with self._running(changes.noisy()):
             exact_with_noise, _ = exact_outputs(model, forwards)
         invariance = largest_difference(exact, exact_with_noise)
         del exact_with_noise  # before the outputs of the cut model need their memory
         # the trial cuts buffers and sizes; of weights on meta it cuts the shapes
         with TrialCut(model, cut):
             # weights are scaled while they are widened: the certificate judges the cut, not how they are rounded
-            widened = {} if model in ONLY_AS_THEY_ARE else self._scales(cut)
+            widened = {} if model in ONLY_AS_THEY_ARE else changes.scales()
             scales: ScaleOfStorage = {}
-            with self._running(self._cut(cut, but=widened), widened, scales):
+            with self._running(changes.cut(but=widened), widened, scales):
                 exact_of_cut, tolerance = exact_outputs(model, forwards, scales)
-            with self._running(self._cut(cut)):
+            with self._running(changes.cut()):
                 rounded_of_cut = own_outputs(model, forwards)
         difference = largest_difference(exact, exact_of_cut)
         rounding = largest_difference(rounded, rounded_of_cut)
@@ -205,27 +206,18 @@ class ShardedWeights:
         worst = np.max(np.array(of_ranks), axis=0)  # nan where any rank has nan
         return Certificate(*worst.tolist())
 
-    def _agree_on_arithmetic(self) -> None:
-        """Rank 0 alone has tried before training whether the model computes in double."""
-        in_own_dtype = broadcast_object_list([self.model in ONLY_AS_THEY_ARE])
-        if in_own_dtype[0]:
-            ONLY_AS_THEY_ARE.add(self.model)
-
-    def _here(self, forwards: Sequence[Forward]) -> list[Forward]:
-        """Calls that were noted while the model lay on the CPU, for the device where this rank computes."""
-        return [forward if forward.home is None else forward.copy_on(self._device) for forward in forwards]
-
     def run(self, forwards: Sequence[Forward]) -> None:
         """Runs the model once, so that what it raises is raised here."""
         with self._running(unchanged):
-            own_outputs(self.model, self._here(forwards))
+            own_outputs(self.model, _on(self._device, forwards))
 
     def moved_by_zeroing(self, cut: Cut, forwards: Sequence[Forward]) -> float:
         """How far outputs move, relative to their size, when what a cut removes is zeroed."""
-        forwards = self._here(forwards)
+        forwards = _on(self._device, forwards)
         with self._running(unchanged):
             before = own_outputs(self.model, forwards)
-        with self._running(self._zeroed(cut)):
+        changes = Changes(cut, self._first_names())
+        with self._running(changes.zeroed()):
             after = own_outputs(self.model, forwards)
         return max(of_all_ranks(largest_difference(before, after)))
 
@@ -279,75 +271,11 @@ class ShardedWeights:
             weights[innermost].append(weight)
         return weights
 
-    # what a cut does to whole weights --------------------------------------------------------------
-
-    def _zeroed(self, cut: Cut) -> Change:
-        """Zeroes what a cut removes."""
-        zeros = self._positions(cut, lambda axis, member: member in axis.group)
-
-        def change(name: str, weight: Tensor) -> Tensor:
-            for dim, index in zeros.get(name, ()):
-                weight = weight.index_fill(dim, torch.from_numpy(index).to(weight.device), 0)
-            return weight
-
-        return change
-
-    def _noisy(self, cut: Cut) -> Change:
-        """Zeroes what a cut removes, and fills what reads it with noise."""
-        noise = self._positions(cut, lambda axis, member: is_free(axis, member, producers_too=False))
-        zero = self._zeroed(cut)
-
-        def change(name: str, weight: Tensor) -> Tensor:
-            generator = torch.Generator(weight.device)
-            generator.manual_seed(zlib.crc32(name.encode()))  # all ranks draw the same noise
-            for dim, index in noise.get(name, ()):
-                shape = list(weight.shape)
-                shape[dim] = len(index)
-                values = torch.randn(shape, generator=generator, device=weight.device)
-                weight = weight.index_copy(dim, torch.from_numpy(index).to(weight.device), values.to(weight))
-            # zeros are written last, so that they win where a tensor is on both sides
-            return zero(name, weight)
-
-        return change
-
-    def _positions(self, cut: Cut, wanted: Callable[[Any, Any], bool]) -> dict[str, list[tuple[int, np.ndarray]]]:
-        """Name of a weight -> (dimension, positions) of what a cut removes, of wanted members (axis, member)."""
-        first_names = self._first_names()
-        positions = defaultdict(list)
-        for axis, member, index in cut.partition.slices(cut.removed):
-            # a statistic belongs to neither side
-            if member.role != "statistic" and wanted(axis, member):
-                positions[first_names[member.param]].append((member.dim, index))
-        return positions
-
-    def _cut(self, cut: Cut, but: Collection[str] = ()) -> Change:
-        """Cuts a weight, and scales it.
-
-        Args:
-            but: the names of weights that are not scaled here.
-        """
-        first_names = self._first_names()
-        positions = {first_names[name]: gone_of_dims for name, gone_of_dims in cut.positions.items()}
-        scales = self._scales(cut)
-
-        def change(name: str, weight: Tensor) -> Tensor:
-            weight = without_positions(weight, positions.get(name, {}))
-            if name in scales and name not in but:
-                weight = scaled(weight, *scales[name])
-            return weight
-
-        return change
-
-    def _scales(self, cut: Cut) -> dict[str, Scale]:
-        """How a cut scales weights, by their first names."""
-        first_names = self._first_names()
-        return {first_names[name]: scale for name, scale in cut.scales.items()}
-
     # the cut ---------------------------------------------------------------------------------------
 
     def keep_(self, compaction: Compaction, cut: Cut) -> None:
         """Cuts the model for good: its record, class, sizes and buffers, then one shard after the other."""
-        change = self._cut(cut)
+        change = Changes(cut, self._first_names()).cut()
         compaction.keep_(self.model, cut)
         for name, shard in self._shards.items():
             kept = change(name, whole(shard))
@@ -392,7 +320,7 @@ class ShardedWeights:
             new[id(p)] = nn.Parameter(empty, p.requires_grad)
         replace_tensors_(contents(stock), new)
         stock.train(small.training)
-        forwards = self._here(forwards)
+        forwards = _on(self._device, forwards)
         with self._running(unchanged):
             outputs, tolerance = exact_outputs(small, forwards)
         of_stock = ShardedWeights(stock, self._shards, layers, self._device)
@@ -443,3 +371,15 @@ class ShardedWeights:
                 replace_tensors_(contents(self.model), new)
                 save_by_pieces_(self.model)
             yield
+
+
+def _agree_on_arithmetic(model: nn.Module) -> None:
+    """Tells all ranks whether the model computes in double: rank 0 alone has tried that before training."""
+    in_own_dtype = broadcast_object_list([model in ONLY_AS_THEY_ARE])
+    if in_own_dtype[0]:
+        ONLY_AS_THEY_ARE.add(model)
+
+
+def _on(device: torch.device, forwards: Sequence[Forward]) -> list[Forward]:
+    """Calls that were noted while the model lay on the CPU, for the device where this rank computes."""
+    return [forward if forward.home is None else forward.copy_on(device) for forward in forwards]

@@ -2,14 +2,13 @@
 
 `OTOMixin` is made of parts, each with a file of its own: first_calls.py takes the first examples, resume.py goes on
 from checkpoints, rehearsal.py tries the end of a run before its first step, shrinking.py cuts during training,
-ending.py cuts at the end, and hub.py pushes to the Hub.
+keeping.py saves what was trained, ending.py cuts at the end, and hub.py pushes to the Hub.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import (
-    PreTrainedModel,
     ProgressCallback,
     Seq2SeqTrainer,
     Trainer,
@@ -36,10 +34,11 @@ from .evaluating import random_states_kept, take_off_autocast_
 from .first_calls import FirstCalls
 from .flat import make_whole_
 from .hub import Hub, described_optimizer
+from .keeping import Keeping
 from .modeling_oto import OTOError
 from .paper import PaperDHSPG
 from .partition import partition_zigs
-from .ranks import FSDP1, MEGATRON, of_rank_zero, refuse_sharding
+from .ranks import of_rank_zero, refuse_set_up, refuse_sharding
 from .rehearsal import Rehearsing
 from .report import scores
 from .resume import Resuming
@@ -47,16 +46,13 @@ from .sharded import BeforeSharding, let_go_of_whole_weights
 from .shrinking import Shrinking
 from .undivided import Undivided
 from .uniform import Tie, find_ties
-from .zero import ZeroDHSPG, models_stay_whole, refuse_config
+from .zero import ZeroDHSPG, models_stay_whole
 from .zigs import ZIGPartition
 
 logger = logging.getLogger(__name__)
 
 
-PLAN_NAME = "oto_plan.json"
-
-
-class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
+class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
@@ -94,7 +90,9 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         super().__init__(*args, **kwargs)
         if self.get_tp_size() > 1:
             raise OTOError("tensor parallel splits the groups that OTO prunes: train with FSDP2 or DDP instead")
-        self._refuse_launcher()
+        refuse_set_up(self.accelerator, self.model, is_paper=self._setting("pruning_mode") == "paper")
+        if self.is_deepspeed_enabled:
+            make_whole_(self.model)  # from_pretrained divides models where there are arguments for ZeRO-3 already
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, and the compact model at its end.
@@ -275,55 +273,12 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Hub):
         if self.report is not None:
             self.report["metrics"]["compact"] = scores(logs) | self.report["metrics"]["compact"]
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`, and more files beside a compact model.
-
-        These are the figures, where matplotlib is installed, and for a model that is no `PreTrainedModel` the plan,
-        `oto_plan.json`, with which it can be built again.
-        """
-        folder = output_dir or self.args.output_dir
-        if self.report is not None and self.is_fsdp_enabled:
-            self._save_compact_shards(folder)
-            is_internal = args or kwargs.get("_internal_call")
-            if self.args.push_to_hub and not is_internal:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        else:
-            super().save_model(output_dir, *args, **kwargs)
-        if self.report is None:
-            self._save_cuts(folder)
-        if self.report is not None or not self._is_divided:
-            self._last_saved = self.state.global_step, folder
-        if self.report is not None:
-            self._save_figures(folder)
-            if self.args.should_save and not isinstance(self.model, PreTrainedModel):
-                Path(folder, PLAN_NAME).write_text(self.plan.to_json())
-            self._write_early_card_anew()
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """No checkpoint from before the target can be the best one."""
         optimizer = self._dhspg()
         if optimizer is not None and not optimizer.target_reached:
             return False
         return super()._determine_best_metric(metrics, trial)
-
-    def _refuse_launcher(self) -> None:
-        """Raises where `accelerate launch` or the model, rather than the arguments, ask for what can't be done."""
-        if self.accelerator.distributed_type == DistributedType.MEGATRON_LM:
-            raise OTOError(MEGATRON)
-        if self.is_deepspeed_enabled:
-            refuse_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
-            if self._setting("pruning_mode") == "paper":
-                raise OTOError(
-                    "under DeepSpeed there is no pruning_mode='paper': use the default, or train with FSDP2"
-                )
-            make_whole_(self.model)  # from_pretrained divides models where there are arguments for ZeRO-3 already
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise OTOError(FSDP1)
-        if any(isinstance(p, DTensor) for p in self.model.parameters()):
-            raise OTOError(
-                "from_pretrained has sharded this model already, and ZIGs are found on whole ones: load it without a "
-                "distributed_config and let the Trainer shard it (fsdp=True), or train with DDP"
-            )
 
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)

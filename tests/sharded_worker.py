@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_oto import PruningPlan, partition_zigs
+from hf_oto import PruningPlan, partition_zigs, shards
 from hf_oto.calls import as_forwards, tensors_of
 from hf_oto.compaction import Compaction
 from hf_oto.modeling_oto import named_tensors
@@ -201,6 +201,7 @@ def ended(name, mesh, folder):
     let_go_of_whole_weights(user)
     assert all(isinstance(p, DTensor) for p in user.parameters())
     rank = dist.get_rank()
+    shards.SMALL_FILE = 2**13  # so that there are several files
     try:
         with again.whole_on_disk(user, torch.device("cpu"), folder / "missing", writes=rank == 0):
             pass
