@@ -27,6 +27,8 @@ from .slices import Slice
 from .trace import persistent_buffers
 from .zeros import HeldZeros
 
+Params = Mapping[str, nn.Parameter]  # by name
+
 
 class Fragment(NamedTuple):
     """What this rank has of a parameter: a run of its elements, in one of the flat tensors."""
@@ -126,7 +128,10 @@ def flat_weights(zero: Any) -> list[Tensor]:
     """
     if _is_stage_3(zero):
         return list(zero.fp32_partitioned_groups_flat)
-    return [weights for group in zero.optimizer.param_groups for weights in group["params"]]
+    weights = []
+    for group in zero.optimizer.param_groups:
+        weights += group["params"]
+    return weights
 
 
 def _is_stage_3(zero: Any) -> bool:
@@ -135,88 +140,110 @@ def _is_stage_3(zero: Any) -> bool:
 
 def shape_of(p: Tensor) -> tuple[int, ...]:
     """The shape of a parameter, also while ZeRO-3 keeps it empty."""
-    return tuple(vars(p).get("ds_shape", p.shape))
+    shape = vars(p).get("ds_shape", p.shape)
+    return tuple(shape)
 
 
-def fragments(zero: Any, params: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
+def _numel(p: Tensor) -> int:
+    return math.prod(shape_of(p))
+
+
+def fragments(zero: Any, params: Params) -> Iterator[Fragment]:
     """What ZeRO leaves this rank of every parameter of a model; frozen parameters are not in the flat tensors.
 
     Args:
         zero: the optimizer that DeepSpeed has put around ours.
         params: the parameters by name.
     """
+    fragment_of = _fragment_of_stage_3 if _is_stage_3(zero) else _fragment_of_stage_2
     for name, p in params.items():
-        if not p.requires_grad:
-            continue
-        if _is_stage_3(zero):
-            flat, place, run = zero.grad_position[zero.get_param_id(p)]
-            start = run * dist.get_rank(zero.dp_process_group)
-            size = min(run, math.prod(shape_of(p)) - start)  # the last runs are padded, or all padding
-            if size > 0:
-                yield Fragment(name, start, flat, place, p.ds_tensor.detach().narrow(0, 0, size))
-            continue
-        mapping = vars(p).get("_hp_mapping")
-        if mapping is not None:  # else all of it is on other ranks
-            address = mapping.lp_fragment_address
-            values = p.detach().flatten().narrow(0, address.start, address.numel)
-            place = mapping.hp_fragment_address.start
-            yield Fragment(name, address.start, mapping.param_group_index, place, values)
+        fragment = fragment_of(zero, name, p) if p.requires_grad else None
+        if fragment is not None:
+            yield fragment
 
 
-def boxes_of_rank(flats: Sequence[Flat], zero: Any, params: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Box]]:
-    """Finds all boxes of this rank, and puts each one into its flat tensor.
+def _fragment_of_stage_3(zero: Any, name: str, p: nn.Parameter) -> Fragment | None:
+    """The run of a parameter that this rank has; None where the run is all padding."""
+    number = zero.get_param_id(p)
+    flat, place, run = zero.grad_position[number]
+    start = run * dist.get_rank(zero.dp_process_group)
+    size = min(run, _numel(p) - start)  # the last runs are padded
+    if size <= 0:
+        return None
+    values = p.ds_tensor.detach().narrow(0, 0, size)
+    return Fragment(name, start, flat, place, values)
 
-    Returns:
-        parameter -> name of a box -> box.
 
-    Raises:
-        OTOError: the flat weights are not those of the model.
-    """
-    found: dict[str, dict[str, Box]] = {}
+def _fragment_of_stage_2(zero: Any, name: str, p: nn.Parameter) -> Fragment | None:
+    """What lies of a parameter in the run of its group; None where all of it is on other ranks. Also of stage 1."""
+    mapping = vars(p).get("_hp_mapping")
+    if mapping is None:
+        return None
+    address = mapping.lp_fragment_address
+    values = p.detach().flatten().narrow(0, address.start, address.numel)
+    place = mapping.hp_fragment_address.start
+    return Fragment(name, address.start, mapping.param_group_index, place, values)
+
+
+class BoxesOfRank(NamedTuple):
+    """What this rank has of the parameters."""
+
+    of_params: dict[str, dict[str, Box]]  # parameter -> name of a box -> box
+    strange: list[str]  # parameters whose flat weights are not those of the model
+
+
+def boxes_of_rank(flats: Sequence[Flat], zero: Any, params: Params) -> BoxesOfRank:
+    """Finds all boxes of this rank, and puts each one into its flat tensor."""
+    found = BoxesOfRank({}, [])
     for fragment in fragments(zero, params):
+        name = fragment.param
         flat = flats[fragment.flat]
-        _refuse_other_layout(fragment, flat.weights)
+        if not _is_of_model(fragment, flat.weights):
+            found.strange.append(name)
+        boxes_of_param = found.of_params.setdefault(name, {})
         place = fragment.place
         stop = fragment.start + len(fragment.values)
-        for number, box in enumerate(boxes(shape_of(params[fragment.param]), fragment.start, stop)):
-            name = f"{fragment.param}#{number}"
-            found.setdefault(fragment.param, {})[name] = box
-            flat.add(name, place, box.shape)
+        shape = shape_of(params[name])
+        for number, box in enumerate(boxes(shape, fragment.start, stop)):
+            name_of_box = f"{name}#{number}"
+            boxes_of_param[name_of_box] = box
+            flat.add(name_of_box, place, box.shape)
             place += math.prod(box.shape)
     return found
 
 
-def _refuse_other_layout(fragment: Fragment, flat: Tensor) -> None:
-    """Raises where the flat weights are not the model's, as they are when the layout of ZeRO isn't understood."""
+def _is_of_model(fragment: Fragment, flat: Tensor) -> bool:
+    """Whether the flat weights are the model's; they are not, when the layout of ZeRO isn't understood."""
     values = fragment.values
     master = flat.detach().narrow(0, fragment.place, len(values))
-    if not torch.equal(master.to(values.dtype), values):
-        raise OTOError(
-            f"ZeRO's flat weights are not those of {fragment.param}: another release of DeepSpeed may order them "
-            "otherwise (0.19 is known), or the model was changed after deepspeed.initialize"
-        )
+    return torch.equal(master.to(values.dtype), values)
 
 
-def refuse_gaps(
-    boxes_of: Mapping[str, Mapping[str, Box]], params: Mapping[str, Tensor], ranks: dist.ProcessGroup
-) -> None:
-    """Raises where all ranks together don't have every weight exactly once.
+def refuse_other_layout(here: BoxesOfRank, params: Params, ranks: dist.ProcessGroup) -> None:
+    """Raises, on all ranks, where a flat weight is not the model's, or not every weight is there exactly once.
 
     Args:
-        boxes_of: parameter -> name of a box -> box, of this rank.
+        here: the boxes of this rank.
         params: the parameters that train, by name.
         ranks: the ranks that share them.
     """
-    sizes = [math.prod(box.shape) for boxes_of_param in boxes_of.values() for box in boxes_of_param.values()]
+    num_here = 0
+    for boxes_of_param in here.of_params.values():
+        num_here += sum(math.prod(box.shape) for box in boxes_of_param.values())
     device = next(iter(params.values())).device
-    num_here = torch.tensor(sum(sizes), dtype=torch.int64, device=device)
-    dist.all_reduce(num_here, group=ranks)
-    num_weights = sum(math.prod(shape_of(p)) for p in params.values())
-    if int(num_here) != num_weights:
+    counts = torch.tensor([num_here, len(here.strange)], dtype=torch.int64, device=device)
+    dist.all_reduce(counts, group=ranks)
+    num_in_flats, num_strange = counts.tolist()
+    known = "another release of DeepSpeed may order or divide them otherwise (0.19 is known)"
+    if num_strange:
+        name = here.strange[0] if here.strange else "a parameter of another rank"
         raise OTOError(
-            f"ZeRO's flat tensors have {int(num_here):,} weights of the model's {num_weights:,}: another release of "
-            "DeepSpeed may divide them otherwise (0.19 is known)"
+            f"ZeRO's flat weights are not those of {name}: {known}, or the model was changed after "
+            "deepspeed.initialize"
         )
+    num_weights = sum(map(_numel, params.values()))
+    if num_in_flats != num_weights:
+        raise OTOError(f"ZeRO's flat tensors have {num_in_flats:,} weights of the model's {num_weights:,}: {known}")
 
 
 def slices_of_boxes(slices: Iterable[Slice], boxes_of: Mapping[str, Mapping[str, Box]]) -> list[Slice]:
@@ -229,9 +256,12 @@ def slices_of_boxes(slices: Iterable[Slice], boxes_of: Mapping[str, Mapping[str,
     found = []
     for s in slices:
         for name, box in boxes_of.get(s.param, {}).items():
-            first, size = box.first[s.dim], box.shape[s.dim]
-            owner = s.owner[first : first + size]
-            found.append(Slice(name, s.dim, known.setdefault(owner.numpy().tobytes(), owner)))
+            start = box.first[s.dim]
+            stop = start + box.shape[s.dim]
+            owner = s.owner[start:stop]
+            key = owner.numpy().tobytes()
+            shared_owner = known.setdefault(key, owner)
+            found.append(Slice(name, s.dim, shared_owner))
     return found
 
 
@@ -242,10 +272,16 @@ class Section:
         self, flats: Sequence[Flat], group: Iterable[Slice], readers: Iterable[Slice], restless: set[tuple[str, int]]
     ) -> None:
         self.flats = flats
-        self.params = {name: box for flat in flats for name, box in flat.boxes.items()}
+        self.params: dict[str, Tensor] = {}
+        for flat in flats:
+            self.params.update(flat.boxes)
         self.group = tuple(s for s in group if s.param in self.params)
         self.readers = tuple(s for s in readers if s.param in self.params)
-        moving = [(s.param, s.dim) for s in self.group if (_param_of(s.param), s.dim) in restless]
+        moving = []
+        for s in self.group:
+            of_param = (_param_of(s.param), s.dim)
+            if of_param in restless:
+                moving.append((s.param, s.dim))
         self.held = HeldZeros(self.group, moving)
 
 

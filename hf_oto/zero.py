@@ -25,7 +25,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from .cut_state import why_unflattenable
 from .dhspg import DHSPG
-from .flat import Flat, Section, boxes_of_rank, flat_weights, refuse_gaps, slices_of_boxes
+from .flat import Flat, Section, boxes_of_rank, flat_weights, refuse_other_layout, slices_of_boxes
 from .modeling_oto import OTOError
 from .salience import gradient_squared, inner, weight_squared
 from .slices import Part, on_this_rank, sum_over_zigs
@@ -162,12 +162,12 @@ class ZeroDHSPG(DHSPG):
         flats = [Flat(weights) for weights in flat_weights(zero)]
         params = dict(engine.module.named_parameters())
         trained = {name: params[name] for name in self._trained if name in params}
-        boxes_of = boxes_of_rank(flats, zero, trained)
+        here = boxes_of_rank(flats, zero, trained)
         group, readers, self._restless = self._whole
         if not {s.param for s in group + readers} <= trained.keys():
             raise OTOError("the engine's model is not the one that this optimizer was made for")
-        refuse_gaps(boxes_of, trained, self._ranks)
-        self._slices = slices_of_boxes(group, boxes_of), slices_of_boxes(readers, boxes_of)
+        refuse_other_layout(here, trained, self._ranks)
+        self._slices = slices_of_boxes(group, here.of_params), slices_of_boxes(readers, here.of_params)
         self._flats = flats
         self._sections: dict[tuple[int, ...], Section] = {}
         self._enter(range(len(flats)))
