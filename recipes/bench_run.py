@@ -1,6 +1,6 @@
 """What a whole run costs: CPU seconds of `OTOTrainer.train()` beside those of a dense `Trainer.train()`, same steps.
 
-    python recipes/bench_run.py                                   # ViT and BERT shapes, half and 30 % of the MACs
+    python recipes/bench_run.py                             # ViT, BERT and Llama shapes, half and 30 % of the MACs
     python recipes/bench_run.py --models vit --targets 0.3 --pairs 3 --steps 200
 
 Each run has a process and one thread of its own. A pair is a dense run and ours, one after the other, and a figure is
@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_oto import OTOTrainer, OTOTrainingArguments
 
+KINDS = ["vit", "bert", "llama"]
 NUM_LABELS = 10
 LENGTH = 64  # tokens of a text; an image has as many patches
 
@@ -53,21 +54,19 @@ def made(kind: str, hidden: int) -> tf.PreTrainedModel:
     if kind == "vit":
         config = tf.ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=NUM_LABELS)
         return tf.ViTForImageClassification(config)
-    return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=1000, num_labels=NUM_LABELS))
+    sizes |= {"vocab_size": 1000, "num_labels": NUM_LABELS}
+    if kind == "llama":
+        config = tf.LlamaConfig(**sizes, num_key_value_heads=4, pad_token_id=NUM_LABELS)
+        return tf.LlamaForSequenceClassification(config)
+    return tf.BertForSequenceClassification(tf.BertConfig(**sizes))
 
 
 def run(kind: str, target: float, options: argparse.Namespace) -> dict[str, float]:
     """One run in this process: a target of 1 is the dense `Trainer`."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "output_dir": folder,
-            "max_steps": options.steps,
-            "per_device_train_batch_size": 16,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-        }
+        settings = {"output_dir": folder, "max_steps": options.steps, "per_device_train_batch_size": 16}
+        settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
         if target == 1:
             trainer = Trainer(made(kind, options.hidden), TrainingArguments(**settings), train_dataset=Examples(kind))
         else:
@@ -90,7 +89,7 @@ def in_a_process(kind: str, target: float, options: argparse.Namespace) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["vit", "bert"], choices=["vit", "bert"])
+    parser.add_argument("--models", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the MACs left")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--hidden", type=int, default=256, help="width of the models")
@@ -112,7 +111,8 @@ def main() -> None:
             ratios = [ours / dense for dense, ours in pairs]
             dense, ours = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
             each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"{kind:5}  {target:11}  {dense:7.1f}  {ours:6.1f}  {statistics.median(ratios):.2f} ({each})")
+            ratio = statistics.median(ratios)
+            print(f"{kind:5}  {target:11}  {dense:7.1f}  {ours:6.1f}  {ratio:.2f} ({each})", flush=True)
 
 
 if __name__ == "__main__":
