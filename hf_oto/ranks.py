@@ -5,7 +5,6 @@ The trainer asks here wherever ranks have to agree, and with one process everyth
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -71,17 +70,21 @@ def of_rank_zero(compute: Callable[[], Any]) -> Any:
         except Exception as error:
             if PartialState().num_processes == 1:
                 raise
-            value_and_error[1] = sendable(error)
-    value, error = broadcast_object_list(value_and_error)
+            value_and_error[1] = error
+    value, error = _broadcast(value_and_error)
     if error is not None:
         raise error
     return value
 
 
-def sendable(error: Exception) -> Exception:
-    """An error that other ranks can read: itself, or its text where its class can't be made anew."""
+def _broadcast(value_and_error: list[Any]) -> list[Any]:
+    """What rank 0 has, on every rank; of an error that can't be sent, its text."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        return broadcast_object_list(value_and_error)
+    except Exception as why:
+        _, error = value_and_error
+        if not PartialState().is_main_process or error is None:
+            raise
+        # nothing has been sent yet, so that the others still wait
+        text = f"{type(error).__name__}: {error} (it can't be sent to other ranks: {why})"
+        return broadcast_object_list([None, RuntimeError(text)])

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .calls import outermost_pretrained
 from .cut import Scale, ScaleOfStorage
-from .ranks import sendable
+from .modeling_oto import OTOError
 from .restore import Place
 from .slices import local
 from .wide import storage_of
@@ -147,9 +147,10 @@ def whole_in_files(shards: Shards, make_folder: Callable[[], str] | None) -> Sha
             except Exception as first_error:
                 error = first_error
         del weight  # before the next one is gathered
-    for error_of_rank in of_all_ranks(error and sendable(error)):
-        if error_of_rank is not None:
-            raise error_of_rank
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    for rank, text_of_rank in enumerate(of_all_ranks(text)):
+        if text_of_rank is not None:
+            raise OTOError(f"rank {rank} can't write the weights: {text_of_rank}")
     return in_files
 
 

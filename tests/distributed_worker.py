@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, ZIGPartition, partition_zigs, sharded
 from hf_oto.paper import PaperDHSPG, Penalty
+from hf_oto.ranks import of_rank_zero
 from hf_oto.zigs import Member, OTOError, PrunableAxis
 
 torch.set_num_threads(1)
@@ -373,6 +374,15 @@ def force_fsdp2():
     tf.ResNetForImageClassification.get_input_embeddings = lambda self: None
 
 
+class Unsendable(Exception):
+    def __reduce__(self):
+        raise TypeError("for this process only")
+
+
+def fail():
+    raise Unsendable("the disk is full")
+
+
 def trainer_fsdp2(rank, world, folder):
     force_fsdp2()
     found = {}
@@ -400,6 +410,10 @@ def trainer_fsdp2(rank, world, folder):
     except OTOError as error:
         found["failed"] = str(error)
     sharded.largest_difference = original
+    try:
+        of_rank_zero(fail)
+    except Exception as error:
+        found["unsendable"] = str(error)
     path = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
     asked = load_config_from_file(str(path)).fsdp_config
     # what `accelerate launch` makes of its config file

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from hf_oto import PruningPlan, partition_zigs, shards
 from hf_oto.calls import as_forwards, tensors_of
 from hf_oto.compaction import Compaction
-from hf_oto.modeling_oto import named_tensors
+from hf_oto.modeling_oto import OTOError, named_tensors
 from hf_oto.sharded import BeforeSharding, let_go_of_whole_weights
 from hf_oto.shards import WholeForNow
 from hf_oto.zigs import random_half
@@ -205,7 +205,7 @@ def ended(name, mesh, folder):
     try:
         with again.whole_on_disk(user, torch.device("cpu"), folder / "missing", writes=rank == 0):
             pass
-    except FileNotFoundError as error:  # every rank hears of it
+    except OTOError as error:  # every rank hears of it
         found["no folder"] = str(error)
     with again.whole_on_disk(user, torch.device("cpu"), folder, writes=rank == 0):
         if rank == 0 and isinstance(user, tf.PreTrainedModel):

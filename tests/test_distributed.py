@@ -109,7 +109,9 @@ def test_optimizer_across_processes(tmp_path):
 def test_trainer_under_ddp_and_fsdp2(tmp_path):
     launch(*TORCHRUN, WORKER, str(tmp_path), "trainer_ddp", "trainer_fsdp2")
     ranks = [a | b for a, b in zip(results(tmp_path, "trainer_ddp"), results(tmp_path, "trainer_fsdp2"), strict=True)]
-    errors, broken = ([rank.pop(name) for rank in ranks] for name in ("failed", "broken"))
+    errors, broken, unsendable = ([rank.pop(n) for rank in ranks] for n in ("failed", "broken", "unsendable"))
+    # an error of rank 0 that can't be sent is heard of as its text
+    assert all("Unsendable: the disk is full" in text for text in unsendable)
     one = worker.trained(tmp_path / "one")
     uniform = worker.trained(tmp_path / "uniform", uniform=True, target_group_sparsity=0.2)
     assert distance(uniform, one) == float("inf") and "modeling_oto.py" not in uniform["files"]

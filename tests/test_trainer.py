@@ -16,8 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import hf_oto
-from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments, whole
-from hf_oto import trainer as trainer_module
+from hf_oto import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer, OTOTrainingArguments, ranks, whole
 from hf_oto.paper import PaperDHSPG
 from hf_oto.zigs import OTOError
 
@@ -437,7 +436,7 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch):
         with pytest.raises(OTOError, match=r"FSDP1 is not supported.*FSDP2.*DDP"):
             OTOTrainer(bert(), args)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "DTensor", nn.Parameter)  # as if from_pretrained had sharded the model
+        patch.setattr(ranks, "DTensor", nn.Parameter)  # as if from_pretrained had sharded the model
         with pytest.raises(OTOError, match=r"has sharded this model already.*fsdp=True"):
             OTOTrainer(bert(), arguments(tmp_path))
     monkeypatch.setattr(tf.Trainer, "get_tp_size", lambda self: 2)
