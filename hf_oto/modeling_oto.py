@@ -824,7 +824,7 @@ def _names_in(record: Record) -> set[str]:
 def _new_names(model: PreTrainedModel, names: set[str], known: set[str], partly: bool) -> dict[str, str | None]:
     """Name in the record -> name in the model, None if the model lacks it.
 
-    Worked example: in a model with a head, all names in the body begin with "bert."; in the body alone, no name does.
+    Worked example: in a model with a head, all names in the body begin with "body."; in the body alone, no name does.
 
     Args:
         names: the modules and weights that the record names.

@@ -252,8 +252,9 @@ class Report(dict):
         if "max_output_difference_in_own_dtype" in self:
             difference += f" in double, {self['max_output_difference_in_own_dtype']:.1e} as it runs"
         notes.append(difference)
-        if self["training_macs"] < 1:
-            percent = 100 * self["training_macs"]
+        fraction = self["training_macs"]
+        if fraction is not None and fraction < 1:
+            percent = 100 * fraction
             notes.append(f"training took {percent:.0f} % of the MACs of a dense model")
         zeroed = self["metrics"]["zeroed"]
         for key, value in self["metrics"]["compact"].items():

@@ -6,10 +6,10 @@ While the model runs, each of its layers has whole weights for as long as its ow
 A rank holds at most model/N + kept/N bytes of shards, where N is the number of ranks, beside what is in no layer (the
 embeddings and the head) and one layer; or, while weights are cut, beside two copies of the largest weight.
 
-Worked example: Llama-70B in float32 takes 282 GB, and a cut keeps half. Of 8 ranks each holds 35 GB of shards. For the
-certificate it gathers 8.4 GB, the embeddings and the head, and 3.4 GB, one layer, which it drops after that layer has
-run. For the cut it gathers one weight, cuts it, keeps an eighth of what is left, and drops its old shard: the 35 GB
-become 18 GB.
+Worked example: a decoder of 70 billion weights takes 282 GB in float32, and a cut keeps half. Of 8 ranks each holds
+35 GB of shards. For the certificate it gathers 8.4 GB, the embeddings and the head, and 3.4 GB, one layer, which it
+drops after that layer has run. For the cut it gathers one weight, cuts it, keeps an eighth of what is left, and drops
+its old shard: the 35 GB become 18 GB.
 """
 
 from __future__ import annotations

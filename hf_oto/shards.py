@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .calls import outermost_pretrained
@@ -108,17 +108,9 @@ def divided(weight: Tensor, like: Tensor) -> Tensor:
     """The part of a whole weight that this rank holds, divided as another one; nothing is sent."""
     if not isinstance(like, DTensor):
         return weight
-    part = weight
-    for i, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            chunks = part.chunk(like.device_mesh.size(i), placement.dim)
-            rank = like.device_mesh.get_local_rank(i)
-            # with fewer positions than ranks the last ranks hold nothing
-            part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
-    part = part.clone(memory_format=torch.contiguous_format).to(local(like).device)
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
+    # without a source rank each rank takes its part of what it has
+    part = distribute_tensor(weight, like.device_mesh, like.placements, src_data_rank=None)
+    return part.to(local(like).device)
 
 
 def of_all_ranks(value: Any) -> list[Any]:

@@ -157,8 +157,10 @@ class Shrinking:
         dense = work.left(np.zeros_like(num_gone))
         return work.left(num_gone) / (dense or 1)
 
-    def _training_macs(self) -> float:
-        """The MACs of the run, as a fraction of those that the dense model would have taken."""
+    def _training_macs(self) -> float | None:
+        """The MACs of the run, as a fraction of those of the dense model; None where MACs are not known."""
+        if "macs" not in self._works:
+            return None
         last = self.state.global_step
         steps = [step for step, _ in self._macs_since] + [last]
         total = float(steps[0])  # until the first cut every step takes all
