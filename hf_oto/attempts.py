@@ -9,12 +9,14 @@ return the same shapes in both modes. If there are weights, its logits must be t
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .by_layers import taken_apart
 from .calls import Forward, tensors_of
 from .certificate import cut_difference
 from .cut import Cut, cut_
@@ -24,15 +26,22 @@ from .modeling_oto import named_tensors
 from .restore import replace_tensors_, restored
 from .trace import Trace, experts_at_once_
 
+logger = logging.getLogger(__name__)
+
 Attempt = functools.partial[str | None]  # a function of a cut, which says what is wrong with the cut model
 ShapesOfMode = Mapping[bool, list[Any]]  # mode, training or not -> the shapes of all outputs, one after the other
 
 
-def attempts(model: nn.Module, forwards: list[Forward], traced: Trace) -> Iterator[Attempt]:
+def attempts(
+    model: nn.Module, forwards: list[Forward], traced: Trace, device: torch.device | None = None
+) -> Iterator[Attempt]:
     """The attempts that a cut has to pass.
 
     The cut model must run in every mode that was traced, and keep the shapes of its outputs; where there are weights,
     it must also keep the outputs themselves in eval mode.
+
+    Args:
+        device: where outputs are computed, one layer after the other. None: where the weights are.
     """
     shapes_on_fakes: dict[bool, list[Any]] = {}
     shapes_on_weights: dict[bool, list[Any]] = {}
@@ -48,13 +57,27 @@ def attempts(model: nn.Module, forwards: list[Forward], traced: Trace) -> Iterat
         yield functools.partial(_changes_shapes_of_fakes, model, forwards, shapes_on_fakes)
     if any(weight.is_meta for weight in model.parameters()):
         return  # there are no values to compute with
-    yield functools.partial(differs, model, forwards)
+    yield functools.partial(differs, model, forwards, device)
     if shapes_on_weights:
         yield functools.partial(_changes_shapes, model, forwards, shapes_on_weights)
 
 
-def differs(model: nn.Module, forwards: list[Forward], cut: Cut) -> str | None:
-    """Says how far the outputs of the cut model are from those of the zeroed one, if they are not the same."""
+def differs(model: nn.Module, forwards: list[Forward], device: torch.device | None, cut: Cut) -> str | None:
+    """Says how far the outputs of the cut model are from those of the zeroed one, if they are not the same.
+
+    Only one layer at a time is copied to be zeroed or cut. Where the outputs are not the same then, or a forward reads
+    weights of a layer that isn't running, all layers are.
+
+    Args:
+        device: see `attempts`.
+    """
+    try:
+        with taken_apart(model, device) as by_layers:
+            difference, tolerance = by_layers.cut_difference(cut, forwards)
+        if difference <= tolerance:
+            return None
+    except Exception as error:
+        logger.info("the layers of %s don't run one by one: %s", type(model).__name__, error)
     difference, tolerance = cut_difference(model, cut, forwards)
     if difference <= tolerance:
         return None

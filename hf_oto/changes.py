@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .certificate import is_free
 from .cut import Cut, Scale, scaled, without_positions
-from .shards import Change
+
+Change = Callable[[str, Tensor], Tensor]  # (name of a weight, the whole of it) -> what a forward is to read
 
 
 class Changes:

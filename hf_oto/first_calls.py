@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch.nn import ParameterList
 from transformers import TrainingArguments
 
+from .by_layers import taken_apart
 from .calls import Forward, device_of, own_copy, raise_if_out_of_memory, recorded
 from .evaluating import WeightsKept, evaluating, random_states_kept
 from .examples import Beginning
@@ -65,7 +66,7 @@ class FirstCalls:
         with Beginning(loader, self._train_batch_size) as beginning:
             for make_batch in beginning.batches():
                 try:
-                    new_forwards, is_finite = self._calls_of_a_loss(make_batch, beginning.owners)
+                    new_forwards, is_finite = self._calls_where_it_trains(make_batch, beginning.owners)
                 except Exception as error:
                     raise_if_out_of_memory(error)
                     logger.info("compute_loss on a few examples failed: %s: %s", type(error).__name__, error)
@@ -85,6 +86,23 @@ class FirstCalls:
             f"compute_loss of {type(self).__name__} fails on its first batch: {type(problem).__name__}: {problem} (if "
             "it needs what only training has, an optimizer, say: override trace_calls)"
         ) from problem
+
+    def _calls_where_it_trains(
+        self, make_batch: Callable[[], Any], owners: Sequence[Any]
+    ) -> tuple[list[Forward], bool]:
+        """`_calls_of_a_loss` on the device of the training, one layer after the other, or where the model lies."""
+        here = device_of(self.model)  # FSDP2 takes the model to its card only when training begins
+        there = self.args.device
+        if here is None or here.type == there.type:
+            return self._calls_of_a_loss(make_batch, owners)
+        try:
+            # A layer has its weights while it runs forward, and not when a gradient is asked for.
+            with random_states_kept(self.model), taken_apart(self.model, there) as by_layers, by_layers.running():
+                forwards, is_finite = self._calls_of_a_loss(make_batch, owners)
+        except Exception as error:
+            logger.info("compute_loss on a few examples failed on %s: %s: %s", there, type(error).__name__, error)
+            return self._calls_of_a_loss(make_batch, owners)
+        return [forward._replace(home=there).copy_on(here) for forward in forwards], is_finite
 
     def _calls_of_a_loss(self, make_batch: Callable[[], Any], owners: Sequence[Any]) -> tuple[list[Forward], bool]:
         """The calls that one `compute_loss` makes, and whether the loss is finite.

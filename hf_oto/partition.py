@@ -42,7 +42,12 @@ from .zigs import ZIGPartition, random_half
 logger = logging.getLogger(__name__)
 
 
-def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequence[str] = ()) -> ZIGPartition:
+def partition_zigs(
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    protect: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
 
     The model runs on the inputs in eval mode and in train mode, without dropout; both count. The model is left as it
@@ -56,6 +61,7 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
             the inputs are made from the config.
         protect: regular expressions. A parameter is not pruned if one of them matches anywhere in its name, or in the
             name of a module that the parameter is in.
+        device: where the cut is tried out, one layer after the other, if not where the model lies.
 
     Returns:
         the partition; its `pinned` says for every other parameter dimension why it stays.
@@ -86,7 +92,7 @@ def partition_zigs(model: nn.Module, inputs: Inputs | None = None, protect: Sequ
     traced = traced._replace(equations=_living_equations(traced, unified))
     _pin_by_name(model, traced, unified, protected)
     pin_around_what_never_ran(traced, unified)
-    return _Rehearsal(model, forwards, traced, unified).rehearsed()
+    return _Rehearsal(model, forwards, traced, unified, device).rehearsed()
 
 
 def _refuse_unready_weights(model: nn.Module) -> None:
@@ -342,11 +348,19 @@ def _draws(partition: ZIGPartition) -> Iterator[tuple[np.ndarray, bool]]:
 class _Rehearsal:
     """The cut, tried in every way that is possible; families of axes that fail, alone or together, are pinned."""
 
-    def __init__(self, model: nn.Module, forwards: list[Forward], traced: Trace, unified: Axes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forwards: list[Forward],
+        traced: Trace,
+        unified: Axes,
+        device: torch.device | None,
+    ) -> None:
         self.model = model
         self.forwards = forwards
         self.traced = traced
         self.unified = unified
+        self.device = device
         self._solve()
 
     def _solve(self) -> None:
@@ -354,7 +368,7 @@ class _Rehearsal:
 
     def rehearsed(self) -> ZIGPartition:
         """The partition of what passes every attempt."""
-        for attempt in attempts(self.model, self.forwards, self.traced):
+        for attempt in attempts(self.model, self.forwards, self.traced, self.device):
             while self.partition.axes and self._problem(attempt):
                 self._refuse_a_failing_model(attempt)
                 # The refusal may have found that the model computes in its own dtype only: the cut is tried again.

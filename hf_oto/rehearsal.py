@@ -24,7 +24,7 @@ from .compaction import trial_compact
 from .cut import Cut, resolve
 from .modeling_oto import OTOError
 from .report import size
-from .zigs import random_half
+from .zigs import random_eighth
 
 
 class Rehearsing:
@@ -32,8 +32,8 @@ class Rehearsing:
 
     def _rehearse_the_end(self, model: nn.Module) -> None:
         """Cuts the untrained model for a moment, saves it beside where the trained one will be, and builds it again:
-        what can't be done in the end is an error before the first step."""
-        cut = resolve(self.partition, random_half(self.partition), warn=False)
+        what can't be done in the end is an error before the first step. The less is kept, the less memory it takes."""
+        cut = resolve(self.partition, random_eighth(self.partition), warn=False)
         with self._room_for_rehearsal(model) as folder:
             try:
                 rehearse_saving(model, cut, lambda: self._save(folder), folder)

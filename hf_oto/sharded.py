@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,20 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from .by_layers import LayerByLayer
 from .calls import Forward
 from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, own_outputs
-from .changes import Changes
 from .compaction import Compaction
-from .cut import Cut, Scale, ScaleOfStorage, TrialCut
+from .cut import Cut, TrialCut
 from .differences import largest_difference
 from .modeling_oto import named_tensors
 from .report import size
-from .restore import contents, places, replace_tensors_, restored
+from .restore import contents, replace_tensors_, restored
 from .shards import (
-    Change,
     Shards,
-    Weight,
-    WholeForNow,
     divided,
     of_all_ranks,
     save_by_pieces_,
-    unchanged,
     whole,
     whole_in_files,
 )
@@ -124,7 +119,7 @@ class BeforeSharding(Undivided):
                 _module_state_mapping.update(states)
 
 
-class ShardedWeights:
+class ShardedWeights(LayerByLayer):
     """The weights of a model as shards, beside the model itself, which is plain and whose own weights are on meta.
 
     All ranks call every method together, because a weight is gathered by all of them.
@@ -132,20 +127,6 @@ class ShardedWeights:
     Attributes:
         model: the plain model. Its buffers are real.
     """
-
-    def __init__(self, model: nn.Module, shards: Shards, layers: Sequence[nn.Module], device: torch.device) -> None:
-        self.model = model
-        self._device = device  # where this rank computes
-        self._shards = shards
-        self._layers = layers  # the modules that FSDP2 has sharded
-
-    def _first_names(self) -> dict[str, str]:
-        """Name of a tensor -> the first of the names that it has; a tied tensor has several."""
-        first_of_id: dict[int, str] = {}
-        first_names = {}
-        for name, tensor in named_tensors(self.model).items():
-            first_names[name] = first_of_id.setdefault(id(tensor), name)
-        return first_names
 
     # what is zero ----------------------------------------------------------------------------------
 
@@ -171,7 +152,7 @@ class ShardedWeights:
         first_names = self._first_names()
         tensors = {}
         for name, tensor in partition.tensors(self.model).items():
-            tensors[name] = self._shards.get(first_names[name], tensor)
+            tensors[name] = self._weights.get(first_names[name], tensor)
         slices = slices_of(partition.axes, group, tensors, {})
         in_group = {slice_.param: tensors[slice_.param] for slice_ in slices}
         return slices, in_group
@@ -181,24 +162,20 @@ class ShardedWeights:
     def certify(self, cut: Cut, forwards: Sequence[Forward]) -> Certificate:
         """`hf_oto.certificate.certify`; each rank compares outputs on its own examples, and the worst rank counts."""
         model = self.model
-        forwards = _on(self._device, forwards)
-        changes = Changes(cut, self._first_names())
+        forwards = self._here(forwards)
+        changes = self._changes(cut)
         _agree_on_arithmetic(model)
-        with self._running(changes.zeroed()):
+        with self.running(changes.zeroed()):
             exact, _ = exact_outputs(model, forwards)
             rounded = own_outputs(model, forwards)
-        with self._running(changes.noisy()):
+        with self.running(changes.noisy()):
             exact_with_noise, _ = exact_outputs(model, forwards)
         invariance = largest_difference(exact, exact_with_noise)
         del exact_with_noise  # before the outputs of the cut model need their memory
         # the trial cuts buffers and sizes; of weights on meta it cuts the shapes
         with TrialCut(model, cut):
-            # weights are scaled while they are widened: the certificate judges the cut, not how they are rounded
-            widened = {} if model in ONLY_AS_THEY_ARE else changes.scales()
-            scales: ScaleOfStorage = {}
-            with self._running(changes.cut(but=widened), widened, scales):
-                exact_of_cut, tolerance = exact_outputs(model, forwards, scales)
-            with self._running(changes.cut()):
+            exact_of_cut, tolerance = self._exact_outputs_of_cut(cut, forwards)
+            with self.running(changes.cut()):
                 rounded_of_cut = own_outputs(model, forwards)
         difference = largest_difference(exact, exact_of_cut)
         rounding = largest_difference(rounded, rounded_of_cut)
@@ -208,78 +185,28 @@ class ShardedWeights:
 
     def run(self, forwards: Sequence[Forward]) -> None:
         """Runs the model once, so that what it raises is raised here."""
-        with self._running(unchanged):
-            own_outputs(self.model, _on(self._device, forwards))
+        with self.running():
+            own_outputs(self.model, self._here(forwards))
 
     def moved_by_zeroing(self, cut: Cut, forwards: Sequence[Forward]) -> float:
         """How far outputs move, relative to their size, when what a cut removes is zeroed."""
-        forwards = _on(self._device, forwards)
-        with self._running(unchanged):
+        forwards = self._here(forwards)
+        with self.running():
             before = own_outputs(self.model, forwards)
-        changes = Changes(cut, self._first_names())
-        with self._running(changes.zeroed()):
+        changes = self._changes(cut)
+        with self.running(changes.zeroed()):
             after = own_outputs(self.model, forwards)
         return max(of_all_ranks(largest_difference(before, after)))
-
-    @contextlib.contextmanager
-    def _running(
-        self, change: Change, to_scale: Mapping[str, Scale] | None = None, scales: ScaleOfStorage | None = None
-    ) -> Iterator[None]:
-        """While open, the model can run.
-
-        What belongs to no layer (embeddings, a head) is whole all the time.
-
-        Args:
-            change: what is done to every weight after it was gathered.
-            to_scale: name of a weight -> how it is to be scaled while it is widened.
-            scales: the same of the weights that are whole now, by their storages, as `WideArithmetic` takes it.
-        """
-        with contextlib.ExitStack() as stack:
-            for layer, weights in self._weights_of_layers().items():
-                for_now = WholeForNow(weights, change, to_scale or {}, scales)
-                if layer is None:
-                    stack.enter_context(for_now)
-                    continue
-                before = layer.register_forward_pre_hook(for_now.gather, prepend=True)
-                after = layer.register_forward_hook(for_now.drop, always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            yield
-
-    def _weights_of_layers(self) -> dict[nn.Module | None, list[Weight]]:
-        """The weights that must be whole while a layer runs; those of no layer stand under None.
-
-        Modules without parts (an embedding, a norm) are no layers, because others may read their weights, too.
-        """
-        weight_of_id: dict[int, Weight] = {}
-        names = defaultdict(list)
-        places_of_id = places(self.model)
-        for name, tensor in named_tensors(self.model).items():
-            names[id(tensor)].append(name)
-            if name in self._shards:
-                weight_of_id[id(tensor)] = Weight(name, self._shards[name], tensor, places_of_id[id(tensor)])
-        path_of_layer = {}
-        for path, module in self.model.named_modules():
-            if path and module in self._layers and any(True for _ in module.children()):
-                path_of_layer[module] = f"{path}."
-        weights: dict[nn.Module | None, list[Weight]] = defaultdict(list)
-        for tensor_id, weight in weight_of_id.items():
-            innermost = None
-            for layer, path in path_of_layer.items():  # the outer ones come first
-                if all(name.startswith(path) for name in names[tensor_id]):
-                    innermost = layer
-            weights[innermost].append(weight)
-        return weights
 
     # the cut ---------------------------------------------------------------------------------------
 
     def keep_(self, compaction: Compaction, cut: Cut) -> None:
         """Cuts the model for good: its record, class, sizes and buffers, then one shard after the other."""
-        change = Changes(cut, self._first_names()).cut()
+        change = self._changes(cut).cut()
         compaction.keep_(self.model, cut)
-        for name, shard in self._shards.items():
+        for name, shard in self._weights.items():
             kept = change(name, whole(shard))
-            self._shards[name] = divided(kept, like=shard)
+            self._weights[name] = divided(kept, like=shard)
 
     def measured(self, compaction: Compaction, rest: Cut, forwards: Sequence[Forward]) -> list[dict[str, Any]]:
         """The sizes and MACs of the dense model and of what a cut leaves; a latency would be that of gathering."""
@@ -316,15 +243,15 @@ class ShardedWeights:
         for name, buffer in stock.named_buffers():
             new[id(buffer)] = buffers[name]
         for name, p in stock.named_parameters():
-            empty = torch.empty_like(p, dtype=self._shards[name].dtype)
+            empty = torch.empty_like(p, dtype=self._weights[name].dtype)
             new[id(p)] = nn.Parameter(empty, p.requires_grad)
         replace_tensors_(contents(stock), new)
         stock.train(small.training)
-        forwards = _on(self._device, forwards)
-        with self._running(unchanged):
+        forwards = self._here(forwards)
+        with self.running():
             outputs, tolerance = exact_outputs(small, forwards)
-        of_stock = ShardedWeights(stock, self._shards, layers, self._device)
-        with of_stock._running(unchanged):
+        of_stock = ShardedWeights(stock, self._weights, layers, self._device)
+        with of_stock.running():
             outputs_of_stock, _ = exact_outputs(stock, forwards)
         if max(of_all_ranks(largest_difference(outputs, outputs_of_stock))) > tolerance:
             return False
@@ -341,7 +268,7 @@ class ShardedWeights:
         shard(self.model)
         new = {}
         for name, p in self.model.named_parameters():
-            new[id(p)] = nn.Parameter(self._shards.pop(name), p.requires_grad)
+            new[id(p)] = nn.Parameter(self._weights.pop(name), p.requires_grad)
         replace_tensors_(contents(self.model), new)
         return before
 
@@ -362,7 +289,7 @@ class ShardedWeights:
                 made = tempfile.TemporaryDirectory(prefix="weights-", dir=folder, ignore_cleanup_errors=True)
                 return stack.enter_context(made)
 
-            in_files = whole_in_files(self._shards, make_folder if writes else None)
+            in_files = whole_in_files(self._weights, make_folder if writes else None)
             if writes:
                 stack.enter_context(restored(self.model))
                 new = {}
@@ -378,8 +305,3 @@ def _agree_on_arithmetic(model: nn.Module) -> None:
     in_own_dtype = broadcast_object_list([model in ONLY_AS_THEY_ARE])
     if in_own_dtype[0]:
         ONLY_AS_THEY_ARE.add(model)
-
-
-def _on(device: torch.device, forwards: Sequence[Forward]) -> list[Forward]:
-    """Calls that were noted while the model lay on the CPU, for the device where this rank computes."""
-    return [forward if forward.home is None else forward.copy_on(device) for forward in forwards]

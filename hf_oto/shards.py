@@ -1,4 +1,4 @@
-"""Weights as shards: gathered one at a time, whole for as long as a layer runs, divided again, or put into files.
+"""Weights as shards: gathered one at a time, divided again, or put into files.
 
 Worked example: of a weight of 5 rows, rank 0 of 2 holds rows 0 to 2, and rank 1 rows 3 and 4. `whole` gives both ranks
 all 5 rows. After rows 1 and 2 were cut out, `divided` leaves the old rows 0 and 3 on rank 0, and row 4 on rank 1.
@@ -7,93 +7,21 @@ all 5 rows. After rows 1 and 2 were cut out, `divided` leaves the old rows 0 and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .calls import outermost_pretrained
-from .cut import Scale, ScaleOfStorage
 from .modeling_oto import OTOError
-from .restore import Place
 from .slices import local
-from .wide import storage_of
 
-Change = Callable[[str, Tensor], Tensor]  # (name of a weight, the whole of it) -> what a forward is to read
 Shards = dict[str, Tensor]  # name of a weight -> the part of it that this rank holds, as a DTensor
 SMALL_FILE = 2**26  # bytes: weights that are no more stay in one file
-
-
-class Weight(NamedTuple):
-    """A weight of a layer."""
-
-    name: str
-    shard: Tensor
-    empty: nn.Parameter  # on meta: what is in its places while it isn't whole
-    places: list[Place]
-
-
-class WholeForNow:
-    """Weights that are whole while this is open, or between two hooks."""
-
-    def __init__(
-        self,
-        weights: Sequence[Weight],
-        change: Change,
-        to_scale: Mapping[str, Scale],
-        scales: ScaleOfStorage | None,
-    ) -> None:
-        """See `ShardedWeights._running`."""
-        self._weights = weights
-        self._change = change
-        self._to_scale = to_scale
-        self._scales = scales
-        self._num_open = 0  # forwards that are running, one in the other
-
-    def gather(self, *_: Any) -> None:
-        """Gathers the weights, and puts them in their places."""
-        self._num_open += 1
-        if self._num_open > 1:
-            return
-        # the wide arithmetic is for what the model computes
-        with torch.no_grad(), _disable_current_modes():
-            for weight in self._weights:
-                changed = self._change(weight.name, whole(weight.shard))
-                parameter = nn.Parameter(changed, requires_grad=False)
-                for place in weight.places:
-                    place.put(parameter)
-                if weight.name in self._to_scale:
-                    self._scales[storage_of(parameter)] = self._to_scale[weight.name]
-
-    def drop(self, *_: Any) -> None:
-        """Lets go of the weights."""
-        self._num_open -= 1
-        if self._num_open > 0:
-            return
-        for weight in self._weights:
-            if weight.name in self._to_scale:
-                # another tensor may soon have the same storage
-                del self._scales[storage_of(weight.places[0].tensor)]
-            for place in weight.places:
-                place.put(weight.empty)
-
-    def __enter__(self) -> None:
-        self.gather()
-
-    def __exit__(self, *_: Any) -> None:
-        self.drop()
-
-
-def unchanged(_: str, weight: Tensor) -> Tensor:
-    return weight
-
-
-# shards --------------------------------------------------------------------------------------------
 
 
 def whole(shard: Tensor) -> Tensor:

@@ -206,7 +206,9 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub
             self._forwards = at_home(as_forwards(self.trace_calls()), model)
         if self.partition is None:
             protect = self._setting("protect")
-            self.partition = of_rank_zero(lambda: partition_zigs(model, self._forwards, protect=protect))
+            # a model that FSDP2 will shard still lies on the CPU, where it would take minutes or hours to run
+            device = self.args.device if self.is_fsdp_enabled else None
+            self.partition = of_rank_zero(lambda: partition_zigs(model, self._forwards, protect, device))
             if self.is_world_process_zero() and not self.args.disable_tqdm:
                 print(self.partition)
         if self._setting("uniform"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -356,14 +356,29 @@ def random_half(partition: ZIGPartition, families: Collection[str] | None = None
     Args:
         families: the folded names of the axes that may lose something; None: all.
     """
+    # with less than half left, deep networks forget their input, and any cut looks right
+    return _random_plan(partition, families, lambda size: ((size + 1) // 2, size))
+
+
+def random_eighth(partition: ZIGPartition) -> PruningPlan:
+    """A plan that keeps an eighth of every axis or a little more, each of a width of its own; always the same plan."""
+    return _random_plan(partition, None, lambda size: (max(1, size // 8), max(2, size // 4)))
+
+
+def _random_plan(
+    partition: ZIGPartition, families: Collection[str] | None, bounds: Callable[[int], tuple[int, int]]
+) -> PruningPlan:
+    """A plan that keeps a random number of random ZIGs of every axis.
+
+    Args:
+        bounds: size of an axis -> the least number that is kept, and the first that is too many.
+    """
     rng = np.random.default_rng(0)
     kept = {}
     for axis in partition.axes:
         # drawn for axes that stay whole, too, so that an axis loses the same ZIGs whichever others are cut
         shuffled = rng.permutation(axis.size)  # (size,)
-        # with less than half left, deep networks forget their input, and any cut looks right
-        least_kept = (axis.size + 1) // 2
-        num_kept = rng.integers(least_kept, axis.size)
+        num_kept = rng.integers(*bounds(axis.size))
         if families is None or fold(axis.name) in families:
             kept[axis.name] = np.sort(shuffled[:num_kept])
     return PruningPlan(kept)

@@ -20,11 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_oto import PruningPlan, partition_zigs, shards
+from hf_oto.by_layers import WholeForNow
 from hf_oto.calls import as_forwards, tensors_of
 from hf_oto.compaction import Compaction
 from hf_oto.modeling_oto import OTOError, named_tensors
 from hf_oto.sharded import BeforeSharding, let_go_of_whole_weights
-from hf_oto.shards import WholeForNow
 from hf_oto.zigs import random_half
 
 torch.set_num_threads(1)

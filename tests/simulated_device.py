@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
@@ -70,6 +71,16 @@ class SimulatedDevice(TorchFunctionMode):
         """Closes the mode; tensors of the device are CPU tensors again."""
         super().__exit__(*error)
         self._open.close()
+
+    @contextlib.contextmanager
+    def without_other_modes(self) -> Iterator[None]:
+        """While open, all modes are off but this one, as they would be beside a card."""
+        with _disable_current_modes(), self._operations:
+            super().__enter__()
+            try:
+                yield
+            finally:
+                super().__exit__(None, None, None)
 
     def take_(self, module: torch.nn.Module) -> torch.nn.Module:
         """Lets the tensors of a module lie on the device from now on."""

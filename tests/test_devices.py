@@ -16,6 +16,7 @@ import transformers as tf
 from simulated_device import SimulatedDevice
 from test_trainer import arguments, bert, sentences, train
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_oto import (
     DHSPG,
@@ -447,17 +448,59 @@ def on_device(simulated, arguments):
         yield
 
 
-def test_under_fsdp2_the_first_batch_goes_where_the_model_is(tmp_path, monkeypatch):
-    args, model = arguments(tmp_path), bert()
-    with on_device(SimulatedDevice(), args):
+class Noted(list):
+    """What hooks note; a plain list would be put back with all that the model's modules keep."""
+
+
+def devices_of_layers(model):
+    """The devices where the layers have had their weights when they ran, on values and not on meta, as they come."""
+    devices = Noted()
+
+    def note(module, args):
+        if type(module.weight) is nn.Parameter and not isinstance(args[0], FakeTensor):
+            devices.append(module.weight.device.type)
+
+    for path, module in model.named_modules():
+        if "layer" in path and isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(note)
+    return devices
+
+
+def test_under_fsdp2_the_model_runs_where_it_will_train(tmp_path, monkeypatch):
+    args, model, simulated = arguments(tmp_path), bert(), SimulatedDevice()
+    monkeypatch.setattr("hf_oto.by_layers._disable_current_modes", simulated.without_other_modes)
+    with on_device(simulated, args):
         trainer = OTOTrainer(model, args, train_dataset=sentences())
         model.to("cpu")  # FSDP2 leaves it there until training begins
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        devices = devices_of_layers(model)
         forwards = at_home(trainer.trace_calls(), model)
+        assert set(devices) == {"cuda"}
         assert {tensor.device.type for tensor in calls.input_tensors(forwards)} == {"cpu"}
-        partition = partition_zigs(model, forwards)
+        devices.clear()
+        partition = partition_zigs(model, forwards, device=simulated.device)
+        assert set(devices) == {"cuda"}
+        assert str(partition) == str(partition_zigs(bert(), forwards))
+        for name, p in model.named_parameters():
+            assert p.device.type == "cpu" and torch.equal(p, weights[name])
         model.to("cuda:0")
         assert check_zero_invariance(model, partition, forwards) < 1e-9
+
+
+def test_under_fsdp2_a_model_whose_layers_do_not_run_alone_runs_where_it_lies(tmp_path, monkeypatch):
+    args, model, simulated = arguments(tmp_path), bert(), SimulatedDevice()
+    first = model.bert.encoder.layer[0].output.dense
+    model.classifier.register_forward_pre_hook(lambda module, args: args[0] + first.weight.sum())  # from outside
+    monkeypatch.setattr("hf_oto.by_layers._disable_current_modes", simulated.without_other_modes)
+    with on_device(simulated, args):
+        trainer = OTOTrainer(model, args, train_dataset=sentences())
         model.to("cpu")
+        devices = devices_of_layers(model)
+        forwards = at_home(trainer.trace_calls(), model)
+        assert set(devices) == {"cuda", "cpu"} and devices[-1] == "cpu"
+        assert {tensor.device.type for tensor in calls.input_tensors(forwards)} == {"cpu"}
+        assert partition_zigs(model, forwards, device=simulated.device).axes
+        assert devices[-1] == "cpu"
         monkeypatch.setattr("hf_oto.first_calls.send_to_device", lambda inputs, device: inputs)
         with pytest.raises(OTOError, match=MIXED):
             trainer.trace_calls()

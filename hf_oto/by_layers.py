@@ -1,0 +1,242 @@
+"""A model that runs while its weights are elsewhere: each layer has them for as long as its own forward takes.
+
+The weights may be shards on many ranks, or whole ones that lie in the memory of the CPU while a card computes.
+
+Worked example: a decoder of 80 layers takes 282 GB in float32. When layer 7 is called, its weights (3.4 GB) are
+gathered, changed as a cut would change them, and put in their places, where tensors without values have been. When it
+returns, these are there again, and the next layer is gathered. The embeddings and the head (8.4 GB), which belong to
+no layer, are whole all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .calls import Forward
+from .certificate import ONLY_AS_THEY_ARE, exact_outputs
+from .changes import Change, Changes
+from .cut import Cut, Scale, ScaleOfStorage, TrialCut
+from .differences import largest_difference
+from .evaluating import WeightsKept
+from .modeling_oto import named_tensors
+from .restore import Place, places, replace_tensors_, restored
+from .shards import Shards, whole
+from .wide import storage_of
+
+CONTAINERS_OF_LAYERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+class Weight(NamedTuple):
+    """A weight of a layer."""
+
+    name: str
+    shard: Tensor
+    empty: nn.Parameter  # on meta: what is in its places while it isn't whole
+    places: list[Place]
+
+
+class WholeForNow:
+    """Weights that are whole while this is open, or between two hooks.
+
+    Args:
+        device: where the model computes. None: where the weights are.
+        change, to_scale, scales: see `LayerByLayer.running`.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        device: torch.device | None,
+        change: Change,
+        to_scale: Mapping[str, Scale],
+        scales: ScaleOfStorage | None,
+    ) -> None:
+        self._weights = weights
+        self._device = device
+        self._change = change
+        self._to_scale = to_scale
+        self._scales = scales
+        self._num_open = 0  # forwards that are running, one in the other
+
+    def gather(self, *_: Any) -> None:
+        """Gathers the weights, and puts them in their places."""
+        self._num_open += 1
+        if self._num_open > 1:
+            return
+        # the wide arithmetic is for what the model computes
+        with torch.no_grad(), _disable_current_modes():
+            for weight in self._weights:
+                gathered = whole(weight.shard)
+                if self._device is not None:
+                    gathered = gathered.to(self._device)
+                changed = self._change(weight.name, gathered)
+                parameter = nn.Parameter(changed, requires_grad=False)
+                for place in weight.places:
+                    place.put(parameter)
+                if weight.name in self._to_scale:
+                    self._scales[storage_of(parameter)] = self._to_scale[weight.name]
+
+    def drop(self, *_: Any) -> None:
+        """Lets go of the weights."""
+        self._num_open -= 1
+        if self._num_open > 0:
+            return
+        for weight in self._weights:
+            if weight.name in self._to_scale:
+                # another tensor may soon have the same storage
+                del self._scales[storage_of(weight.places[0].tensor)]
+            for place in weight.places:
+                place.put(weight.empty)
+
+    def __enter__(self) -> None:
+        self.gather()
+
+    def __exit__(self, *_: Any) -> None:
+        self.drop()
+
+
+def unchanged(_: str, weight: Tensor) -> Tensor:
+    return weight
+
+
+class LayerByLayer:
+    """A model whose own weights are on meta, beside the weights that its layers get when they run.
+
+    Args:
+        weights: name of a parameter, the first one that it has -> the whole of it, or this rank's shard. Shards are
+            gathered by all ranks together.
+        layers: the modules that get weights of their own.
+        device: where this rank computes. None: where the weights are.
+
+    Attributes:
+        model: the model. Its buffers are real.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Shards, layers: Sequence[nn.Module], device: torch.device | None
+    ) -> None:
+        self.model = model
+        self._weights = weights
+        self._layers = layers
+        self._device = device
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        change: Change = unchanged,
+        to_scale: Mapping[str, Scale] | None = None,
+        scales: ScaleOfStorage | None = None,
+    ) -> Iterator[None]:
+        """While open, the model can run.
+
+        What belongs to no layer (embeddings, a head) is whole all the time.
+
+        Args:
+            change: what is done to every weight after it was gathered.
+            to_scale: name of a weight -> how it is to be scaled while it is widened.
+            scales: the same of the weights that are whole now, by their storages, as `WideArithmetic` takes it.
+        """
+        with contextlib.ExitStack() as stack:
+            for layer, weights in self._weights_of_layers().items():
+                for_now = WholeForNow(weights, self._device, change, to_scale or {}, scales)
+                if layer is None:
+                    stack.enter_context(for_now)
+                    continue
+                before = layer.register_forward_pre_hook(for_now.gather, prepend=True)
+                after = layer.register_forward_hook(for_now.drop, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
+
+    def cut_difference(self, cut: Cut, forwards: Sequence[Forward]) -> tuple[float, float]:
+        """`hf_oto.certificate.cut_difference`."""
+        forwards = self._here(forwards)
+        with self.running(self._changes(cut).zeroed()):
+            exact, _ = exact_outputs(self.model, forwards)
+        # the trial cuts buffers and sizes; of weights on meta it cuts the shapes
+        with TrialCut(self.model, cut):
+            exact_of_cut, tolerance = self._exact_outputs_of_cut(cut, forwards)
+        return largest_difference(exact, exact_of_cut), tolerance
+
+    def _exact_outputs_of_cut(self, cut: Cut, forwards: Sequence[Forward]) -> tuple[list[Tensor], float]:
+        """`exact_outputs` within a `TrialCut`."""
+        changes = self._changes(cut)
+        # weights are scaled while they are widened: the certificate judges the cut, not how they are rounded
+        widened = {} if self.model in ONLY_AS_THEY_ARE else changes.scales()
+        scales: ScaleOfStorage = {}
+        with self.running(changes.cut(but=widened), widened, scales):
+            return exact_outputs(self.model, forwards, scales)
+
+    def _here(self, forwards: Sequence[Forward]) -> list[Forward]:
+        """Calls that were noted while the model lay elsewhere, for the device where this rank computes."""
+        if self._device is None:
+            return list(forwards)
+        return [forward if forward.home is None else forward.copy_on(self._device) for forward in forwards]
+
+    def _changes(self, cut: Cut) -> Changes:
+        return Changes(cut, self._first_names())
+
+    def _first_names(self) -> dict[str, str]:
+        """Name of a tensor -> the first of the names that it has; a tied tensor has several."""
+        first_of_id: dict[int, str] = {}
+        first_names = {}
+        for name, tensor in named_tensors(self.model).items():
+            first_names[name] = first_of_id.setdefault(id(tensor), name)
+        return first_names
+
+    def _weights_of_layers(self) -> dict[nn.Module | None, list[Weight]]:
+        """The weights that must be whole while a layer runs; those of no layer stand under None.
+
+        Modules without parts (an embedding, a norm) are no layers, because others may read their weights, too.
+        """
+        weight_of_id: dict[int, Weight] = {}
+        names = defaultdict(list)
+        places_of_id = places(self.model)
+        for name, tensor in named_tensors(self.model).items():
+            names[id(tensor)].append(name)
+            if name in self._weights:
+                weight_of_id[id(tensor)] = Weight(name, self._weights[name], tensor, places_of_id[id(tensor)])
+        path_of_layer = {}
+        for path, module in self.model.named_modules():
+            if path and module in self._layers and any(True for _ in module.children()):
+                path_of_layer[module] = f"{path}."
+        weights: dict[nn.Module | None, list[Weight]] = defaultdict(list)
+        for tensor_id, weight in weight_of_id.items():
+            innermost = None
+            for layer, path in path_of_layer.items():  # the outer ones come first
+                if all(name.startswith(path) for name in names[tensor_id]):
+                    innermost = layer
+            weights[innermost].append(weight)
+        return weights
+
+
+@contextlib.contextmanager
+def taken_apart(model: nn.Module, device: torch.device | None = None) -> Iterator[LayerByLayer]:
+    """While open, the weights of a model are not in their places; the entries of its lists of modules are the layers.
+
+    Args:
+        device: where the model computes, one layer after the other. None: where its weights are.
+    """
+    with restored(model) as kept:
+        weights: Shards = {}
+        new: dict[int, Tensor] = {}  # id of a tensor -> what takes its place
+        for name, p in model.named_parameters():
+            weights[name] = p.detach()
+            new[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        if device is not None:
+            for buffer in model.buffers():
+                new[id(buffer)] = buffer.to(device)
+        layers = []
+        for module in model.modules():
+            if isinstance(module, CONTAINERS_OF_LAYERS):
+                layers += module.children()
+        with WeightsKept(model):
+            replace_tensors_(kept, new)
+            yield LayerByLayer(model, weights, layers, device)

@@ -1,0 +1,112 @@
+"""Models that run while only one of their layers has its weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from sharded_worker import Alive, watched
+from torch import nn
+
+from hf_oto import attempts, partition_zigs
+from hf_oto.by_layers import taken_apart
+from hf_oto.calls import as_forwards
+from hf_oto.certificate import own_outputs
+from hf_oto.cut import resolve
+from hf_oto.zigs import random_half
+
+INPUTS = {"x": torch.linspace(-1, 1, 24).reshape(3, 8)}
+
+
+class Layer(nn.Module):
+    """A layer whose forward shortens its own weights, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.wide.weight.clamp_(-0.1, 0.1)
+        return x + self.narrow(self.wide(x).relu())
+
+
+class Net(nn.Module):
+    """Layers in a list, and a head in none."""
+
+    def __init__(self, reads_from_outside=False):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(4)])
+        self.head = nn.Linear(8, 4)
+        self.reads_from_outside = reads_from_outside
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        if self.reads_from_outside:
+            x = x * self.layers[0].narrow.bias
+        return self.head(x)
+
+
+def net(**arguments):
+    torch.manual_seed(0)
+    return Net(**arguments).eval()
+
+
+def bytes_of(module):
+    return sum(p.nbytes for p in module.parameters())
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_one_layer_is_there_at_a_time():
+    model = net()
+    with watched():
+        partition = partition_zigs(model, INPUTS)
+    assert len(partition.axes) == 4
+    assert 0 < Alive.most <= bytes_of(model.head) + bytes_of(model.layers[0])
+
+
+def test_outputs_and_weights_stay():
+    model = net()
+    before = weights(model)
+    parameters = dict(model.named_parameters())
+    forwards = as_forwards(INPUTS)
+    expected = own_outputs(model, forwards)
+    with taken_apart(model) as by_layers, by_layers.running():
+        outputs = own_outputs(model, forwards)
+        assert any(p.is_meta for p in model.parameters())
+    assert all(map(torch.equal, outputs, expected))
+    assert same(weights(model), before)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("reads_from_outside", [False, True])
+def test_a_wrong_cut_is_found_and_a_right_one_passes(reads_from_outside):
+    model = net(reads_from_outside=reads_from_outside)
+    before = weights(model)
+    partition = partition_zigs(model, INPUTS)
+    assert len(partition.axes) == 4
+    forwards = as_forwards(INPUTS)
+    assert attempts.differs(model, forwards, None, resolve(partition, random_half(partition))) is None
+    wrong = with_live_biases(partition)
+    problem = attempts.differs(model, forwards, None, resolve(wrong, random_half(wrong)))
+    assert "differ by" in problem
+    assert same(weights(model), before)
+
+
+def with_live_biases(partition):
+    """Breaks the rule: biases that are cut, but not zeroed before."""
+    axes = []
+    for axis in partition.axes:
+        members = []
+        for member in axis.members:
+            role = "statistic" if member.param.endswith("wide.bias") else member.role
+            members.append(dataclasses.replace(member, role=role))
+        axes.append(dataclasses.replace(axis, members=tuple(members)))
+    return dataclasses.replace(partition, axes=tuple(axes))
