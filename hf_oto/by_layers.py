@@ -217,6 +217,30 @@ class LayerByLayer:
         return weights
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The entries of a model's outermost lists of modules: what all ranks run, whatever their examples are.
+
+    (The experts in a block, say, are entries of a list too, and one rank may need an expert that another doesn't.)
+    What shares a parameter with the rest of the model is left out.
+    """
+    names_of_id = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names_of_id[id(p)].append(name)
+    blocks: dict[str, nn.Module] = {}  # beginning of the names in it -> block
+    for path, module in model.named_modules():
+        parent = model.get_submodule(path.rpartition(".")[0])
+        is_inside = any(path.startswith(beginning) for beginning in blocks)
+        is_entry = path and isinstance(parent, CONTAINERS_OF_LAYERS)
+        can_run = any(True for _ in module.children()) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if is_inside or not is_entry or not can_run:
+            continue
+        beginning = f"{path}."
+        names_of_parameters = [names_of_id[id(p)] for p in module.parameters()]
+        if all(name.startswith(beginning) for names in names_of_parameters for name in names):
+            blocks[beginning] = module
+    return list(blocks.values())
+
+
 @contextlib.contextmanager
 def taken_apart(model: nn.Module, device: torch.device | None = None) -> Iterator[LayerByLayer]:
     """While open, the weights of a model are not in their places; the entries of its lists of modules are the layers.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, fsdp2_prepare_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
@@ -26,8 +27,10 @@ from .flat import master_weights
 from .modeling_oto import OTOError
 from .ranks import of_rank_zero
 from .report import Report, scores
-from .sharded import ShardedWeights
+from .sharded import BeforeSharding, ShardedWeights, divide_by_blocks_
+from .shards import divided_by_rows
 from .shrinking import CUTS_NAME
+from .trace import persistent_buffers
 from .whole import WholeWeights
 from .zigs import PruningPlan
 
@@ -152,12 +155,7 @@ class Ending:
             # from here on the shards are nowhere else, whatever is raised
             trained = self._trained = self._before_sharding.taken_off(self.model, self.accelerator.device)
         elif self._undivided is not None:
-            weights = master_weights(self.model)
-            self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
-            unset_hf_deepspeed_config()  # ZeRO-3 would divide every model that is made from here on
-            trained = WholeWeights(self._undivided.filled(weights))
-            self.is_deepspeed_enabled = False
-            self._undivided = self.deepspeed = None
+            trained = self._trained = self._taken_of_deepspeed()
         else:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             take_off_autocast_(model)
@@ -168,16 +166,43 @@ class Ending:
         self.model_wrapped = model
         model.zero_grad(set_to_none=True)
         self.accelerator.free_memory()
-        if self._before_sharding is None:
+        if isinstance(trained, WholeWeights):
             self.model = self.model_wrapped = trained.model = model.to(self.accelerator.device)
         self._trained = trained
         return trained
+
+    def _taken_of_deepspeed(self) -> WholeWeights | ShardedWeights:
+        """The trained model, plain. ZeRO-3 has divided it, and it stays divided, as FSDP2 divides."""
+        device = self.accelerator.device
+        weights: dict[str, torch.Tensor] = {}
+        for name, weight in master_weights(self.model):
+            if isinstance(self._undivided, BeforeSharding):
+                weights[name] = divided_by_rows(weight, self._mesh_of_all_ranks())
+            else:
+                weights[name] = weight.to("cpu", copy=True)
+        buffers = persistent_buffers(self.model)
+        zero = self.deepspeed.optimizer
+        self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
+        # It holds its parameters, and they hold it. Python's garbage collector can't see such a circle.
+        vars(zero).clear()
+        for parameter in self.model.parameters():
+            vars(parameter).pop("ds_tensor", None)
+        unset_hf_deepspeed_config()  # ZeRO-3 would divide every model that is made from here on
+        self.is_deepspeed_enabled = False
+        undivided = self._undivided
+        self._undivided = self.deepspeed = None
+        if isinstance(undivided, BeforeSharding):
+            return undivided.in_shards(weights, buffers, device)
+        return WholeWeights(undivided.filled(weights, buffers))
+
+    def _mesh_of_all_ranks(self) -> DeviceMesh:
+        return init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
 
     def _take_compact(self, trained: WholeWeights | ShardedWeights) -> None:
         """Makes the compact model the trainer's, ready to be evaluated; what was sharded is sharded again."""
         model = trained.model
         if isinstance(trained, ShardedWeights):
-            self._before_sharding = trained.put_on_(self._sharded_as_in_training)
+            self._before_sharding = trained.put_on_(self._sharded_again)
         for holder in (self, self.callback_handler):
             holder.model = model
         self.model_wrapped = model
@@ -190,15 +215,18 @@ class Ending:
         if isinstance(self._trained, ShardedWeights) and self._failures_of_ranks(None) is not None:
             self._take_compact(self._trained)
 
-    def _sharded_as_in_training(self, model: torch.nn.Module) -> None:
-        """Shards a model without weights, in place, as accelerate sharded the dense one."""
-        plugin = self.accelerator.state.fsdp_plugin
-        loads_on_rank_0 = plugin.cpu_ram_efficient_loading
-        plugin.cpu_ram_efficient_loading = False  # there is nothing to be loaded
-        try:
-            fsdp2_prepare_model(self.accelerator, model)
-        finally:
-            plugin.cpu_ram_efficient_loading = loads_on_rank_0
+    def _sharded_again(self, model: torch.nn.Module) -> None:
+        """Shards a model without weights, in place, as the dense one was."""
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            loads_on_rank_0 = plugin.cpu_ram_efficient_loading
+            plugin.cpu_ram_efficient_loading = False  # there is nothing to be loaded
+            try:
+                fsdp2_prepare_model(self.accelerator, model)
+            finally:
+                plugin.cpu_ram_efficient_loading = loads_on_rank_0
+        else:  # ZeRO-3 has divided it, and DeepSpeed's engine is gone
+            divide_by_blocks_(model, self._mesh_of_all_ranks())
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
         model._is_accelerate_prepared = True  # `prepare_model` would wrap it in autocast, as it wraps unsharded ones
@@ -217,7 +245,7 @@ class Ending:
         `oto_plan.json`, with which it can be built again.
         """
         folder = output_dir or self.args.output_dir
-        if self.report is not None and self.is_fsdp_enabled:
+        if self.report is not None and self._is_of_shards:
             self._save_compact_shards(folder)
             is_internal = args or kwargs.get("_internal_call")
             if self.args.push_to_hub and not is_internal:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from .modeling_oto import OTOError
 from .restore import contents, replace_tensors_
 from .slices import Slice
-from .trace import persistent_buffers
 from .zeros import HeldZeros
 
 Params = Mapping[str, nn.Parameter]  # by name
@@ -290,17 +289,16 @@ def _param_of(box: str) -> str:
     return box.rpartition("#")[0]
 
 
-def master_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model that DeepSpeed trains, whole, on the CPU of every rank, in float32 where they train."""
+def master_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model that DeepSpeed trains, by name, in float32 where they train.
+
+    They are whole on every rank, one after the other, and all ranks ask for the next one together.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole = {}
     for name, p in model.named_parameters():
         master = safe_get_full_fp32_param(p) if p.requires_grad else None
-        whole[name] = _gathered(p) if master is None else master.detach().to("cpu", copy=True)
-    for name, buffer in persistent_buffers(model).items():
-        whole[name] = buffer.detach().to("cpu", copy=True)
-    return whole
+        yield name, _gathered(p) if master is None else master.detach()
 
 
 def make_whole_(model: nn.Module) -> None:

@@ -37,8 +37,8 @@ class Keeping:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._saved_in: str | None = None  # the trained model of this run, once it is on disk
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
-        self._before_sharding: BeforeSharding | None = None  # under FSDP2: the model when it was plain
-        self._undivided: Undivided | None = None  # under DeepSpeed: the same
+        self._before_sharding: BeforeSharding | None = None  # of a model in shards: what it was when it was plain
+        self._undivided: Undivided | None = None  # the same under DeepSpeed, until its engine is gone
         self._trained: WholeWeights | ShardedWeights | None = None  # once the optimizer's memory was given back
         self._others_failed = False  # another rank has failed after the last step, and this one helps to save
         super().__init__(*args, **kwargs)
@@ -46,12 +46,12 @@ class Keeping:
     @property
     def _is_divided(self) -> bool:
         """Whether FSDP2 or DeepSpeed have divided the parameters: only all ranks together have all of a run."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_of_shards
 
     @property
     def _is_of_shards(self) -> bool:
-        """Whether FSDP2 has sharded the model, so that all ranks together save it."""
-        return self._before_sharding is not None
+        """Whether the model is in shards, so that all ranks together save it."""
+        return self._before_sharding is not None or isinstance(self._trained, ShardedWeights)
 
     def _is_trained(self) -> bool:
         """Whether the last step has been made: the optimizer's, of which the Trainer may not know yet."""

@@ -26,9 +26,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from .by_layers import LayerByLayer
+from .by_layers import LayerByLayer, blocks_of
 from .calls import Forward
 from .certificate import ONLY_AS_THEY_ARE, Certificate, exact_outputs, own_outputs
 from .compaction import Compaction
@@ -46,7 +47,7 @@ from .shards import (
     whole_in_files,
 )
 from .slices import Part, Slice, local, on_this_rank, rows_of, slices_of, sum_over_zigs
-from .undivided import Undivided
+from .undivided import Tensors, Undivided
 from .uniform import Tie, built_by_config
 from .zigs import PruningPlan, ZIGPartition
 
@@ -57,8 +58,32 @@ def let_go_of_whole_weights(sharded: nn.Module) -> None:
         get_model_state_dict(sharded)
 
 
+def divide_by_blocks_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Lets FSDP2 divide a model: its blocks, and together what is in none of them."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 class BeforeSharding(Undivided):
-    """A model as it is before FSDP2 shards it, without its weights."""
+    """A model as it is before FSDP2 or ZeRO-3 shards it, without its weights."""
+
+    def in_shards(self, parameters: Shards, buffers: Tensors, device: torch.device) -> ShardedWeights:
+        """Makes the model plain again, in the dtypes that it had; its weights are shards that were made elsewhere.
+
+        Args:
+            parameters: the shards of all parameters, by name.
+            buffers: the persistent ones, as training left them.
+            device: where this rank computes.
+        """
+        model = self._model
+        self._put_back()
+        shards = {}
+        for name, p in model.named_parameters():
+            shards[name] = parameters.pop(name).to(p.dtype)
+        new = {id(buffer): buffer.to(device) for buffer in model.buffers()}
+        self._put_in(new, buffers, device)
+        return ShardedWeights(model, shards, blocks_of(model), device)
 
     def taken_off(self, sharded: nn.Module, device: torch.device) -> ShardedWeights:
         """Makes the model plain again, and keeps its weights as they are sharded.

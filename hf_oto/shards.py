@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .calls import outermost_pretrained
 from .modeling_oto import OTOError
@@ -39,6 +40,11 @@ def divided(weight: Tensor, like: Tensor) -> Tensor:
     # without a source rank each rank takes its part of what it has
     part = distribute_tensor(weight, like.device_mesh, like.placements, src_data_rank=None)
     return part.to(local(like).device)
+
+
+def divided_by_rows(weight: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows of a whole weight that this rank holds, as FSDP2 divides; nothing is sent."""
+    return distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
 
 
 def of_all_ranks(value: Any) -> list[Any]:

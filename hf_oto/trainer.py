@@ -57,7 +57,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
     Under FSDP2 it stays sharded, and no rank ever holds all of it; `save_model` writes it whole, weight by weight.
-    Under DeepSpeed it is the model passed in, plain, whole on every rank, and in the dtype that it had.
+    After ZeRO-3 FSDP2 has sharded it, too; after ZeRO-1 and 2 it is plain, and whole on every rank. Both give it the
+    dtype that the model had which was passed in.
 
     With `shrink=True` the model gets smaller during training: it stays the same module and gets new parameters. A
     callback that keeps copies of its tensors must cut them in the same way, in a method `on_compact(self, args, state,
@@ -221,10 +222,12 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub
         works = {"params": self.partition.params(model), "macs": self.partition.work}
         self._works = {name: work for name, work in works.items() if work is not None}
         if self._is_divided and not any(isinstance(p, DTensor) for p in model.parameters()):
+            plugin = self.accelerator.state.deepspeed_plugin
             if self.is_fsdp_enabled:
                 self._before_sharding = BeforeSharding(model)
             else:
-                self._undivided = Undivided(model)
+                self._before_sharding = None  # of an earlier model
+                self._undivided = (BeforeSharding if plugin.zero_stage == 3 else Undivided)(model)
             # only with gloo a barrier says which rank is missing
             self._meeting = torch.distributed.new_group(backend="gloo")
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .restore import ATOMS, contents, places_in, put_back, replace_tensors_
 from .trace import persistent_buffers
+
+Tensors = Mapping[str, Tensor]  # by name
 
 
 class Undivided:
@@ -51,19 +53,23 @@ class Undivided:
         for module, cls in self._classes.items():
             module.__class__ = cls
 
-    def filled(self, whole: Mapping[str, torch.Tensor]) -> nn.Module:
+    def filled(self, parameters: Tensors, buffers: Tensors) -> nn.Module:
         """Makes the model plain and whole, on the CPU of every rank, and in the dtypes that it had.
 
         Args:
-            whole: its parameters and persistent buffers, by name.
+            parameters: all of them, by name.
+            buffers: the persistent ones.
         """
         model = self._model
         self._put_back()
-        new: dict[int, torch.Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
-        for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
-            value = whole[name].to(tensor.dtype)
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, tensor.requires_grad)
-            new[id(tensor)] = value
-        replace_tensors_(contents(model), new)
+        new: dict[int, Tensor] = {}  # id of an empty parameter or a buffer -> what takes its place
+        for name, p in model.named_parameters():
+            new[id(p)] = nn.Parameter(parameters[name].to(p.dtype), p.requires_grad)
+        self._put_in(new, buffers, torch.device("cpu"))
         return model
+
+    def _put_in(self, new: dict[int, Tensor], buffers: Tensors, device: torch.device) -> None:
+        """Puts new tensors in the place of others, as `replace_tensors_` does, and buffers as training left them."""
+        for name, buffer in persistent_buffers(self._model).items():
+            new[id(buffer)] = buffers[name].to(device, buffer.dtype)
+        replace_tensors_(contents(self._model), new)

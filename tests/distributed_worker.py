@@ -322,7 +322,8 @@ def trained(folder, kind="bert", world=1, accumulate=1, resume=None, callbacks=(
     trainer.train(resume_from_checkpoint=resume)
     assert (trainer.model is model) is not args.uniform  # sharded or not, it is the user's own
     is_sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
-    assert is_sharded == bool(args.fsdp)
+    zero = (args.deepspeed or {}).get("zero_optimization", {})
+    assert is_sharded == (bool(args.fsdp) or zero.get("stage") == 3)
     trainer.save_model(str(folder / "compact"))
     assert any(isinstance(p, DTensor) for p in trainer.model.parameters()) == is_sharded  # saving changes nothing
     return {

@@ -265,6 +265,7 @@ def test_it_ends_where_one_process_ends(folder, tmp_path):
     assert distance(ranks[0]["divided"], ranks[0]["zero3"]) == 0 and ranks[0]["divided"]["empty"]
     assert distance(ranks[0]["forgetful"], ranks[0]["zero2"]) > 0
     assert 1e-5 < distance(ranks[0]["bf16"], one)
+    assert all(rank[name]["freed"] for rank in ranks for name in ("zero2", "zero3"))
 
 
 @pytest.mark.slow
@@ -284,9 +285,10 @@ def test_what_fails_leaves_the_trained_model(folder):
     errors = [rank["errors"] for rank in results(folder, "trainer")]
     assert errors[0]["certificate"] == errors[1]["certificate"]
     assert "certificate failed" in errors[0]["certificate"]
+    assert all("certificate failed" in of_rank["of_shards"] for of_rank in errors)
     assert all("ZeroDivisionError" in of_rank["callback"] for of_rank in errors)
     dense = {name: t.shape for name, t in plain.bert().state_dict().items()}
-    for name in ("failed", "broken"):
+    for name in ("failed", "failed shards", "broken"):
         saved = load_file(folder / name / "trained" / "model.safetensors")
         assert {n: t.shape for n, t in saved.items()} == dense
 

@@ -9,7 +9,9 @@ import gc
 import os
 import socket
 import sys
+import weakref
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 
@@ -22,9 +24,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, flat, whole
-from hf_oto.flat import master_weights
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, flat, whole, zero
+from hf_oto.flat import flat_weights, master_weights
 from hf_oto.modeling_oto import OTOError
+from hf_oto.sharded import ShardedWeights
 from hf_oto.zero import ZeroDHSPG
 
 # else DeepSpeed compiles a transport of its own: gloo is what is asked for
@@ -89,7 +92,7 @@ def half_weights(model):
 
 def result(engine, optimizer):
     return {
-        "weights": master_weights(engine.module),
+        "weights": {name: weight.clone() for name, weight in master_weights(engine.module)},
         "half": half_weights(engine.module),
         "flats": len(optimizer._flats),
         "zero": optimizer.made_zero,
@@ -279,14 +282,14 @@ BEST = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "loa
 
 def trainer(rank, world, folder):
     force_deepspeed()
-    found = {"zero2": trained(folder / "zero2", 2, save_strategy="steps", save_steps=21)}
+    found = {"zero2": freed(folder / "zero2", 2)}
     again = {"stage": 2, "resume": str(folder / "zero2" / "checkpoint-21")}
     found["zero1"] = trained(folder / "zero1", 1, accumulate=2)
     found["resnet"] = trained(folder / "resnet", 2, kind="resnet")
     plain.resnet = vit
     found["vit bf16"] = trained(folder / "vit bf16", 2, kind="resnet", bf16=True)
     found["resumed"] = trained(folder / "resumed", **again)
-    found["zero3"] = trained(folder / "zero3", 3, save_strategy="steps", save_steps=21)
+    found["zero3"] = freed(folder / "zero3", 3)
     thrice = {"stage": 3, "resume": str(folder / "zero3" / "checkpoint-21")}
     found["zero3 resumed"] = trained(folder / "zero3 resumed", **thrice)
     found["divided"] = divided(folder)
@@ -302,12 +305,31 @@ def trainer(rank, world, folder):
         adafactor=lambda: trained(folder / "no", 2, optim="adafactor"),
         callback=lambda: trained(folder / "broken", callbacks=[plain.Breaks()], **thrice),
     )  # fmt: skip
-    certify = whole.certify
+    certify, of_shards = whole.certify, ShardedWeights.certify
     if rank == 0:  # the others hear of it
         whole.certify = lambda *given: certify(*given)._replace(cut=0.5)
-    found["errors"] |= errors_of(certificate=lambda: trained(folder / "failed", **again))
-    whole.certify = certify
+    ShardedWeights.certify = lambda *given: of_shards(*given)._replace(cut=0.5)
+    found["errors"] |= errors_of(
+        certificate=lambda: trained(folder / "failed", **again),
+        of_shards=lambda: trained(folder / "failed shards", **thrice),
+    )
+    whole.certify, ShardedWeights.certify = certify, of_shards
     return found
+
+
+def freed(folder, stage):
+    """A run, and whether in its end nothing was left of DeepSpeed's flat tensors."""
+    flats = []
+
+    def noted(engine_optimizer):
+        found = flat_weights(engine_optimizer)
+        flats.extend(map(weakref.ref, found))
+        return found
+
+    with mock.patch.object(zero, "flat_weights", noted):
+        run = trained(folder, stage, save_strategy="steps", save_steps=21)
+    gc.collect()
+    return run | {"freed": bool(flats) and all(reference() is None for reference in flats)}
 
 
 def launched(rank, world, folder):
