@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .by_layers import taken_apart
-from .calls import Forward, tensors_of
+from .calls import Forward, raise_if_out_of_memory, tensors_of
 from .certificate import cut_difference
 from .cut import Cut, cut_
 from .evaluating import WeightsKept, evaluating
@@ -77,6 +77,7 @@ def differs(model: nn.Module, forwards: list[Forward], device: torch.device | No
         if difference <= tolerance:
             return None
     except Exception as error:
+        raise_if_out_of_memory(error)
         logger.info("the layers of %s don't run one by one: %s", type(model).__name__, error)
     difference, tolerance = cut_difference(model, cut, forwards)
     if difference <= tolerance:

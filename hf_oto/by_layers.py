@@ -11,24 +11,29 @@ no layer, are whole all the time.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .calls import Forward
-from .certificate import ONLY_AS_THEY_ARE, exact_outputs
+from .calls import Forward, raise_if_out_of_memory
+from .certificate import ONLY_AS_THEY_ARE, exact_outputs, own_outputs
 from .changes import Change, Changes
 from .cut import Cut, Scale, ScaleOfStorage, TrialCut
 from .differences import largest_difference
 from .evaluating import WeightsKept
-from .modeling_oto import named_tensors
+from .modeling_oto import OTOError, named_tensors
+from .operations import tensors_in
 from .restore import Place, places, replace_tensors_, restored
 from .shards import Shards, whole
 from .wide import storage_of
+
+logger = logging.getLogger(__name__)
 
 CONTAINERS_OF_LAYERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -106,6 +111,27 @@ def unchanged(_: str, weight: Tensor) -> Tensor:
     return weight
 
 
+class _NoneIsReadElsewhere(TorchDispatchMode):
+    """While open, operations take no weight whose layer isn't running.
+
+    Some of torch's operations don't mind a tensor on meta among others: `F.linear` returns whatever lies in memory.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, empty: Iterable[Weight]) -> None:
+        super().__init__()
+        self._name_of_storage = {storage_of(weight.empty): weight.name for weight in empty}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((*args, *kwargs.values())):
+            if tensor.is_meta and storage_of(tensor) in self._name_of_storage:
+                name = self._name_of_storage[storage_of(tensor)]
+                raise OTOError(f"{name} is read while the forward of its layer isn't running")
+        return func(*args, **kwargs)
+
+
 class LayerByLayer:
     """A model whose own weights are on meta, beside the weights that its layers get when they run.
 
@@ -136,15 +162,18 @@ class LayerByLayer:
     ) -> Iterator[None]:
         """While open, the model can run.
 
-        What belongs to no layer (embeddings, a head) is whole all the time.
+        What belongs to no layer (embeddings, a head) is whole all the time. Whatever reads a weight of a layer that
+        isn't running raises OTOError.
 
         Args:
             change: what is done to every weight after it was gathered.
             to_scale: name of a weight -> how it is to be scaled while it is widened.
             scales: the same of the weights that are whole now, by their storages, as `WideArithmetic` takes it.
         """
+        weights_of_layers = self._weights_of_layers()
         with contextlib.ExitStack() as stack:
-            for layer, weights in self._weights_of_layers().items():
+            stack.enter_context(_NoneIsReadElsewhere(itertools.chain(*weights_of_layers.values())))
+            for layer, weights in weights_of_layers.items():
                 for_now = WholeForNow(weights, self._device, change, to_scale or {}, scales)
                 if layer is None:
                     stack.enter_context(for_now)
@@ -241,12 +270,30 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks.values())
 
 
+def runs_by_blocks(model: nn.Module, forwards: Sequence[Forward]) -> bool:
+    """Whether a model runs while only one of its blocks has its weights; else it reads weights of other blocks."""
+    try:
+        with taken_apart(model, layers=blocks_of(model)) as by_layers, by_layers.running():
+            own_outputs(model, forwards)
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        logger.warning(
+            "the blocks of %s don't run one by one (%s): in the end every rank gathers the whole model for a moment",
+            type(model).__name__, error,
+        )  # fmt: skip
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def taken_apart(model: nn.Module, device: torch.device | None = None) -> Iterator[LayerByLayer]:
-    """While open, the weights of a model are not in their places; the entries of its lists of modules are the layers.
+def taken_apart(
+    model: nn.Module, device: torch.device | None = None, layers: Sequence[nn.Module] | None = None
+) -> Iterator[LayerByLayer]:
+    """While open, the weights of a model are not in their places.
 
     Args:
         device: where the model computes, one layer after the other. None: where its weights are.
+        layers: the modules that get weights of their own. None: the entries of its lists of modules.
     """
     with restored(model) as kept:
         weights: Shards = {}
@@ -257,10 +304,11 @@ def taken_apart(model: nn.Module, device: torch.device | None = None) -> Iterato
         if device is not None:
             for buffer in model.buffers():
                 new[id(buffer)] = buffer.to(device)
-        layers = []
-        for module in model.modules():
-            if isinstance(module, CONTAINERS_OF_LAYERS):
-                layers += module.children()
+        if layers is None:
+            layers = []
+            for module in model.modules():
+                if isinstance(module, CONTAINERS_OF_LAYERS):
+                    layers += module.children()
         with WeightsKept(model):
             replace_tensors_(kept, new)
             yield LayerByLayer(model, weights, layers, device)

@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
+from .modeling_oto import OTOError
 from .restore import CALLABLES, held, slots_of
 
 CopyTensor = Callable[[Tensor], Tensor]
@@ -322,6 +324,12 @@ def outermost_pretrained(model: nn.Module) -> dict[str, PreTrainedModel]:
         if isinstance(module, PreTrainedModel) and not is_inside:
             outermost[path] = module
     return outermost
+
+
+def refuse_sharded(model: nn.Module, way_out: str) -> None:
+    """Raises OTOError where the weights of a model are shards."""
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        raise OTOError(f"{type(model).__name__} is sharded already: {way_out}")
 
 
 ADVICE = (

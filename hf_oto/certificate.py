@@ -61,7 +61,7 @@ class Certificate(NamedTuple):
             return "no output on a real batch is a finite number (NaN or infinity)"
         difference = max(self.invariance, self.cut)
         return (
-            f"with zero ZIGs cut out, outputs on a real batch differ by {difference:.1e} "
+            f"with the zeroed ZIGs cut out, outputs on a real batch differ by {difference:.1e} "
             f"(allowed: {self.tolerance:.0e})"
         )
 

@@ -181,6 +181,8 @@ def _check_trained(base: torch.optim.Optimizer, model: nn.Module, names: Mapping
             if id(p) in names:
                 return
     fact = f"{type(base).__name__} trains no parameter of {type(model).__name__} in its step"
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OTOError(f"{fact}: all of its parameters are frozen, so unfreeze some (requires_grad)")
     raise OTOError(f"{fact}: make it with model.parameters()")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layers import is_of_one_group, names_of_own_sizes
+from .layers import own_sizes
 from .modeling_oto import named_tensors, set_sizes_
 from .restore import Place, contents, places, put_back, restored
 from .sizes import Attribute, Equation, Sizes
@@ -402,42 +402,3 @@ class TrialCut(Trial):
     def scales(self) -> ScaleOfStorage:
         """The scales that are still to be applied, as `cut_` returned them."""
         return self.result
-
-
-def own_sizes(module: nn.Module) -> dict[str, int]:
-    """The sizes that torch's layers keep for the reader, by their weights: `in_features`, `num_channels`, ..."""
-    names = names_of_own_sizes(module)
-    weight = _weight_in_eval_mode(module) if names else None
-    if weight is None:
-        return {}
-    shape = list(weight.shape)
-    is_computed_by_hook = "weight" in vars(module)
-    if is_computed_by_hook:  # the hook runs before a forward: until the next one the weight has its old shape
-        shape = _shape_by_factors(module, len(shape)) or shape
-    sizes = {}
-    for dim, (name, size) in enumerate(zip(names, shape, strict=False)):
-        if is_of_one_group(module, dim):
-            size *= module.groups
-        sizes[name] = size
-    return sizes
-
-
-def _shape_by_factors(module: nn.Module, num_dims: int) -> list[int]:
-    """The shape of a weight that is computed from parameters such as `weight_g` and `weight_v`; [] if from none."""
-    shapes = []
-    for name, p in module._parameters.items():
-        if name.startswith("weight_") and p.dim() == num_dims:
-            shapes.append(p.shape)
-    # a factor has the size of the weight in a dimension, or 1
-    return [max(sizes_of_dim) for sizes_of_dim in zip(*shapes, strict=True)]
-
-
-def _weight_in_eval_mode(module: nn.Module) -> torch.Tensor | None:
-    """The weight of a layer: reading a parametrised one computes it, which in train mode may change its state."""
-    # by hand, because `train` of a module would set all its parts to one mode
-    training_of = {part: part.training for part in module.modules()}
-    module.eval()
-    weight = module.weight
-    for part, training in training_of.items():
-        part.training = training
-    return weight

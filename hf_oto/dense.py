@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .calls import refuse_sharded
 from .evaluating import random_states_kept
 from .modeling_oto import OTOError, RecordedCut, check_cuts, cuts_of, named_tensors, require, validate
 from .zigs import strided_positions
@@ -56,6 +57,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         class_name = type(model).__name__
         raise OTOError(f"to_dense needs a Transformers model, one with a config; this is a {class_name}")
+    refuse_sharded(model, "save it with trainer.save_model, and load it in one process")
     cuts: list[RecordedCut] = []
     if "oto" in vars(model.config):
         record = model.config.oto

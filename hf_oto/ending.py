@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .cut import Cut
 from .evaluating import take_off_autocast_
 from .figures import save_figures
-from .flat import master_weights
+from .flat import let_go_of, master_weights
 from .modeling_oto import OTOError
 from .ranks import of_rank_zero
 from .report import Report, scores
-from .sharded import BeforeSharding, ShardedWeights, divide_by_blocks_
+from .sharded import BeforeSharding, ShardedWeights, divide_
 from .shards import divided_by_rows
 from .shrinking import CUTS_NAME
 from .trace import persistent_buffers
@@ -183,16 +184,13 @@ class Ending:
         buffers = persistent_buffers(self.model)
         zero = self.deepspeed.optimizer
         self.accelerator.free_memory()  # DeepSpeed's engine goes, and takes its hooks off the model
-        # It holds its parameters, and they hold it. Python's garbage collector can't see such a circle.
-        vars(zero).clear()
-        for parameter in self.model.parameters():
-            vars(parameter).pop("ds_tensor", None)
+        let_go_of(zero, self.model)
         unset_hf_deepspeed_config()  # ZeRO-3 would divide every model that is made from here on
         self.is_deepspeed_enabled = False
         undivided = self._undivided
         self._undivided = self.deepspeed = None
         if isinstance(undivided, BeforeSharding):
-            return undivided.in_shards(weights, buffers, device)
+            return undivided.in_shards(weights, buffers, self._runs_by_blocks, device)
         return WholeWeights(undivided.filled(weights, buffers))
 
     def _mesh_of_all_ranks(self) -> DeviceMesh:
@@ -215,8 +213,8 @@ class Ending:
         if isinstance(self._trained, ShardedWeights) and self._failures_of_ranks(None) is not None:
             self._take_compact(self._trained)
 
-    def _sharded_again(self, model: torch.nn.Module) -> None:
-        """Shards a model without weights, in place, as the dense one was."""
+    def _sharded_again(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+        """Shards a model without weights and its layers, in place, as the dense one was."""
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             loads_on_rank_0 = plugin.cpu_ram_efficient_loading
@@ -226,13 +224,13 @@ class Ending:
             finally:
                 plugin.cpu_ram_efficient_loading = loads_on_rank_0
         else:  # ZeRO-3 has divided it, and DeepSpeed's engine is gone
-            divide_by_blocks_(model, self._mesh_of_all_ranks())
+            divide_(model, layers, self._mesh_of_all_ranks())
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
         model._is_accelerate_prepared = True  # `prepare_model` would wrap it in autocast, as it wraps unsharded ones
 
-    def _save_compact_shards(self, folder: str) -> None:
-        """Saves the compact model whole, while it stays sharded."""
+    def _save_shards(self, folder: str) -> None:
+        """Saves the model whole, while it stays sharded."""
         self._by_writer(lambda: os.makedirs(folder, exist_ok=True))
         writes = self.is_world_process_zero()
         with self._before_sharding.whole_on_disk(self.model, self.accelerator.device, folder, writes):
@@ -245,8 +243,9 @@ class Ending:
         `oto_plan.json`, with which it can be built again.
         """
         folder = output_dir or self.args.output_dir
-        if self.report is not None and self._is_of_shards:
-            self._save_compact_shards(folder)
+        # until the end FSDP2 and DeepSpeed save in their own ways
+        if self._is_of_shards and (self.report is not None or not self.is_fsdp_enabled):
+            self._save_shards(folder)
             is_internal = args or kwargs.get("_internal_call")
             if self.args.push_to_hub and not is_internal:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -301,6 +301,20 @@ def master_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, _gathered(p) if master is None else master.detach()
 
 
+def let_go_of(zero: Any, model: nn.Module) -> None:
+    """Frees what DeepSpeed's optimizer holds, and the parts of divided parameters, once the engine is done.
+
+    They hold each other, in circles that Python's garbage collector can't see, and a list of DeepSpeed holds modules.
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    vars(zero).clear()
+    for parameter in model.parameters():
+        vars(parameter).pop("ds_tensor", None)
+    modules = set(model.modules())
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in modules]
+
+
 def make_whole_(model: nn.Module) -> None:
     """Makes a model whole that ZeRO-3 has divided while it was made: every rank gets all weights, on the CPU.
 

@@ -39,6 +39,7 @@ class Keeping:
         self._last_saved: tuple[int, str] = (0, "")  # by `save_model`: the step, and the folder
         self._before_sharding: BeforeSharding | None = None  # of a model in shards: what it was when it was plain
         self._undivided: Undivided | None = None  # the same under DeepSpeed, until its engine is gone
+        self._runs_by_blocks = True  # under ZeRO-3: whether the model runs while only one block has its weights
         self._trained: WholeWeights | ShardedWeights | None = None  # once the optimizer's memory was given back
         self._others_failed = False  # another rank has failed after the last step, and this one helps to save
         super().__init__(*args, **kwargs)

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from .attempts import Attempt, attempts, differs
 from .axes import Leaf
 from .batches import make_inputs
-from .calls import Forward, Inputs, as_forwards, input_tensors, raise_if_out_of_memory
+from .calls import Forward, Inputs, as_forwards, input_tensors, raise_if_out_of_memory, refuse_sharded
 from .certificate import refuse_random
 from .cost import Width, Work
 from .cut import resolve
@@ -46,7 +45,7 @@ def partition_zigs(
     model: nn.Module,
     inputs: Inputs | None = None,
     protect: Sequence[str] = (),
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> ZIGPartition:
     """Finds every zero-invariant group of a model (OTOv2, arXiv 2303.06862, Alg. 2), whatever its architecture.
 
@@ -78,6 +77,8 @@ def partition_zigs(
     """
     _refuse_unready_weights(model)
     protected = _protected(model, protect)
+    if device is not None:
+        device = torch.device(device)
     batches = make_inputs(model) if inputs is None else [inputs]
     forwards, traced = _first_traced(model, map(as_forwards, batches))
     has_empty_inputs = any(tensor.is_meta for tensor in input_tensors(forwards))
@@ -99,11 +100,9 @@ def _refuse_unready_weights(model: nn.Module) -> None:
     """Raises OTOError where weights are sharded, have no shape yet, or are loaded in part only."""
     name = type(model).__name__
     weights = dict(model.named_parameters())
-    if any(isinstance(weight, DTensor) for weight in weights.values()):
-        raise OTOError(
-            f"{name} is sharded already: make the partition before fully_shard or "
-            "accelerator.prepare; of a model too large for that, on the meta device"
-        )
+    refuse_sharded(
+        model, "make the partition before fully_shard or accelerator.prepare; of a model too large for that, on meta"
+    )
     lazy = [weight_name for weight_name, weight in weights.items() if is_lazy(weight)]
     if lazy:
         raise OTOError(f"{lazy[0]} of {name} has no shape yet: call the model once, then partition it")

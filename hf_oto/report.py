@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import benchmark
 
-from .calls import Forward, Inputs, as_forwards, input_tensors
+from .calls import Forward, Inputs, as_forwards, input_tensors, refuse_sharded
 from .cut import Trial
 from .evaluating import evaluating
 from .rules import multiplications
@@ -51,6 +51,9 @@ def measure(*models: nn.Module | Trial, inputs: Inputs, seconds: float = 1.0) ->
         seconds; the first and third of the `quartiles` of that; and what it was `measured_on`.
     """
     forwards = as_forwards(inputs)
+    for model in models:
+        if isinstance(model, nn.Module):
+            refuse_sharded(model, "save it with trainer.save_model, and measure it in one process")
     opened = [model if isinstance(model, Trial) else contextlib.nullcontext(model) for model in models]
     latencies = _latencies(opened, forwards, seconds)
     measured = []

@@ -58,9 +58,9 @@ def let_go_of_whole_weights(sharded: nn.Module) -> None:
         get_model_state_dict(sharded)
 
 
-def divide_by_blocks_(model: nn.Module, mesh: DeviceMesh) -> None:
+def divide_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Lets FSDP2 divide a model: its blocks, and together what is in none of them."""
-    for block in blocks_of(model):
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -68,12 +68,13 @@ def divide_by_blocks_(model: nn.Module, mesh: DeviceMesh) -> None:
 class BeforeSharding(Undivided):
     """A model as it is before FSDP2 or ZeRO-3 shards it, without its weights."""
 
-    def in_shards(self, parameters: Shards, buffers: Tensors, device: torch.device) -> ShardedWeights:
+    def in_shards(self, parameters: Shards, buffers: Tensors, by_blocks: bool, device: torch.device) -> ShardedWeights:
         """Makes the model plain again, in the dtypes that it had; its weights are shards that were made elsewhere.
 
         Args:
             parameters: the shards of all parameters, by name.
             buffers: the persistent ones, as training left them.
+            by_blocks: whether one block at a time is gathered, or the whole model.
             device: where this rank computes.
         """
         model = self._model
@@ -83,7 +84,8 @@ class BeforeSharding(Undivided):
             shards[name] = parameters.pop(name).to(p.dtype)
         new = {id(buffer): buffer.to(device) for buffer in model.buffers()}
         self._put_in(new, buffers, device)
-        return ShardedWeights(model, shards, blocks_of(model), device)
+        blocks = blocks_of(model) if by_blocks else []
+        return ShardedWeights(model, shards, blocks, device)
 
     def taken_off(self, sharded: nn.Module, device: torch.device) -> ShardedWeights:
         """Makes the model plain again, and keeps its weights as they are sharded.
@@ -283,14 +285,14 @@ class ShardedWeights(LayerByLayer):
         self.model, self._layers = stock, layers
         return True
 
-    def put_on_(self, shard: Callable[[nn.Module], nn.Module]) -> BeforeSharding:
+    def put_on_(self, shard: Callable[[nn.Module, Sequence[nn.Module]], None]) -> BeforeSharding:
         """Lets FSDP2 shard the model again, and gives it its shards.
 
         Args:
-            shard: shards a model without weights, in place, as it was sharded for training.
+            shard: shards a model without weights and its layers, in place, as it was sharded for training.
         """
         before = BeforeSharding(self.model)
-        shard(self.model)
+        shard(self.model, self._layers)
         new = {}
         for name, p in self.model.named_parameters():
             new[id(p)] = nn.Parameter(self._weights.pop(name), p.requires_grad)

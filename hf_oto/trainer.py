@@ -26,6 +26,7 @@ from .arguments import (
     TARGETS,
     setting,
 )
+from .by_layers import runs_by_blocks
 from .calls import Forward, as_forwards, at_home, raise_if_out_of_memory
 from .cost import Work
 from .dhspg import DHSPG
@@ -227,7 +228,11 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub
                 self._before_sharding = BeforeSharding(model)
             else:
                 self._before_sharding = None  # of an earlier model
-                self._undivided = (BeforeSharding if plugin.zero_stage == 3 else Undivided)(model)
+                if plugin.zero_stage == 3:
+                    self._runs_by_blocks = of_rank_zero(lambda: runs_by_blocks(model, self._forwards))
+                    self._undivided = BeforeSharding(model)
+                else:
+                    self._undivided = Undivided(model)
             # only with gloo a barrier says which rank is missing
             self._meeting = torch.distributed.new_group(backend="gloo")
 

@@ -142,6 +142,9 @@ class PrunableAxis:
 class PruningPlan:
     """Which positions of each axis stay: `{axis name: kept indices}`. Axes that are not named stay whole.
 
+    Raises:
+        ValueError: indices that are no whole numbers (a mask, say).
+
     Example:
         >>> PruningPlan.from_json(PruningPlan({"fc.weight[0]": [0, 2]}).to_json()).kept
         {'fc.weight[0]': (0, 2)}
@@ -153,8 +156,12 @@ class PruningPlan:
         kept = {}
         for name, indices in self.kept.items():
             # arrays, tensors and lists become plain tuples of int, which JSON and == know
-            plain_indices = np.asarray(indices, np.int64).tolist()
-            kept[name] = tuple(plain_indices)
+            array = np.asarray(indices)
+            if array.size and array.dtype.kind not in "iu":
+                raise ValueError(
+                    f"{name}: the plan must say which positions stay, as whole numbers, not {array.dtype}"
+                )
+            kept[name] = tuple(array.astype(np.int64).tolist())
         object.__setattr__(self, "kept", kept)  # the class is frozen
 
     def to_json(self) -> str:

@@ -193,7 +193,7 @@ def ended(name, mesh, folder):
         others = others._replace(partition=with_live_biases(partition))
         found["biases alive"] = tuple(weights.certify(others, forwards))
     weights.keep_(compaction, cut)
-    again = weights.put_on_(lambda model: fully_sharded(model, mesh))
+    again = weights.put_on_(lambda model, layers: fully_sharded(model, mesh))
     assert all(isinstance(p, DTensor) for p in user.parameters())
     with torch.no_grad():
         found["outputs"] = logits(user(**inputs))

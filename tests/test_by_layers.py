@@ -7,8 +7,8 @@ import torch
 from sharded_worker import Alive, watched
 from torch import nn
 
-from hf_oto import attempts, partition_zigs
-from hf_oto.by_layers import taken_apart
+from hf_oto import OTOError, attempts, partition_zigs
+from hf_oto.by_layers import blocks_of, runs_by_blocks, taken_apart
 from hf_oto.calls import as_forwards
 from hf_oto.certificate import own_outputs
 from hf_oto.cut import resolve
@@ -45,6 +45,28 @@ class Net(nn.Module):
         if self.reads_from_outside:
             x = x * self.layers[0].narrow.bias
         return self.head(x)
+
+
+class Parts(nn.Module):
+    """Blocks whose parts are called from outside, without a bias; its hidden size is a number in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Holder(), Holder()])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            hidden = block.up(x).relu()
+            hidden = hidden / float(len(range(hidden.shape[-1])))  # which only a run with values shows
+            x = x + block.down(hidden)
+        return self.head(x)
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
 
 
 def net(**arguments):
@@ -110,3 +132,44 @@ def with_live_biases(partition):
             members.append(dataclasses.replace(member, role=role))
         axes.append(dataclasses.replace(axis, members=tuple(members)))
     return dataclasses.replace(partition, axes=tuple(axes))
+
+
+def test_what_is_not_there_is_never_computed_with():
+    """Some of torch's products of a tensor and one on meta return whatever lies in memory."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = Parts()
+        with (
+            taken_apart(model) as by_layers,
+            by_layers.running(),
+            pytest.raises(OTOError, match=r"up\.weight is read"),
+        ):
+            model(**INPUTS)
+        assert not partition_zigs(model, INPUTS).axes
+        assert not runs_by_blocks(model, as_forwards(INPUTS))
+    assert runs_by_blocks(net(), as_forwards(INPUTS))
+
+
+def test_blocks_are_what_all_ranks_run():
+    model = net()
+    assert blocks_of(model) == list(model.layers)
+    model.layers[2].narrow.weight = model.layers[0].narrow.weight
+    assert blocks_of(model) == [model.layers[1], model.layers[3]]
+    experts = nn.ModuleList([nn.ModuleList([Layer(), Layer()]), nn.ModuleList([Layer()])])
+    assert blocks_of(experts) == [experts[0][0], experts[0][1], experts[1][0]]
+    inner = nn.Sequential(nn.Sequential(Layer(), Layer()), nn.Linear(8, 8))
+    assert blocks_of(inner) == [inner[0]]
+
+
+def test_a_weight_that_is_computed_from_buffers_too():
+    model = net()
+    for layer in model.layers:
+        nn.utils.parametrizations.spectral_norm(layer.narrow)
+    model.eval()
+    partition = partition_zigs(model, INPUTS)
+    assert len(partition.axes) == 4
+    with taken_apart(model) as by_layers:
+        difference, tolerance = by_layers.cut_difference(
+            resolve(partition, random_half(partition)), as_forwards(INPUTS)
+        )
+    assert difference <= tolerance

@@ -20,7 +20,8 @@ from hf_oto import PruningPlan, compact, partition_zigs, to_dense
 from hf_oto.calls import tensors_of
 from hf_oto.certificate import certify
 from hf_oto.compaction import Compaction
-from hf_oto.cut import TrialCut, cut_, own_sizes, resolve
+from hf_oto.cut import TrialCut, cut_, resolve
+from hf_oto.layers import own_sizes
 from hf_oto.modeling_oto import OTOError
 from hf_oto.report import measure
 from hf_oto.sizes import Equation, Sizes
@@ -216,6 +217,8 @@ def test_an_axis_of_zeros_keeps_one():
         ({"up.weight[0]": [-1, 3]}, r"outside \[0, 12\)"),
         ({"up.weight[0]": [3, 4, 3]}, "repeats an index of axis"),
         ({"up.weight[0]": []}, "empties axis .* at least one of its 12 ZIGs must stay"),
+        ({"up.weight[0]": [0.5, 1.7]}, r"up.weight\[0\]: the plan must say positions that stay as whole numbers, not float64"),
+        ({"up.weight[0]": [True] * 12}, "as whole numbers, not bool"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_an_error(kept, message):

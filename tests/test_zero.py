@@ -263,6 +263,7 @@ def test_it_ends_where_one_process_ends(folder, tmp_path):
     assert distance(ranks[0]["resumed"], ranks[0]["zero2"]) == 0
     assert distance(ranks[0]["zero3 resumed"], ranks[0]["zero3"]) == 0
     assert distance(ranks[0]["divided"], ranks[0]["zero3"]) == 0 and ranks[0]["divided"]["empty"]
+    assert distance(ranks[0]["outside"], ranks[0]["zero3"]) == 0
     assert distance(ranks[0]["forgetful"], ranks[0]["zero2"]) > 0
     assert 1e-5 < distance(ranks[0]["bf16"], one)
     assert all(rank[name]["freed"] for rank in ranks for name in ("zero2", "zero3"))

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, flat, whole, zero
+from hf_oto import DHSPG, OTOTrainer, OTOTrainingArguments, flat, sharded, whole, zero
 from hf_oto.flat import flat_weights, master_weights
 from hf_oto.modeling_oto import OTOError
 from hf_oto.sharded import ShardedWeights
@@ -276,6 +276,25 @@ def divided(folder):
         plain.bert = make
 
 
+def read_from_outside(folder):
+    """A run with a model that reads a weight of a layer while another one runs: it can't run layer by layer."""
+    make = plain.bert
+
+    def with_hook():
+        model = make()
+        dense = model.bert.encoder.layer[0].output.dense
+        model.classifier.register_forward_hook(lambda module, args, output: output + 0 * dense.bias.sum())
+        return model
+
+    blocks_of = sharded.blocks_of
+    sharded.blocks_of = None  # nobody asks for them
+    plain.bert = with_hook
+    try:
+        return trained(folder / "outside", 3)
+    finally:
+        plain.bert, sharded.blocks_of = make, blocks_of
+
+
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 BEST = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "load_best_model_at_end": True}
 
@@ -293,6 +312,7 @@ def trainer(rank, world, folder):
     thrice = {"stage": 3, "resume": str(folder / "zero3" / "checkpoint-21")}
     found["zero3 resumed"] = trained(folder / "zero3 resumed", **thrice)
     found["divided"] = divided(folder)
+    found["outside"] = read_from_outside(folder)
     found["zero3 bf16"] = trained(folder / "zero3 bf16", 3, bf16=True)
     found["forgetful"] = trained(folder / "forgetful", callbacks=[plain.Forgets()], **again)
     found["bf16"] = trained(folder / "bf16", 2, bf16=True)
