@@ -217,7 +217,7 @@ def test_an_axis_of_zeros_keeps_one():
         ({"up.weight[0]": [-1, 3]}, r"outside \[0, 12\)"),
         ({"up.weight[0]": [3, 4, 3]}, "repeats an index of axis"),
         ({"up.weight[0]": []}, "empties axis .* at least one of its 12 ZIGs must stay"),
-        ({"up.weight[0]": [0.5, 1.7]}, r"up.weight\[0\]: the plan must say positions that stay as whole numbers, not float64"),
+        ({"up.weight[0]": [0.5, 1.7]}, r"up.weight\[0\]: .* as whole numbers, not float64"),
         ({"up.weight[0]": [True] * 12}, "as whole numbers, not bool"),
     ],
 )
