@@ -11,7 +11,6 @@ no layer, are whole all the time.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .calls import Forward, raise_if_out_of_memory
@@ -28,7 +28,7 @@ from .cut import Cut, Scale, ScaleOfStorage, TrialCut
 from .differences import largest_difference
 from .evaluating import WeightsKept
 from .modeling_oto import OTOError, named_tensors
-from .operations import tensors_in
+from .operations import is_foreign, tensors_in
 from .restore import Place, places, replace_tensors_, restored
 from .shards import Shards, whole
 from .wide import storage_of
@@ -63,12 +63,17 @@ class WholeForNow:
         to_scale: Mapping[str, Scale],
         scales: ScaleOfStorage | None,
     ) -> None:
-        self._weights = weights
+        self.weights = weights
         self._device = device
         self._change = change
         self._to_scale = to_scale
         self._scales = scales
         self._num_open = 0  # forwards that are running, one in the other
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the weights are whole now."""
+        return self._num_open > 0
 
     def gather(self, *_: Any) -> None:
         """Gathers the weights, and puts them in their places."""
@@ -77,7 +82,7 @@ class WholeForNow:
             return
         # the wide arithmetic is for what the model computes
         with torch.no_grad(), _disable_current_modes():
-            for weight in self._weights:
+            for weight in self.weights:
                 gathered = whole(weight.shard)
                 if self._device is not None:
                     gathered = gathered.to(self._device)
@@ -91,9 +96,9 @@ class WholeForNow:
     def drop(self, *_: Any) -> None:
         """Lets go of the weights."""
         self._num_open -= 1
-        if self._num_open > 0:
+        if self.is_open:
             return
-        for weight in self._weights:
+        for weight in self.weights:
             if weight.name in self._to_scale:
                 # another tensor may soon have the same storage
                 del self._scales[storage_of(weight.places[0].tensor)]
@@ -115,19 +120,27 @@ class _NoneIsReadElsewhere(TorchDispatchMode):
     """While open, operations take no weight whose layer isn't running.
 
     Some of torch's operations don't mind a tensor on meta among others: `F.linear` returns whatever lies in memory.
+    And a weight that a layer returns is gone under FSDP2 when the next layer takes it.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, empty: Iterable[Weight]) -> None:
+    def __init__(self, layers: Iterable[WholeForNow]) -> None:
         super().__init__()
-        self._name_of_storage = {storage_of(weight.empty): weight.name for weight in empty}
+        self._weight_of_storage: dict[int, tuple[str, WholeForNow | None]] = {}  # None: it is not there
+        for layer in layers:
+            for weight in layer.weights:
+                self._weight_of_storage[storage_of(weight.empty)] = weight.name, None
+                if not isinstance(weight.shard, DTensor):
+                    self._weight_of_storage[storage_of(weight.shard)] = weight.name, layer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tensors_in((*args, *kwargs.values())):
-            if tensor.is_meta and storage_of(tensor) in self._name_of_storage:
-                name = self._name_of_storage[storage_of(tensor)]
+            if is_foreign(tensor) or tensor.layout != torch.strided:
+                continue
+            name, layer = self._weight_of_storage.get(storage_of(tensor), ("", None))
+            if name and not (layer and layer.is_open):
                 raise OTOError(f"{name} is read while the forward of its layer isn't running")
         return func(*args, **kwargs)
 
@@ -170,14 +183,15 @@ class LayerByLayer:
             to_scale: name of a weight -> how it is to be scaled while it is widened.
             scales: the same of the weights that are whole now, by their storages, as `WideArithmetic` takes it.
         """
-        weights_of_layers = self._weights_of_layers()
+        for_now_of_layers = {}
+        for layer, weights in self._weights_of_layers().items():
+            for_now_of_layers[layer] = WholeForNow(weights, self._device, change, to_scale or {}, scales)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_NoneIsReadElsewhere(itertools.chain(*weights_of_layers.values())))
-            for layer, weights in weights_of_layers.items():
-                for_now = WholeForNow(weights, self._device, change, to_scale or {}, scales)
-                if layer is None:
-                    stack.enter_context(for_now)
-                    continue
+            always = for_now_of_layers.pop(None, None)
+            if always is not None:
+                stack.enter_context(always)
+            stack.enter_context(_NoneIsReadElsewhere(for_now_of_layers.values()))
+            for layer, for_now in for_now_of_layers.items():
                 before = layer.register_forward_pre_hook(for_now.gather, prepend=True)
                 after = layer.register_forward_hook(for_now.drop, always_call=True)
                 stack.callback(before.remove)

@@ -131,7 +131,7 @@ class Alive:
 
 
 def bytes_of(for_now):
-    tensors = [weight.places[0].tensor for weight in for_now._weights]
+    tensors = [weight.places[0].tensor for weight in for_now.weights]
     return sum(t.nbytes for t in tensors if not t.is_meta)
 
 

@@ -150,6 +150,27 @@ def test_what_is_not_there_is_never_computed_with():
     assert runs_by_blocks(net(), as_forwards(INPUTS))
 
 
+class Returns(Layer):
+    """A layer that returns a weight of its own."""
+
+    def forward(self, x):
+        return super().forward(x), self.narrow.bias
+
+
+def test_a_weight_that_a_layer_returns_is_gone():
+    model = nn.Sequential(Returns(), Last()).eval()
+    with taken_apart(model) as by_layers, by_layers.running(), pytest.raises(OTOError, match=r"narrow\.bias is"):
+        model(INPUTS["x"])
+    assert not runs_by_blocks(model, as_forwards((INPUTS["x"],)))
+    assert len(partition_zigs(model, (INPUTS["x"],)).axes) == 1
+
+
+class Last(nn.Module):
+    def forward(self, output):
+        x, bias = output
+        return x * bias
+
+
 def test_blocks_are_what_all_ranks_run():
     model = net()
     assert blocks_of(model) == list(model.layers)
