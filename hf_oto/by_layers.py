@@ -246,18 +246,27 @@ class LayerByLayer:
             names[id(tensor)].append(name)
             if name in self._weights:
                 weight_of_id[id(tensor)] = Weight(name, self._weights[name], tensor, places_of_id[id(tensor)])
-        path_of_layer = {}
+        layers = set(self._layers)
+        layer_of_beginning = {}  # beginning of the names in a layer -> the layer
         for path, module in self.model.named_modules():
-            if path and module in self._layers and any(True for _ in module.children()):
-                path_of_layer[module] = f"{path}."
+            if path and module in layers and any(True for _ in module.children()):
+                layer_of_beginning[f"{path}."] = module
         weights: dict[nn.Module | None, list[Weight]] = defaultdict(list)
         for tensor_id, weight in weight_of_id.items():
             innermost = None
-            for layer, path in path_of_layer.items():  # the outer ones come first
-                if all(name.startswith(path) for name in names[tensor_id]):
-                    innermost = layer
+            for beginning in _beginnings(weight.name):  # not all layers: a model may have thousands of experts
+                is_inside = all(name.startswith(beginning) for name in names[tensor_id])
+                if is_inside and beginning in layer_of_beginning:
+                    innermost = layer_of_beginning[beginning]
             weights[innermost].append(weight)
         return weights
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """What the names of all modules around a parameter make its name begin with, the outermost first."""
+    parts = name.split(".")[:-1]
+    for depth in range(1, len(parts) + 1):
+        yield ".".join(parts[:depth]) + "."
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -269,19 +278,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     names_of_id = defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
         names_of_id[id(p)].append(name)
-    blocks: dict[str, nn.Module] = {}  # beginning of the names in it -> block
+    blocks = []
+    outermost: list[str] = []  # beginnings of the names in entries; what is in these are no blocks
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
-        is_inside = any(path.startswith(beginning) for beginning in blocks)
+        is_inside = path.startswith(tuple(outermost))
         is_entry = path and isinstance(parent, CONTAINERS_OF_LAYERS)
         can_run = any(True for _ in module.children()) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         if is_inside or not is_entry or not can_run:
             continue
         beginning = f"{path}."
+        outermost.append(beginning)
         names_of_parameters = [names_of_id[id(p)] for p in module.parameters()]
         if all(name.startswith(beginning) for names in names_of_parameters for name in names):
-            blocks[beginning] = module
-    return list(blocks.values())
+            blocks.append(module)
+    return blocks
 
 
 def runs_by_blocks(model: nn.Module, forwards: Sequence[Forward]) -> bool:

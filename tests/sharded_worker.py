@@ -111,13 +111,13 @@ def fully_sharded(model, mesh):
     return fully_shard(model, mesh=mesh)
 
 
-def with_live_biases(partition):
-    """Breaks the rule: ZIGs some of whose biases are cut, but not zeroed before."""
+def with_live_biases(partition, ending="1.bias"):
+    """Breaks the rule: biases with such names are cut, but not zeroed before."""
     axes = []
     for axis in partition.axes:
         members = []
         for member in axis.members:
-            role = "statistic" if member.param.endswith("1.bias") else member.role
+            role = "statistic" if member.param.endswith(ending) else member.role
             members.append(dataclasses.replace(member, role=role))
         axes.append(dataclasses.replace(axis, members=tuple(members)))
     return dataclasses.replace(partition, axes=tuple(axes))

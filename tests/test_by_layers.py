@@ -1,10 +1,8 @@
 """Models that run while only one of their layers has its weights."""
 
-import dataclasses
-
 import pytest
 import torch
-from sharded_worker import Alive, watched
+from sharded_worker import Alive, watched, with_live_biases
 from torch import nn
 
 from hf_oto import OTOError, attempts, partition_zigs
@@ -116,22 +114,10 @@ def test_a_wrong_cut_is_found_and_a_right_one_passes(reads_from_outside):
     assert len(partition.axes) == 4
     forwards = as_forwards(INPUTS)
     assert attempts.differs(model, forwards, None, resolve(partition, random_half(partition))) is None
-    wrong = with_live_biases(partition)
+    wrong = with_live_biases(partition, "wide.bias")
     problem = attempts.differs(model, forwards, None, resolve(wrong, random_half(wrong)))
     assert "differ by" in problem
     assert same(weights(model), before)
-
-
-def with_live_biases(partition):
-    """Breaks the rule: biases that are cut, but not zeroed before."""
-    axes = []
-    for axis in partition.axes:
-        members = []
-        for member in axis.members:
-            role = "statistic" if member.param.endswith("wide.bias") else member.role
-            members.append(dataclasses.replace(member, role=role))
-        axes.append(dataclasses.replace(axis, members=tuple(members)))
-    return dataclasses.replace(partition, axes=tuple(axes))
 
 
 def test_what_is_not_there_is_never_computed_with():
@@ -175,6 +161,8 @@ def test_blocks_are_what_all_ranks_run():
     model = net()
     assert blocks_of(model) == list(model.layers)
     model.layers[2].narrow.weight = model.layers[0].narrow.weight
+    assert blocks_of(model) == [model.layers[1], model.layers[3]]
+    model.layers[2].experts = nn.ModuleList([Layer()])  # one rank may need them, and another not
     assert blocks_of(model) == [model.layers[1], model.layers[3]]
     experts = nn.ModuleList([nn.ModuleList([Layer(), Layer()]), nn.ModuleList([Layer()])])
     assert blocks_of(experts) == [experts[0][0], experts[0][1], experts[1][0]]
