@@ -79,7 +79,7 @@ RUNS = {  # name -> (what is run, what it has to print)
         ["recipes/bench_quality.py", "--smoke", "--out", "OUT/quality.jsonl"],
         [
             rf"(?m)^{method} "
-            for method in ("dense", "scheduled", "paper", "magnitude", "hesso", "random", "distilled")
+            for method in ("dense", "oto", "oto-whole", "paper", "scratch", "random", "tp-taylor-global")
         ],
     ),
 }

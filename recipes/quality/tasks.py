@@ -2,67 +2,112 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import SIZE, digits, vit
-from datasets import Dataset, load_dataset
+import transformers as tf
+from common import SIZE, digits
+from datasets import load_dataset
 from paper.models import SmallResNetForImageClassification
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedModel, ResNetConfig
+from torch.utils.data import Dataset
 
-Data = tuple[Tensor, Tensor]  # pixels, uint8 (n, 3, SIZE, SIZE), or token ids, (n, <= 64), padded with 0; labels (n,)
-Task = tuple[Callable[[], PreTrainedModel], Data, Data]  # a maker of fresh models, what trains them, what scores them
-
-
-def read(data: Dataset, model: str | None) -> Data:
-    """All of a dataset: images, or texts in the tokens of a model."""
-    labels = torch.tensor(data["label"][:])
-    if model is None:
-        pixels = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in data["image"]])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
-    text = data[next(name for name in ("text", "sentence") if name in data.column_names)][:]
-    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=64)
-    tokens = tokenizer(text, truncation=True, padding=True, return_tensors="pt")
-    by_length = tokens["attention_mask"].sum(1).argsort(stable=True)
-    return (tokens["input_ids"] * tokens["attention_mask"])[by_length], labels[by_length]
+TINY = {"vocab_size": 10, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def load(options: argparse.Namespace) -> Task:
-    """One of the tasks; the text of the smoke test is made up."""
-    model = options.model if options.task == "text" else None
-    if model and options.smoke:
-        y = torch.arange(256) % 2
-        train = test = torch.full((256, 16), 5) + y[:, None], y
-    else:
-        data = load_dataset(options.dataset) if options.dataset else digits()
-        known = "test" in data and min(data["test"]["label"]) >= 0  # GLUE keeps its own
-        train, test = data["train"].shuffle(seed=0), data["test" if known else "validation"]
-        if options.validation:
-            train, test = train.train_test_split(min(5000, len(train) // 5), shuffle=False).values()
-        train, test = read(train.take(min(options.train_examples, len(train))), model), read(test, model)
-    labels = int(train[1].max()) + 1
+class Task(NamedTuple):
+    """What is trained: `build` makes a fresh model, all of whose widths are a fraction of the usual ones."""
 
-    def build() -> PreTrainedModel:
-        if options.task == "resnet":  # 0.2 M parameters; its stages have 16, 8 and 4 pixels a side
-            shape = dict(hidden_sizes=[16, 32, 64], depths=[2] * 3, layer_type="basic", downsample_in_first_stage=True)
-            return SmallResNetForImageClassification(ResNetConfig(embedding_size=16, num_labels=labels, **shape))
-        if options.task == "vit":
-            return vit(labels)
-        if options.smoke:
-            shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-            return AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=10, **shape))
-        return AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels)
+    build: Callable[[float], tf.PreTrainedModel]
+    train: Any
+    test: Any
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    can_be_narrow: bool  # whether a smaller model can be trained from scratch instead
 
-    return build, train, test
+    def inputs(self, num_examples: int) -> dict[str, Tensor]:
+        """The first examples of the test set, as the model takes them."""
+        batch = self.collate([self.test[i] for i in range(num_examples)])
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def inputs_of(x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """What the model takes; with a generator, half of the images are mirrored."""
-    if x.dim() == 2:
-        x = x[:, : int((x != 0).sum(1).max())]
-        return {"input_ids": x, "attention_mask": (x != 0).long()}
-    pixels = x.float() / 127.5 - 1
-    if generator is not None:
-        pixels = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, pixels.flip(3), pixels)
-    return {"pixel_values": pixels}
+class Images(Dataset):
+    """Images that are decoded once, uint8 (n, 3, SIZE, SIZE); those that train are mirrored at random."""
+
+    def __init__(self, data: Any, mirrored: bool) -> None:
+        pixels = [np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in data["image"]]
+        self.pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.tensor(data["label"][:])
+        self.mirrored = mirrored
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        is_mirrored = self.mirrored and torch.rand(()) < 0.5
+        pixels = self.pixels[i].flip(2) if is_mirrored else self.pixels[i]
+        return {"pixel_values": pixels, "labels": self.labels[i]}
+
+
+def stacked(examples: list[dict]) -> dict[str, Tensor]:
+    """A batch of images in [-1, 1]."""
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    return batch | {"pixel_values": batch["pixel_values"].float() / 127.5 - 1}
+
+
+def images(options: argparse.Namespace) -> Task:
+    """Image classification from scratch: by a ResNet of 0.18 M parameters, or a ViT of 0.47 M."""
+    data = load_dataset(options.dataset) if options.dataset else digits()
+    train, test = splits(data, options)
+    num_labels = len(set(test["label"]))
+
+    def resnet(width: float) -> tf.PreTrainedModel:  # its stages have 32, 16 and 8 pixels a side
+        sizes = [round(width * size) for size in (16, 32, 64)]
+        shape = {"depths": [2] * 3, "layer_type": "basic", "downsample_in_first_stage": True, "num_labels": num_labels}
+        return SmallResNetForImageClassification(tf.ResNetConfig(embedding_size=sizes[0], hidden_sizes=sizes, **shape))
+
+    def vit(width: float) -> tf.PreTrainedModel:
+        hidden = 6 * round(width * 16)  # six heads
+        shape = {"num_hidden_layers": 4, "num_attention_heads": 6, "image_size": SIZE, "patch_size": 8}
+        shape |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_labels": num_labels}
+        return tf.ViTForImageClassification(tf.ViTConfig(**shape))
+
+    return Task(
+        resnet if options.task == "resnet" else vit,
+        Images(train, mirrored=True),
+        Images(test, mirrored=False),
+        stacked,
+        True,
+    )
+
+
+def tiny(width: float) -> tf.PreTrainedModel:
+    return tf.BertForSequenceClassification(tf.BertConfig(**TINY))
+
+
+def texts(options: argparse.Namespace) -> Task:
+    """Text classification by a pretrained model; that of the smoke test has random weights and made-up texts."""
+    if options.smoke:
+        made_up = [{"input_ids": [5 + i % 2] * 16, "labels": i % 2} for i in range(256)]
+        return Task(tiny, made_up, made_up, tf.default_data_collator, False)
+    tokenizer = tf.AutoTokenizer.from_pretrained(options.model, model_max_length=LENGTH)
+    train, test = splits(load_dataset(options.dataset), options)
+    column = "text" if "text" in train.column_names else "sentence"
+
+    def tokens(data: Any) -> list[dict]:
+        ids = tokenizer(data[column][:], truncation=True)["input_ids"]
+        return [{"input_ids": i, "labels": label} for i, label in zip(ids, data["label"], strict=True)]
+
+    def build(width: float) -> tf.PreTrainedModel:
+        return tf.AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(set(test["label"])))
+
+    return Task(build, tokens(train), tokens(test), tf.DataCollatorWithPadding(tokenizer), False)
+
+
+def splits(data: Any, options: argparse.Namespace) -> tuple[Any, Any]:
+    """What trains, and what is scored on: the test set, or training examples that are held out."""
+    has_labels = "test" in data and min(data["test"]["label"]) >= 0  # GLUE keeps those of its test sets
+    train, test = data["train"].shuffle(seed=0), data["test" if has_labels else "validation"]
+    if options.validation:
+        train, test = train.train_test_split(min(5000, len(train) // 5), shuffle=False).values()
+    return train.take(min(options.train_examples, len(train))), test

@@ -1,47 +1,116 @@
-"""One training of bench_quality.py: the same batches for every method, a teacher where there is one."""
+"""One run of bench_quality.py: the same data, order, base optimizer and schedule for every method."""
 
+from tempfile import TemporaryDirectory
+from time import process_time
 from typing import Any
 
 import torch
-from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from hf_oto import ZIGPartition
+from hf_oto import OTOTrainer, OTOTrainingArguments, measure
 
-from .methods import optimizer_of
-from .tasks import Task, inputs_of
+from .rivals import RandomZIGs, Rival
+from .runs import Setting
+from .tasks import Task
+from .torch_pruning import TorchPruning
 
-TEACHING, TEMPERATURE = 0.7, 2.0  # the teacher's part of the loss, and how soft both predictions are
+OURS = {
+    "oto": {},
+    "oto-whole": {"shrink": False},
+    "paper": {"pruning_mode": "paper"},
+}
+RIVALS = {
+    "random": RandomZIGs,
+    **{f"tp-taylor-{scope}": TorchPruning for scope in ("local", "global", "isomorphic")},
+    "tp-groupnorm-local": TorchPruning,
+    "tp-magnitude-local": TorchPruning,
+}
+METHODS = ("dense", *OURS, "scratch", *RIVALS)
+BY_SPARSITY = ("paper",)  # these take the fraction of ZIGs that goes instead of the MACs that are left
+DECAY = 0.25  # the last part of the run, in which the learning rate of "wsd" falls to zero
+SCHEDULES = ("wsd", "linear", "cosine")
 
 
-def train(
-    task: Task, partition: ZIGPartition, setting: dict[str, Any], teacher: PreTrainedModel | None = None
-) -> PreTrainedModel:
-    """A model as a method trains it, not cut yet."""
-    steps, size = setting["steps"], setting["batch_size"]
-    set_seed(setting["seed"])
-    build, (x, y), _ = task
-    model = build().train()
-    optimizer, generator = optimizer_of(model, partition, setting), torch.Generator().manual_seed(setting["seed"])
-    rate = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    order = torch.cat([torch.randperm(len(y), generator=generator) for _ in range(steps * size // len(y) + 1)])
-    if x.dim() == 2:  # texts of about the same length go together, in random order
-        length = (x != 0).sum(1)
-        some = [part[length[part].argsort()].split(size) for part in order[: steps * size].split(32 * size)]
-        batches = [part[i] for part in some for i in torch.randperm(len(part), generator=generator)]
+def arguments(setting: Setting, folder: str) -> dict[str, Any]:
+    """Training arguments that all methods share."""
+    schedule: dict[str, Any] = {"lr_scheduler_type": setting.schedule}
+    if setting.schedule == "wsd":
+        kwargs = {"num_decay_steps": int(DECAY * setting.steps), "decay_type": "linear"}
+        schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+    strategy = "group_by_length" if setting.task == "text" else "random"
+    return schedule | {
+        "output_dir": folder, "max_steps": setting.steps, "per_device_train_batch_size": setting.batch_size,
+        "learning_rate": setting.learning_rate, "weight_decay": 0.01 if setting.base == "adamw" else 0.0,
+        "warmup_steps": setting.steps // 20, "seed": setting.seed, "train_sampling_strategy": strategy,
+        "remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 10**9,
+    }  # fmt: skip
+
+
+def trainer_of(task: Task, setting: Setting, folder: str) -> Trainer:
+    """The trainer of a method."""
+    set_seed(setting.seed)
+    width = narrow(task, setting.target) if setting.method == "scratch" else 1.0
+    model = task.build(width)
+    optimizer = torch.optim.AdamW if setting.base == "adamw" else torch.optim.SGD
+    kwargs = {} if setting.base == "adamw" else {"momentum": 0.9}
+    common = {
+        "model": model, "train_dataset": task.train, "data_collator": task.collate,
+        "optimizer_cls_and_kwargs": (optimizer, {"lr": setting.learning_rate} | kwargs),
+    }  # fmt: skip
+    given = arguments(setting, folder)
+    if setting.method in OURS:
+        target = "target_group_sparsity" if setting.method in BY_SPARSITY else "target_macs"
+        given |= OURS[setting.method] | {target: setting.target}
+        return OTOTrainer(args=OTOTrainingArguments(**given), **common)
+    args = TrainingArguments(**given)
+    if setting.method in RIVALS:
+        return RIVALS[setting.method](args=args, setting=setting, inputs=task.inputs(2), **common)
+    return Trainer(args=args, **common)
+
+
+def narrow(task: Task, target: float) -> float:
+    """The largest width, in hundredths of the usual one, that takes at most this fraction of the MACs."""
+    inputs, dense = task.inputs(2), task.build(1.0)
+    for hundredths in range(100, 0, -1):
+        small = task.build(hundredths / 100)
+        before, after = measure(dense, small, inputs=inputs, seconds=0)
+        if after["macs"] <= target * before["macs"]:
+            return hundredths / 100
+    raise ValueError(f"no width takes {target:.0%} of the MACs")
+
+
+def run(task: Task, setting: Setting) -> dict[str, float]:
+    """Trains one model, cuts it, and scores what is left."""
+    start = process_time()
+    with TemporaryDirectory() as folder:
+        trainer = trainer_of(task, setting, folder)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    cpu = process_time() - start
+    model = trainer.compacted() if isinstance(trainer, Rival) else trainer.model
+    dense, small = measure(task.build(1.0), model, inputs=task.inputs(8), seconds=0.3)
+    ratios = {name: small[name] / dense[name] for name in ("params", "macs", "latency")}
+    if isinstance(trainer, Rival):
+        training_macs = trainer.training_macs
+    elif isinstance(trainer, OTOTrainer):
+        training_macs = trainer.report["training_macs"]
     else:
-        batches = order[: steps * size].split(size)
-    for batch in batches:
-        optimizer.zero_grad()
-        inputs = inputs_of(x[batch], generator)
-        output = model(**inputs, labels=y[batch])
-        loss = output.loss
-        if teacher is not None:
-            with torch.no_grad():
-                taught = log_softmax(teacher(**inputs).logits / TEMPERATURE, 1)
-            soft = kl_div(log_softmax(output.logits / TEMPERATURE, 1), taught, reduction="batchmean", log_target=True)
-            loss = (1 - TEACHING) * loss + TEACHING * TEMPERATURE**2 * soft
-        loss.backward()
-        optimizer.step()
-        rate.step()
-    return model
+        training_macs = ratios["macs"]
+    return scores(model, task) | ratios | {"training_macs": training_macs, "cpu": cpu}
+
+
+@torch.no_grad()
+def scores(model: nn.Module | PreTrainedModel, task: Task) -> dict[str, float]:
+    """Accuracy in [0, 1] and mean cross entropy."""
+    model.eval()
+    num_right, loss = 0, 0.0
+    for begin in range(0, len(task.test), 250):
+        batch = task.collate([task.test[i] for i in range(begin, min(begin + 250, len(task.test)))])
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        num_right += int((logits.argmax(1) == labels).sum())
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+    return {"accuracy": num_right / len(task.test), "loss": loss / len(task.test)}
