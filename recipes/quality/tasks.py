@@ -13,6 +13,7 @@ from paper.models import SmallResNetForImageClassification
 from torch import Tensor
 from torch.utils.data import Dataset
 
+LENGTH = 64  # tokens of a text at most
 TINY = {"vocab_size": 10, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
