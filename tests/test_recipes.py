@@ -46,6 +46,15 @@ RUNS = {  # name -> (what is run, what it has to print)
     "inspect_model": (["recipes/inspect_model.py", "bert"], ["24 prunable axes, 37,008 ZIGs"]),
     "paper": ([*PAPER, "demonet", "--target-group-sparsity", "0.5"], [SHARE, "parameters", "group sparsity 0.500"]),
     "super_resolution": ([*PAPER, "carn"], [r"PSNR \(Y, dB\): dense \d+\.\d+, compact \d+\.\d+"]),
+    "table": (
+        ["-m", "recipes.paper.table", "--smoke", "--networks", "resnet18", "--out", "OUT"],
+        [
+            r"resnet18 +dense +\d+\.\d\d +100\.00 +100\.00 +0\.00  epoch 4 of 4\n",
+            r"resnet18 +scheduled +\d+\.\d\d +[\d.]+ +[\d.]+ +70\.\d\d  epoch 4 of 4\n",
+            r"resnet18 +paper +\d+\.\d\d +[\d.]+ +[\d.]+ +[\d.]+  epoch 4 of 4\n",
+            r"resnet18 +published +92\.86 +20\.26 +8\.79 +70\.00  epoch 300 of 300\n",
+        ],
+    ),
     "bench_latency": (
         ["recipes/bench_latency.py", "--model", "bert", "--batch-size", "1", "--divisible", "8", "--rounds", "3"],
         [r"bert +8 +1 .* \d+%"],

@@ -1,15 +1,16 @@
 """What the networks of the OTO papers are trained and scored on: images, pairs for super resolution, texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BertTokenizer, DataCollatorWithPadding, Trainer
 
-from ..common import SIZE, collate, splits
+from ..common import splits
+from .images import Batches
 
 SCALE = 2  # of super resolution
 CROP = 96  # pixels a side of a high-resolution training crop
@@ -18,29 +19,19 @@ CROP = 96  # pixels a side of a high-resolution training crop
 class Task(NamedTuple):
     """What a system is trained and scored on; `config` holds what its config has to know of the data."""
 
-    train: Dataset
-    test: Dataset
+    train: Sequence[Any]
+    test: Sequence[Any]
     collate: Callable[[list[dict]], Any]
     config: dict[str, Any]
     score: str = "accuracy"
     evaluate: Callable[[Trainer], float] = lambda trainer: trainer.evaluate()["eval_accuracy"]
 
 
-def augmented(examples: dict[str, list]) -> dict[str, list]:
-    """Random shifts by up to an eighth and random mirror images, as is usual for CIFAR."""
-    images = []
-    for image in examples["image"]:
-        left, top = torch.randint(SIZE // 4 + 1, (2,)).tolist()
-        image = ImageOps.expand(image.convert("RGB").resize((SIZE, SIZE)), SIZE // 8)
-        image = image.crop((left, top, left + SIZE, top + SIZE))
-        images.append(ImageOps.mirror(image) if torch.rand(()) < 0.5 else image)
-    return examples | {"image": images}
-
-
 def images(name: str | None, augment: bool) -> Task:
-    """Image classification."""
+    """Image classification; with `augment` images are cropped and mirrored at random, as is usual for CIFAR."""
     train, test, labels = splits(name)
-    return Task(train.with_transform(augmented) if augment else train, test, collate, {"num_labels": labels})
+    batches = Batches.of(train, test, augment=augment)
+    return Task(batches.train, batches.test, batches, {"num_labels": labels})
 
 
 def pairs(examples: list[dict]) -> dict[str, torch.Tensor]:
