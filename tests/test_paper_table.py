@@ -84,8 +84,8 @@ def checkpoints(folder):
 def test_a_run_in_slices_or_killed_is_an_uninterrupted_one(run, tmp_path, mode):
     run(mode, "whole")
     steps = []
-    for _ in range(3):  # of 40 steps; ten make an epoch
-        text = run(mode, "sliced", seconds=13)
+    for workers in (0, 2, 0):  # of 40 steps; ten make an epoch
+        text = run(mode, "sliced", seconds=13, workers=workers)
         (_, state) = training.last_checkpoint(next((tmp_path / "sliced").glob("vgg*")))
         steps.append(state["global_step"])
         assert f"epoch {state['epoch']:.4g} of 4\n" in text

@@ -81,9 +81,9 @@ def finished(
         per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=500, eval_strategy="epoch",
         logging_strategy="epoch", save_strategy="no", save_total_limit=2, bf16=options.precision == "bf16",
         fp16=options.precision == "fp16", dataloader_num_workers=options.workers, disable_tqdm=True,
-        dataloader_persistent_workers=options.workers > 0, dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False, report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(), remove_unused_columns=False, report_to="none",
     )  # fmt: skip
+    # the loading processes don't persist: each epoch has to draw as many random numbers as one that is begun anew
     model.to(args.device)  # before the optimizer is made
     total_steps = options.epochs * math.ceil(batches.num_train / BATCH_SIZE)
     given = {
