@@ -29,31 +29,36 @@ UNDER_A_NORM = 0.01  # an axis whose salience as a whole is less than this fract
 def weigh_survivors(
     salience: np.ndarray, salience_of_axes: np.ndarray, zero: np.ndarray, limits: Limits
 ) -> np.ndarray:
-    """Salience, (num_zigs,), that grows with the number of ZIGs that are gone, on axes under a norm.
+    """Salience, (num_zigs,), that grows with the number of ZIGs that are gone, on bottlenecks and under norms.
 
-    Before a norm, multiplying a whole axis by c changes nothing, so that the salience of its single ZIGs underrates
-    the last survivors. The k-th living ZIG to go is weighted by (living / (living - k)) ** 2, k counted from 0. An
-    axis counts as under a norm if its salience as a whole is next to nothing beside the salience of its ZIGs.
+    Two kinds of axes have last survivors that the salience of single ZIGs underrates. Before a norm, multiplying a
+    whole axis by c changes nothing, so that a ZIG counts more the fewer there are. And without a bottleneck nothing
+    is left of the model, which a gradient doesn't see before. There a ZIG is weighted by (size / left) ** 2: `left`
+    is how many ZIGs of the axis there are when it goes, after all that are less salient, and `size` how many there
+    are in the dense model. An axis counts as under a norm if its salience as a whole is next to nothing beside the
+    salience of its ZIGs.
+
+    With a ResNet on CIFAR-10 this is worth 2.9 points where a tenth of the MACs is left, beside weights for norms
+    alone that begin anew at every event (held-out images, three seeds; recipes/RESULTS.md).
 
     Worked example: an axis under a norm has 5 ZIGs, one of them zero. The 4 living ZIGs, the least salient one first,
-    are weighted by 1, (4 / 3) ** 2, (4 / 2) ** 2 and (4 / 1) ** 2.
+    are weighted by (5 / 4) ** 2, (5 / 3) ** 2, (5 / 2) ** 2 and (5 / 1) ** 2.
 
     Args:
         salience: (num_zigs,).
-        salience_of_axes: of every axis as a whole, (axes,).
+        salience_of_axes: of every axis as a whole, (axes,); infinity where nobody knows it, and nothing is weighted.
         zero: (num_zigs,), bool: these are gone.
     """
     salience_of_zigs = limits.count(salience)  # (axes,)
     under_a_norm = salience_of_axes < UNDER_A_NORM * salience_of_zigs  # (axes,)
-    num_zero = limits.count(zero)  # (axes,)
-    num_living = limits.sizes - num_zero  # (axes,)
+    is_known = np.isfinite(salience_of_axes)
+    grows = under_a_norm | (limits.is_bottleneck & is_known)  # (axes,)
     order, rank = _order_in_axes(salience, zero, limits)
     axis = limits.axis_of[order]  # (num_zigs,), as all that follows
-    gone_before = rank - num_zero[axis]  # zero ZIGs come first in the order
-    living = num_living[axis]
-    still_living = living - gone_before
-    grown_weight = (living / still_living) ** 2
-    is_weighted = under_a_norm[axis] & ~zero[order]  # zero ZIGs have a negative gone_before
+    size = limits.sizes[axis]
+    left = size - rank
+    grown_weight = (size / left) ** 2
+    is_weighted = grows[axis] & ~zero[order]
     weighted = salience.copy()
     weighted[order] *= np.where(is_weighted, grown_weight, 1)
     return weighted

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from .attempts import Attempt, attempts, differs
 from .axes import Leaf
 from .batches import make_inputs
+from .bottlenecks import bottlenecks
 from .calls import Forward, Inputs, as_forwards, input_tensors, raise_if_out_of_memory, refuse_sharded
 from .certificate import refuse_random
 from .cost import Width, Work
@@ -204,9 +205,15 @@ def _solved(model: nn.Module, traced: Trace, unified: Axes) -> _Solution:
     axis_of = np.append(axis_of_zig, -1)[zig_of]  # the last entry is the axis of ZIG -1
     work = _macs(traced, unified, axis_of, axis_sizes)
     params_alone = partition.params(model).alone
+    are_bottlenecks = bottlenecks(traced, unified, axis_of)
     axes = []
-    for axis, params, macs in zip(partition.axes, params_alone, work.alone, strict=True):
-        counted = dataclasses.replace(axis, params=round(params), macs=round(macs))
+    for number, axis in enumerate(partition.axes):
+        counted = dataclasses.replace(
+            axis,
+            params=round(params_alone[number]),
+            macs=round(work.alone[number]),
+            bottleneck=number in are_bottlenecks,
+        )
         axes.append(counted)
     spans = _zigs_of_spans(traced, unified, zig_of)
     sizes = Sizes(traced.equations, spans, _sizes_kept(model))

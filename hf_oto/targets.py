@@ -64,12 +64,14 @@ class Limits:
         kept_multiple: the number of ZIGs that stay is a multiple of this, unless all of them stay.
         removable: how many ZIGs may go at most.
         tie: the number of the first of those axes that keep equal fractions. An axis without a tie has its own number.
+        is_bottleneck: whether all that the output learns of the inputs goes through the axis.
     """
 
     sizes: np.ndarray
     kept_multiple: np.ndarray
     removable: np.ndarray
     tie: np.ndarray
+    is_bottleneck: np.ndarray
 
     @property
     def first_block(self) -> np.ndarray:
@@ -151,7 +153,11 @@ def limits_of(
             later_blocks = (above_floor[number] - first_block) // multiple[number]
             removable[number] = first_block + later_blocks * multiple[number]
     no_ties = np.arange(len(axes))
-    return Limits(sizes, multiple, removable, no_ties)
+    return Limits(sizes, multiple, removable, no_ties, _are_bottlenecks(axes))
+
+
+def _are_bottlenecks(axes: Sequence[PrunableAxis]) -> np.ndarray:
+    return np.array([axis.bottleneck for axis in axes], bool)
 
 
 def counts_exactly(target: Target, group_divisible: int | None, tied: Sequence[Sequence[str]] | None) -> bool:
@@ -238,7 +244,7 @@ def _tied(
         multiple[tied_axes] = [step * size // num_fractions for size in tied_sizes]
         num_blocks = min(above_floor[number] // multiple[number] for number in tied_axes)
         removable[tied_axes] = multiple[tied_axes] * num_blocks
-    return Limits(sizes, multiple, removable, tie)
+    return Limits(sizes, multiple, removable, tie, _are_bottlenecks(axes))
 
 
 def budget_of(

@@ -119,6 +119,7 @@ class PrunableAxis:
         zero_path: whether a position contributes exactly zero as soon as its producers are zero. If not (zero queries
             still attend, uniformly, and f(0) may not be 0), the consumers' slices are part of the ZIG, too.
         scales: parameters that a cut scales, because an average is taken over the axis.
+        bottleneck: whether all that the output learns of the inputs goes through the axis (bottlenecks.py).
     """
 
     name: str
@@ -130,6 +131,7 @@ class PrunableAxis:
     multiple: int = 1
     zero_path: bool = True
     scales: tuple[Scale, ...] = ()
+    bottleneck: bool = False
 
     @property
     def group(self) -> tuple[Member, ...]:

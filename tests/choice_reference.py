@@ -1,7 +1,7 @@
 """Which ZIGs go, slowly and literally: one ZIG and one block after the other, plain Python, no arrays.
 
 An axis is a dict: its size, the multiple of which so many ZIGs have to stay, how many may go at most, the axis whose
-tie it has, and what one of its ZIGs costs.
+tie it has, what one of its ZIGs costs, and whether it is a bottleneck.
 """
 
 import math
@@ -21,18 +21,19 @@ def by_salience(zigs, salience, zero):
     return [z for z in zigs if zero[z]] + sorted((z for z in zigs if not zero[z]), key=lambda z: (salience[z], z))
 
 
-def weigh_survivors(axes, salience, salience_of_axes, zero, under_a_norm=UNDER_A_NORM):
-    """The k-th living ZIG to go of an axis under a norm weighs (living / (living - k)) ** 2 as much."""
+def weigh_survivors(axes, salience, salience_of_axes, zero, under_a_norm=UNDER_A_NORM, bottlenecks=True):
+    """The k-th living ZIG to go of a bottleneck, or under a norm, weighs (size / (living - k)) ** 2 as much."""
     weighted = list(salience)
     for a in range(len(axes)):
         total = 0.0
         for z in zigs_of(axes, a):
             total += salience[z]
-        if not salience_of_axes[a] < under_a_norm * total:
+        is_bottleneck = bottlenecks and axes[a]["bottleneck"] and salience_of_axes[a] < math.inf
+        if not (salience_of_axes[a] < under_a_norm * total or is_bottleneck):
             continue
         living = [z for z in by_salience(zigs_of(axes, a), salience, zero) if not zero[z]]
         for k, z in enumerate(living):
-            factor = len(living) / (len(living) - k)
+            factor = axes[a]["size"] / (len(living) - k)
             weighted[z] = salience[z] * (factor * factor)
     return weighted
 

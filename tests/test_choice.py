@@ -32,9 +32,9 @@ class Case(NamedTuple):
         return max(OVERSHOOT * self.budget.dense, ties.max())
 
 
-def prunable(number, size, channels, multiple=1):
+def prunable(number, size, channels, multiple=1, bottleneck=False):
     producer = Member(f"weight{number}", 0, "producer", inner=channels)
-    return PrunableAxis(f"axis{number}", "units", size, (producer,), multiple=multiple)
+    return PrunableAxis(f"axis{number}", "units", size, (producer,), multiple=multiple, bottleneck=bottleneck)
 
 
 def random_case(seed):
@@ -43,7 +43,7 @@ def random_case(seed):
     count = int(rng.integers(1, 6))
     sizes, channels = rng.choice([1, 2, 3, 5, 8, 12, 16, 24, 67], count), rng.choice([1, 1, 2, 3], count)
     shapes = list(zip(sizes.tolist(), channels.tolist(), rng.choice([1, 1, 2, 4], count).tolist(), strict=True))
-    axes = [prunable(a, *shape) for a, shape in enumerate(shapes)]
+    axes = [prunable(a, *shape, bottleneck=(seed + a) % 3 == 0) for a, shape in enumerate(shapes)]
     tied, order = None, rng.permutation(count)
     if rng.random() < 0.3:
         cut = int(rng.integers(0, count + 1))
@@ -62,7 +62,8 @@ def random_case(seed):
     goal = dense - rng.random() * (dense - least)
     budget = Budget(work, math.ceil(goal) if kind == "target_group_sparsity" else goal, work.alone, exact)
     columns = (limits.sizes, limits.kept_multiple, limits.removable, limits.tie, budget.cost_of_zig)
-    names = ("size", "multiple", "removable", "tie", "cost")
+    columns += (limits.is_bottleneck,)
+    names = ("size", "multiple", "removable", "tie", "cost", "bottleneck")
     rows = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
     return Case(limits, budget, min_keep, rows, terms)
 
@@ -84,7 +85,7 @@ def random_moment(case, seed):
     rng = np.random.default_rng([seed, 1])
     count = int(case.limits.sizes.sum())
     salience = random_salience(rng, count)
-    of_axes = np.where(rng.random(len(case.axes)) < 0.5, 0.0, np.inf)
+    of_axes = rng.choice([0.0, 1e9, np.inf], len(case.axes), p=[0.4, 0.3, 0.3])  # 1e9: not under a norm
     zero = rng.random(count) < rng.choice([0, 0, 0.1, 0.4])
     return salience, of_axes, zero, rng.random(len(case.axes)) < 0.8, float(rng.choice([rng.random(), 1.0]))
 
@@ -117,13 +118,14 @@ def test_the_choice_is_the_literal_twin(seeds):
     "broken",
     [
         dict(weigh=dict(under_a_norm=0.0)),
+        dict(weigh=dict(bottlenecks=False)),
         dict(overshoot=math.inf),  # a block that is too large is taken
         dict(finish=False),  # what was begun is not completed first
         dict(ties=False),
         dict(whole=False),  # the last block goes as a whole though a number is asked for
         dict(ordered=False),  # of equally salient blocks of one axis a later one may round to less, and go first
     ],
-    ids=lambda broken: next(iter(broken)),
+    ids=str,
 )
 def test_a_twin_of_other_rules_differs(broken):
     """Negative controls of the test above: every rule decides some case."""
