@@ -61,7 +61,8 @@ class Hesso(OnlyTrainOnce):
                 module.num_heads, module.hidden_size = module.num_attention_heads, module.config.hidden_size
         oto = package.OTO(self.model, inputs)
         # Like sanity_check/test_bert.py: without this the residual stream is cut, and not at all of its layers.
-        names = [name for name, _ in self.model.named_parameters() if ".embeddings." in name]
+        # Of the pooler of a BERT that is no more than fine-tuned one output of 384 would be left.
+        names = [name for name, _ in self.model.named_parameters() if {"embeddings", "pooler"} & set(name.split("."))]
         oto.mark_unprunable_by_param_names(names)
         optimizer = oto.hesso(
             start_pruning_step=steps // 10,  # the tutorial's tenth
@@ -85,7 +86,7 @@ class Hesso(OnlyTrainOnce):
 
 
 class LegacyDHSPG(OnlyTrainOnce):
-    """OTOv2's DHSPG, in the setting of tutorials/01.quick_start_resnet18_cifar10.ipynb; it has no attention."""
+    """OTOv2's DHSPG, in the setting of tutorials/01.quick_start_resnet18_cifar10.ipynb; it can prune no attention."""
 
     def start(self, package: ModuleType, inputs: tuple[Tensor, ...], steps: int, arguments: dict[str, Any]) -> tuple:
         operators = importlib.import_module("operation.operator")
