@@ -6,7 +6,9 @@
 
 Methods: dense; oto, the package's default; oto-whole, the same without shrinking while it trains; paper, OTOv2's own
 update; scratch, a dense model all of whose widths are smaller; random, the default with ZIGs chosen at random; and
-others by their authors' code: tp-..., Torch-Pruning (`pip install -e ".[bench]"`). Each run is a `Trainer.train()`.
+others by their authors' code: tp-..., Torch-Pruning (`pip install -e ".[bench]"`), and, if `--checkouts` says where
+they lie, hesso and dhspg, OTOv2's own release (quality/only_train_once.py). Paper, hesso and dhspg know no budget but
+a fraction of their groups, `--sparsities`: compare them at the MACs that they leave. Each run is a `Trainer.train()`.
 
 `--equal` gives every method the training MACs of a dense run of `--steps`: one that shrinks, or is small from the
 start, makes more steps. How many, the same run at `--steps` says, so that is made first. Accuracy is that of the
@@ -21,15 +23,16 @@ from pathlib import Path
 
 from quality.runs import Results, Runs, Setting, printed
 from quality.tasks import images, texts
-from quality.training import BY_SPARSITY, METHODS, SCHEDULES, run
+from quality.training import BY_SPARSITY, METHODS, RIVALS, SCHEDULES, run
 
 LEARNING_RATES = {"resnet": (2e-3, 0.1), "vit": (1e-3, 0.05), "text": (3e-5, 1e-2)}  # of AdamW and SGD
 
 
 def bench(options: argparse.Namespace) -> None:
     """Runs what is missing in --out, and prints a row for each method and target."""
+    checkouts = dict(pair.split("=", 1) for pair in options.checkouts)
     task = texts(options) if options.task == "text" else images(options)
-    runs = Runs(functools.partial(run, task), options.out)
+    runs = Runs(functools.partial(run, task, checkouts), options.out)
     names = ("task", "steps", "batch_size", "base", "schedule", "train_examples", "validation")
     common = {name: getattr(options, name) for name in names}
     rate = options.learning_rate or LEARNING_RATES[options.task][options.base == "sgd"]
@@ -39,15 +42,24 @@ def bench(options: argparse.Namespace) -> None:
     for method in sorted(options.methods, key=METHODS.index):
         if method == "scratch" and not task.can_be_narrow:
             continue
+        if method in ("hesso", "dhspg") and method not in checkouts:
+            continue
         targets = [1.0] if method == "dense" else options.sparsities if method in BY_SPARSITY else options.targets
         for target in targets:
             results: Results = {}
             for seed in options.seeds:
                 setting = Setting(method=method, target=target, seed=seed, learning_rate=rate, **common)
-                results[seed] = result(setting)
+                try:
+                    results[seed] = result(setting)
+                except Exception as error:
+                    if method not in RIVALS:
+                        raise
+                    print(f"{method:20} {target:6} can't: {type(error).__name__}: {error}", flush=True)
+                    break
             if method == "oto":
                 of_ours[target] = results
-            print(printed(method, target, results, of_ours.get(target, {})), flush=True)
+            if results:
+                print(printed(method, target, results, of_ours.get(target, {})), flush=True)
 
 
 def main() -> None:
@@ -58,6 +70,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.3], help="MACs left")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7], help="ZIGs gone, of paper")
+    parser.add_argument("--checkouts", nargs="+", default=[], help="hesso=FOLDER dhspg=FOLDER")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--equal", action="store_true", help="as many steps as a dense run's training MACs pay for")

@@ -43,11 +43,6 @@ class OnlyTrainOnce:
         with imported(checkout, model) as package:
             self.oto, self.optimizer = self.start(package, tuple(inputs.values()), setting["steps"], arguments)
 
-    def before_step(self, step: int) -> None:
-        """Nothing: their optimizers see the gradients themselves."""
-
-    after_step = before_step
-
 
 class Hesso(OnlyTrainOnce):
     """HESSO, in the setting of tutorials/01.resnet18_cifar10.ipynb."""

@@ -1,5 +1,6 @@
 """Other pruning methods, each a `Trainer` that prunes between the gradients and the step."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,15 +9,18 @@ from transformers import Trainer
 
 from hf_oto import DHSPG, PruningPlan, compact, partition_zigs
 
+from .only_train_once import Hesso, LegacyDHSPG
 from .runs import Setting
 
 
 class Rival(Trainer):
     """What the benchmark asks of a method."""
 
-    def __init__(self, *args: Any, setting: Setting, inputs: dict[str, Tensor], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, setting: Setting, inputs: dict[str, Tensor], checkouts: dict[str, str], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.setting, self.inputs = setting, inputs
+        self.setting, self.inputs, self.checkouts = setting, inputs, checkouts
         self.macs_since = [(0, 1.0)]  # (step, fraction of the dense model's MACs that later steps take)
 
     @property
@@ -45,3 +49,16 @@ class RandomZIGs(Rival):
 
     def compacted(self) -> nn.Module:
         return compact(self.model, self.partition, PruningPlan.from_zeros(self.model, self.partition))
+
+
+class Released(Rival):
+    """HESSO or OTOv2's DHSPG, whose optimizers do all that there is to do; they cut the model at the end."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        cls = {"hesso": Hesso, "dhspg": LegacyDHSPG}[self.setting.method]
+        self.released = cls(self.checkouts[self.setting.method], self.model, self.inputs, asdict(self.setting))
+        self.optimizer = self.released.optimizer
+        return self.optimizer
+
+    def compacted(self) -> nn.Module:
+        return self.released.compacted()

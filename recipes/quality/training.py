@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from hf_oto import OTOTrainer, OTOTrainingArguments, measure
 
-from .rivals import RandomZIGs, Rival
+from .rivals import RandomZIGs, Released, Rival
 from .runs import Setting
 from .tasks import Task
 from .torch_pruning import TorchPruning
@@ -21,14 +21,16 @@ OURS = {
     "oto-whole": {"shrink": False},
     "paper": {"pruning_mode": "paper"},
 }
-RIVALS = {
+RIVALS: dict[str, type[Rival]] = {
     "random": RandomZIGs,
     **{f"tp-taylor-{scope}": TorchPruning for scope in ("local", "global", "isomorphic")},
     "tp-groupnorm-local": TorchPruning,
     "tp-magnitude-local": TorchPruning,
+    "hesso": Released,
+    "dhspg": Released,
 }
 METHODS = ("dense", *OURS, "scratch", *RIVALS)
-BY_SPARSITY = ("paper",)  # these take the fraction of ZIGs that goes instead of the MACs that are left
+BY_SPARSITY = ("paper", "hesso", "dhspg")  # their target is the fraction of ZIGs that goes, not the MACs left
 DECAY = 0.25  # the last part of the run, in which the learning rate of "wsd" falls to zero
 SCHEDULES = ("wsd", "linear", "cosine")
 
@@ -49,7 +51,7 @@ def arguments(setting: Setting, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trainer_of(task: Task, setting: Setting, folder: str) -> Trainer:
+def trainer_of(task: Task, checkouts: dict[str, str], setting: Setting, folder: str) -> Trainer:
     """The trainer of a method."""
     set_seed(setting.seed)
     width = narrow(task, setting.target) if setting.method == "scratch" else 1.0
@@ -67,38 +69,35 @@ def trainer_of(task: Task, setting: Setting, folder: str) -> Trainer:
         return OTOTrainer(args=OTOTrainingArguments(**given), **common)
     args = TrainingArguments(**given)
     if setting.method in RIVALS:
-        return RIVALS[setting.method](args=args, setting=setting, inputs=task.inputs(2), **common)
+        inputs = task.inputs(2)
+        return RIVALS[setting.method](args=args, setting=setting, inputs=inputs, checkouts=checkouts, **common)
     return Trainer(args=args, **common)
 
 
 def narrow(task: Task, target: float) -> float:
     """The largest width, in hundredths of the usual one, that takes at most this fraction of the MACs."""
-    inputs, dense = task.inputs(2), task.build(1.0)
     for hundredths in range(100, 0, -1):
-        small = task.build(hundredths / 100)
-        before, after = measure(dense, small, inputs=inputs, seconds=0)
-        if after["macs"] <= target * before["macs"]:
+        dense, small = measure(task.build(1.0), task.build(hundredths / 100), inputs=task.inputs(2), seconds=0)
+        if small["macs"] <= target * dense["macs"]:
             return hundredths / 100
     raise ValueError(f"no width takes {target:.0%} of the MACs")
 
 
-def run(task: Task, setting: Setting) -> dict[str, float]:
+def run(task: Task, checkouts: dict[str, str], setting: Setting) -> dict[str, float]:
     """Trains one model, cuts it, and scores what is left."""
     start = process_time()
     with TemporaryDirectory() as folder:
-        trainer = trainer_of(task, setting, folder)
+        trainer = trainer_of(task, checkouts, setting, folder)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     cpu = process_time() - start
     model = trainer.compacted() if isinstance(trainer, Rival) else trainer.model
     dense, small = measure(task.build(1.0), model, inputs=task.inputs(8), seconds=0.3)
     ratios = {name: small[name] / dense[name] for name in ("params", "macs", "latency")}
-    if isinstance(trainer, Rival):
-        training_macs = trainer.training_macs
-    elif isinstance(trainer, OTOTrainer):
+    if isinstance(trainer, OTOTrainer):
         training_macs = trainer.report["training_macs"]
     else:
-        training_macs = ratios["macs"]
+        training_macs = trainer.training_macs if isinstance(trainer, Rival) else ratios["macs"]
     return scores(model, task) | ratios | {"training_macs": training_macs, "cpu": cpu}
 
 
