@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -59,6 +60,12 @@ class OTOArguments:
         protect (`list[str]`, *optional*):
             Regular expressions. A parameter is not pruned if one of them matches anywhere in its name, or in the name
             of a module that the parameter is in.
+        distillation_weight (`float`, *optional*, defaults to 0.7):
+            The teacher's part of the loss, in [0, 1], if the trainer has a `teacher`; the trainer's own loss has the
+            rest (arXiv 1503.02531, section 2).
+        distillation_temperature (`float`, *optional*, defaults to 2.0):
+            Above 0: the logits of the model and of the teacher are divided by it before they are compared. The higher
+            it is, the more the classes count that the teacher thinks unlikely (arXiv 1503.02531, section 2).
 
     Raises:
         ValueError: an argument is out of range or no regular expression, or several targets are given.
@@ -83,6 +90,10 @@ class OTOArguments:
     uniform: bool = field(default=False, metadata={"help": "Widths that a stock config can say, equal for layers."})
     shrink: bool = field(default=True, metadata={"help": "Cut zeros out while training, not only at its end."})
     protect: list[str] = field(default_factory=list, metadata={"help": "Regular expressions of names not to prune."})
+    distillation_weight: float = field(default=0.7, metadata={"help": "The teacher's part of the loss, in [0, 1]."})
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Logits are divided by it before they are compared with the teacher's."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.target_per_axis, str):  # from a command line
@@ -117,6 +128,15 @@ class OTOArguments:
             raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
         _check_patterns("protect", self.protect or ())
         _check_patterns("target_per_axis", self.target_per_axis or ())
+        check_distillation(self.distillation_weight, self.distillation_temperature)
+
+
+def check_distillation(weight: float, temperature: float) -> None:
+    """Raises ValueError if the teacher's part of the loss or the temperature is out of range."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"distillation_weight is {weight}: it must be in [0, 1]")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"distillation_temperature is {temperature}: it must be a number above 0")
 
 
 def _check_patterns(name: str, patterns: Iterable[str]) -> None:
@@ -155,8 +175,12 @@ class OTOSeq2SeqTrainingArguments(OTOArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and what to prune; see `OTOArguments`."""
 
 
-def as_code(args: TrainingArguments, max_steps: int) -> str:
-    """The arguments that make another run the same, as code: ALWAYS_SHOWN, and what differs from its default."""
+def as_code(args: TrainingArguments, max_steps: int, also: Collection[str] = ()) -> str:
+    """The arguments that make another run the same, as code: ALWAYS_SHOWN, and what differs from its default.
+
+    Args:
+        also: the names of other arguments that are shown in any case, if there are such.
+    """
     values = args.to_dict() | {"max_steps": max_steps}
     shown = {name: setting(args, name) for name in TARGETS if setting(args, name) is not None}
     if isinstance(args, OTOArguments):  # a Trainer's own arguments have no field for the default target
@@ -169,7 +193,7 @@ def as_code(args: TrainingArguments, max_steps: int) -> str:
         # None, False and an empty list mean the same
         differs = value != default and (value or default)
         is_of_training = not name.startswith(OF_THE_PLACE)
-        if (differs and is_of_training) or name in ALWAYS_SHOWN:
+        if (differs and is_of_training) or name in ALWAYS_SHOWN or name in also:
             shown[name] = value
     lines = "".join(f"    {name}={value!r},\n" for name, value in shown.items())
     return f'{type(args).__name__}(\n    "out",\n{lines})'

@@ -126,6 +126,7 @@ class FirstCalls:
                             container[name] = value.clone()
             self._taken = []
             self.log = lambda *_, **__: None  # what the loss reports is no part of the training yet
+            self._teacher = None  # it would be asked for nothing
             # DeepSpeed's inputs are in 16 bits; the model, which DeepSpeed hasn't got yet, may still be in 32
             if self.is_deepspeed_enabled:
                 dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()

@@ -59,6 +59,11 @@ in the model's own dtype.
 ```
 
 Optimizer: {optimizer}.
+{teacher}"""
+
+TEACHER = """
+Teacher: {teacher}. Its logits are a part of the loss, with the weight and the temperature above (distillation,
+[arXiv 1503.02531](https://arxiv.org/abs/1503.02531)).
 """
 
 LOAD = """\
@@ -111,6 +116,7 @@ def model_card(
     arguments: str,
     optimizer: str,
     folder: str = "",
+    teacher: str = "",
 ) -> str:
     """What a reader of the repository must know of a compact model, as Markdown.
 
@@ -122,6 +128,7 @@ def model_card(
         arguments: the training arguments with which another run is the same, as code.
         optimizer: the optimizer that trained the model, in words.
         folder: the folder of the card, which shows the figures in this folder.
+        teacher: the teacher, in words, if there was one.
     """
     cls = type(model).__name__
     values = vars(model.config)
@@ -141,6 +148,7 @@ def model_card(
         arguments=arguments,
         optimizer=optimizer,
         figures="".join(figures),
+        teacher=TEACHER.format(teacher=teacher) if teacher else "",
     )
 
 
@@ -237,8 +245,10 @@ class Hub:
         text = IN_PROGRESS.format(model=kind)
         if self.report is not None:
             name = self.hub_model_id or Path(folder).name
-            arguments = as_code(self.args, self.state.max_steps)
-            text = model_card(name, self.model, self.report, arguments, optimizer, folder)
+            teacher = self._described_teacher()
+            also = ("distillation_weight", "distillation_temperature") if teacher else ()
+            arguments = as_code(self.args, self.state.max_steps, also)
+            text = model_card(name, self.model, self.report, arguments, optimizer, folder, teacher)
         add_to_card(os.path.join(folder, "README.md"), text, optimizer)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +246,9 @@ class Shrinking:
         for name, p in model.named_parameters():
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 return f"{name} has a hook, which may know its shape"
+        whose = [model] if self._teacher is None else [model, self._teacher.module]
         for callback in self.callback_handler.callbacks:
-            if not hasattr(callback, "on_compact") and _keeps_tensors(callback, model):
+            if not hasattr(callback, "on_compact") and _keeps_tensors(callback, whose):
                 return f"{type(callback).__name__} keeps tensors and has no on_compact to cut them"
         return why_uncuttable(optimizer.base)
 
@@ -298,9 +299,13 @@ class Shrinking:
         self._macs_since = [(step, left) for step, left in saved["macs_since"]]
 
 
-def _keeps_tensors(callback: Any, model: nn.Module) -> bool:
-    """Whether a callback keeps tensors, or a module that isn't part of the model."""
-    own = {id(module) for module in model.modules()}
+def _keeps_tensors(callback: Any, models: Sequence[nn.Module]) -> bool:
+    """Whether a callback keeps tensors, or a module that isn't part of the model or its teacher.
+
+    Args:
+        models: these two. The teacher is never cut, so that whoever keeps it has nothing to cut.
+    """
+    own = {id(module) for model in models for module in model.modules()}
     for value in vars(callback).values():
         if isinstance(value, nn.Module):
             has_parameters = any(True for _ in value.parameters())

@@ -1,8 +1,9 @@
 """The Trainer: partitions on the first batch, trains with DHSPG, holds the compact model when `train()` returns.
 
 `OTOMixin` is made of parts, each with a file of its own: first_calls.py takes the first examples, resume.py goes on
-from checkpoints, rehearsal.py tries the end of a run before its first step, shrinking.py cuts during training,
-keeping.py saves what was trained, ending.py cuts at the end, and hub.py pushes to the Hub.
+from checkpoints, rehearsal.py tries the end of a run before its first step, distillation.py asks a teacher,
+shrinking.py cuts during training, keeping.py saves what was trained, ending.py cuts at the end, and hub.py pushes to
+the Hub.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .by_layers import runs_by_blocks
 from .calls import Forward, as_forwards, at_home, raise_if_out_of_memory
 from .cost import Work
 from .dhspg import DHSPG
+from .distillation import Distilling
 from .ending import Ending
 from .evaluating import random_states_kept, take_off_autocast_
 from .first_calls import FirstCalls
@@ -53,7 +55,7 @@ from .zigs import ZIGPartition
 logger = logging.getLogger(__name__)
 
 
-class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub):
+class OTOMixin(FirstCalls, Resuming, Rehearsing, Distilling, Shrinking, Ending, Keeping, Hub):
     """Makes any `Trainer` train once and hold a compact model: `class MyTrainer(OTOMixin, SomeTrainer): pass`.
 
     After `train()`, `model`, `evaluate`, `predict`, `save_model` and `push_to_hub` are those of the compact model.
@@ -67,6 +69,8 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Shrinking, Ending, Keeping, Hub
     called after every cut: during training before `on_step_end` of any callback, at the end after `on_train_end`, and
     when a run is resumed, before its weights are loaded, for all that had been cut.
     If a callback keeps tensors and has no such method, the model is cut at the end only.
+
+    With `teacher=` the model learns from another one, too: see `hf_oto.distillation.Distilling`.
 
     Attributes:
         partition: the ZIGs, found on the first batch (`ZIGPartition`), or None before `train()`.

@@ -168,6 +168,10 @@ OF_TRANSFORMERS = [
         tf.Trainer(nn.Linear(1, 1), tf.TrainingArguments("out", use_cpu=True, report_to="none")),
         "_train_batch_size", "how many examples a batch has",
     ),
+    PrivateName(
+        tf.Trainer, "_loss_shifts_labels", "which positions a loss counts, as `num_items_in_batch` does",
+        is_named_in_its_code,
+    ),
     PrivateName(tf.Trainer, "_determine_best_metric(metrics, trial)", "before the target no checkpoint is the best"),
     PrivateName(tf.Trainer, "_save(output_dir)", "writes the model, and nothing of the run"),
     PrivateName(tf.Trainer, "_get_output_dir(trial)", "where checkpoints are written"),
