@@ -28,6 +28,7 @@ from .arguments import check_distillation, setting
 from .calls import device_of, refuse_sharded
 from .divergence import compared, comparison
 from .evaluating import take_off_autocast_
+from .flat import make_whole_
 from .modeling_oto import OTOError, named_tensors
 from .wide import is_foreign
 
@@ -255,6 +256,8 @@ class Distilling:
         self.is_in_train = False  # `Trainer` sets it itself, but only after it has called `model_init` once
         super().__init__(*args, **kwargs)
         if self._teacher is not None:
+            if self.is_deepspeed_enabled:
+                make_whole_(self._teacher.module)  # from_pretrained has divided it, too, if ZeRO-3 is to divide models
             refuse_shared(self._teacher.module, self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -298,7 +301,7 @@ class Distilling:
             made.to(self.args.device)
             # ranks may begin with other weights, until DDP or FSDP2 makes them alike
             for tensor in [*made.parameters(), *made.buffers()]:
-                tensor.data.copy_(broadcast(tensor.data))
+                tensor.data.copy_(broadcast(tensor.data.contiguous()))
         return made
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

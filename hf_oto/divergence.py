@@ -78,6 +78,8 @@ def compared(shape: torch.Size, inputs: Mapping[str, Any], shifts: bool) -> Tens
         >>> compared((1, 4), inputs, shifts=True).tolist(), compared((1, 4), inputs, shifts=False).tolist()
         ([[False, True, True, False]], [[False, False, True, True]])
     """
+    if len(shape) > 2:
+        return None  # the classes of an image's pixels are on another axis than the last one
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs.get("labels")

@@ -26,7 +26,15 @@ from test_resume import arguments as short_arguments
 from test_shrinking import LOGGED, STEPS, Steps, Watch, assert_same_end, llama, made, record, shrank
 from torch import nn
 
-from hf_oto import OTOError, OTOMixin, OTOSeq2SeqTrainer, OTOSeq2SeqTrainingArguments, OTOTrainer, distillation
+from hf_oto import (
+    OTOError,
+    OTOMixin,
+    OTOSeq2SeqTrainer,
+    OTOSeq2SeqTrainingArguments,
+    OTOTrainer,
+    distillation,
+    divergence,
+)
 from hf_oto.distillation import Teacher
 
 ROOT = Path(__file__).parents[1]
@@ -240,11 +248,11 @@ def test_padding_and_prompts_do_not_count(tmp_path):
 
 def test_a_class_that_both_mask_out_is_no_class():
     masked = torch.tensor([[0.0, 1.0, float("-inf")]], requires_grad=True)
-    value = distillation.divergence(masked, torch.tensor([[2.0, 0.0, float("-inf")]]), 2.0)
+    value = divergence.divergence(masked, torch.tensor([[2.0, 0.0, float("-inf")]]), 2.0)
     value.sum().backward()
-    without = distillation.divergence(masked.detach()[:, :2], torch.tensor([[2.0, 0.0]]), 2.0)
+    without = divergence.divergence(masked.detach()[:, :2], torch.tensor([[2.0, 0.0]]), 2.0)
     assert torch.allclose(value, without) and torch.isfinite(masked.grad).all()
-    assert not torch.allclose(value, distillation.divergence(masked, torch.tensor([[0.0, 2.0, float("-inf")]]), 2.0))
+    assert not torch.allclose(value, divergence.divergence(masked, torch.tensor([[0.0, 2.0, float("-inf")]]), 2.0))
 
 
 # accumulation ----------------------------------------------------------------------------------------
@@ -756,6 +764,9 @@ def test_positions_of_which_nobody_says_whether_they_count(tmp_path):
     with pytest.raises(OTOError, match=r"nothing says which positions of the logits, \(4, 8, 40\), count"):
         loss(["input_ids"])
     assert torch.isfinite(loss(["input_ids", "attention_mask"]))  # control
+    pixels = {"labels": torch.zeros(2, 4, 4, dtype=torch.long)}  # of logits (2, 4 classes, 4, 4)
+    assert divergence.compared((2, 4, 4), pixels, shifts=False) is None
+    assert divergence.compared((2, 16), {"labels": pixels["labels"].flatten(1)}, shifts=False).all()  # control
 
 
 def patched(how):
