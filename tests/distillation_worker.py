@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 from hf_oto import OTOTrainer, OTOTrainingArguments
 
 FSDP2 = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
-SETTINGS = {"ddp": {}, "fsdp2": FSDP2}
+AUTO = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+ZERO3 = AUTO | {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}
+SETTINGS = {"ddp": {}, "fsdp2": FSDP2, "zero3": dict(deepspeed=ZERO3, use_cpu=False)}
 
 
 def rows():
@@ -38,8 +40,8 @@ def run(folder, batch_size=4, teacher="dense", seed=0, **more):
             p.mul_(2 if p.dim() > 1 else 1)
     args = OTOTrainingArguments(
         str(folder), max_steps=24, per_device_train_batch_size=batch_size, learning_rate=2e-2, optim="sgd",
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-        distillation_weight=0.8, logging_strategy="no", protect=["embed"], **more,
+        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
+        distillation_weight=0.8, protect=["embed"], **({"use_cpu": True} | more),
     )  # fmt: skip
     trainer = OTOTrainer(model, args, train_dataset=rows(), teacher=teacher)
     trainer.train()
@@ -53,6 +55,11 @@ def run(folder, batch_size=4, teacher="dense", seed=0, **more):
 if __name__ == "__main__":
     folder, scenario = Path(sys.argv[1]), sys.argv[2]
     rank = int(os.environ["RANK"])
+    if scenario == "zero3":
+        import zero_worker  # which sets up DeepSpeed for CPUs
+
+        zero_worker.deepspeed.init_distributed("gloo")
+        zero_worker.force_deepspeed()
     # under DDP the ranks begin with other weights: those of rank 0 count, of the model and of its copy
     seed = rank if scenario == "ddp" else 0
     torch.save(run(folder / scenario, seed=seed, **SETTINGS[scenario]), folder / f"{scenario}.{rank}.pt")
