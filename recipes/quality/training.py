@@ -1,24 +1,25 @@
 """One run of bench_quality.py: the same data, order, base optimizer and schedule for every method."""
 
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_oto import OTOTrainer, OTOTrainingArguments, measure
 
 from .rivals import RandomZIGs, Released, Rival
 from .runs import Setting
+from .scoring import narrow, scores
 from .tasks import Task
 from .torch_pruning import TorchPruning
 
 OURS = {
     "oto": {},
     "oto-whole": {"shrink": False},
+    "oto-taught": {},
     "paper": {"pruning_mode": "paper"},
 }
 RIVALS: dict[str, type[Rival]] = {
@@ -66,21 +67,18 @@ def trainer_of(task: Task, checkouts: dict[str, str], setting: Setting, folder: 
     if setting.method in OURS:
         target = "target_group_sparsity" if setting.method in BY_SPARSITY else "target_macs"
         given |= OURS[setting.method] | {target: setting.target}
-        return OTOTrainer(args=OTOTrainingArguments(**given), **common)
+        teacher = None
+        if setting.method == "oto-taught":
+            dense = trainer_of(task, checkouts, replace(setting, method="dense"), folder)
+            dense.train()
+            teacher = dense.model
+            set_seed(setting.seed)
+        return OTOTrainer(args=OTOTrainingArguments(**given), teacher=teacher, **common)
     args = TrainingArguments(**given)
     if setting.method in RIVALS:
         inputs = task.inputs(2)
         return RIVALS[setting.method](args=args, setting=setting, inputs=inputs, checkouts=checkouts, **common)
     return Trainer(args=args, **common)
-
-
-def narrow(task: Task, target: float) -> float:
-    """The largest width, in hundredths of the usual one, that takes at most this fraction of the MACs."""
-    for hundredths in range(100, 0, -1):
-        dense, small = measure(task.build(1.0), task.build(hundredths / 100), inputs=task.inputs(2), seconds=0)
-        if small["macs"] <= target * dense["macs"]:
-            return hundredths / 100
-    raise ValueError(f"no width takes {target:.0%} of the MACs")
 
 
 def run(task: Task, checkouts: dict[str, str], setting: Setting) -> dict[str, float]:
@@ -99,17 +97,3 @@ def run(task: Task, checkouts: dict[str, str], setting: Setting) -> dict[str, fl
     else:
         training_macs = trainer.training_macs if isinstance(trainer, Rival) else ratios["macs"]
     return scores(model, task) | ratios | {"training_macs": training_macs, "cpu": cpu}
-
-
-@torch.no_grad()
-def scores(model: nn.Module | PreTrainedModel, task: Task) -> dict[str, float]:
-    """Accuracy in [0, 1] and mean cross entropy."""
-    model.eval()
-    num_right, loss = 0, 0.0
-    for begin in range(0, len(task.test), 250):
-        batch = task.collate([task.test[i] for i in range(begin, min(begin + 250, len(task.test)))])
-        labels = batch.pop("labels")
-        logits = model(**batch).logits
-        num_right += int((logits.argmax(1) == labels).sum())
-        loss += float(cross_entropy(logits, labels, reduction="sum"))
-    return {"accuracy": num_right / len(task.test), "loss": loss / len(task.test)}
