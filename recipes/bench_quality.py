@@ -4,12 +4,13 @@
     python recipes/bench_quality.py --task text --dataset SST2_FOLDER --model MINILM_FOLDER --steps 200 --batch-size 16
     python recipes/bench_quality.py --smoke                     # every task and method, briefly; needs no dataset
 
-Methods: dense; oto, the package's default; oto-whole, the same without shrinking while it trains; oto-taught, the
-default with the dense model of the same seed as its teacher, whose training comes on top; paper, OTOv2's own update;
-scratch, a dense model all of whose widths are smaller; random, the default with ZIGs chosen at random; and others by
-their authors' code: tp-..., Torch-Pruning (`pip install -e ".[bench]"`), and, if `--checkouts` says where they lie,
-hesso and dhspg, OTOv2's own release (quality/only_train_once.py). Paper, hesso and dhspg know no budget but a fraction
-of their groups, `--sparsities`: compare them at the MACs that they leave. Each run is a `Trainer.train()`.
+Methods: dense; oto, the package's default; oto-whole, the same without shrinking while it trains; oto-early, in an
+earlier window; oto-taught, with the dense model of the same seed as its teacher, whose training comes on top; paper,
+OTOv2's own update; scratch, a dense model all of whose widths are smaller; random, the default with ZIGs chosen at
+random; and others by their authors' code: tp-..., Torch-Pruning (`pip install -e ".[bench]"`), and, if `--checkouts`
+says where they lie, hesso and dhspg, OTOv2's own release (quality/only_train_once.py). Paper, hesso and dhspg know no
+budget but a fraction of their groups, `--sparsities`: compare them at the MACs that they leave. Each run is a
+`Trainer.train()`.
 
 `--equal` gives every method the training MACs of a dense run of `--steps`: one that shrinks, or is small from the
 start, makes more steps. How many, the same run at `--steps` says, so that is made first. Accuracy is that of the

@@ -14,7 +14,8 @@ import pytest
 import hf_oto
 
 ROOT = Path(__file__).parents[1]
-README, REFERENCE = (ROOT / "README.md").read_text(), (ROOT / "recipes" / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+REFERENCE, RESULTS = ((ROOT / "recipes" / name).read_text() for name in ("README.md", "RESULTS.md"))
 
 
 def blocks(language):
@@ -55,15 +56,16 @@ def missing(text, folder):
 
 
 def test_what_is_named_is_there():
-    assert not missing(README, ROOT) and not missing(REFERENCE, ROOT / "recipes")
+    assert not missing(README, ROOT) and not missing(f"{REFERENCE}{RESULTS}", ROOT / "recipes")
     assert missing("[a](b.md) and recipes/no_such.py", ROOT) == {ROOT / "b.md", ROOT / "recipes/no_such.py"}  # control
     recipes = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
     assert all(name in REFERENCE for name in recipes)
 
 
 def test_anchors_are_headings():
-    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", REFERENCE, re.M)}
-    anchors = re.findall(r"\]\((?:recipes/README\.md)?#([\w-]+)\)", README + REFERENCE)
+    both = f"{REFERENCE}\n{RESULTS}"
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", both, re.M)}
+    anchors = re.findall(r"\]\((?:(?:recipes/)?(?:README|RESULTS)\.md)?#([\w-]+)\)", f"{README}{both}")
     assert anchors and set(anchors) <= headings
     assert "no-such-heading" not in headings  # control
 

@@ -19,6 +19,7 @@ from .torch_pruning import TorchPruning
 OURS = {
     "oto": {},
     "oto-whole": {"shrink": False},
+    "oto-early": {"pruning_window": [0.05, 0.35]},
     "oto-taught": {},
     "paper": {"pruning_mode": "paper"},
 }
