@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .arguments import check_distillation, setting
 from .calls import device_of, refuse_sharded
-from .divergence import compared, comparison
+from .divergence import compared, comparison, labels_in
 from .evaluating import take_off_autocast_
 from .flat import make_whole_
 from .modeling_oto import OTOError, named_tensors
@@ -35,9 +35,9 @@ from .wide import is_foreign
 DENSE = "dense"  # stands for a copy of the model as it is when training begins
 OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")  # arguments of a model that its logits don't depend on
 NO_LOGITS = (
-    "the loss of {trainer} calls its model without computing logits that have a gradient, and a teacher is compared "
-    "by logits (losses that are fused with the last layer, as those of TRL's SFTTrainer and of Liger kernels, compute "
-    "none, and embedding models have none). Ways out: class Own(SFTTrainer): compute_loss = "
+    "the loss of {trainer} calls its model without computing logits that have a gradient{returned}, and a teacher is "
+    "compared by `logits`. Losses that are fused with the last layer, as those of TRL's SFTTrainer and of Liger "
+    "kernels, compute none, and embedding models have none. Ways out: class Own(SFTTrainer): compute_loss = "
     "transformers.Trainer.compute_loss, and OTOMixin before Own; use_liger_kernel=False; or no teacher="
 )
 
@@ -64,19 +64,28 @@ def logits_of(output: Any) -> Tensor | None:
     return None
 
 
+class Noted(NamedTuple):
+    """What a loss does with the model."""
+
+    calls: list[Call]  # those whose logits have a gradient
+    names: list[str]  # of what the other calls return
+
+
 @contextlib.contextmanager
-def noted_calls(model: nn.Module) -> Iterator[list[Call]]:
-    """While open, notes the calls of the model whose logits have a gradient, in the list that it yields."""
-    calls: list[Call] = []
+def noted_calls(model: nn.Module) -> Iterator[Noted]:
+    """While open, notes the calls of the model."""
+    noted = Noted([], [])
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         logits = logits_of(output)
         if logits is not None and logits.requires_grad:
-            calls.append(Call(args, kwargs, logits))
+            noted.calls.append(Call(args, kwargs, logits))
+        elif isinstance(output, Mapping):
+            noted.names.extend(output)
 
     handle = model.register_forward_hook(note, with_kwargs=True)
     try:
-        yield calls
+        yield noted
     finally:
         handle.remove()
 
@@ -198,6 +207,17 @@ def refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
             )
 
 
+def refuse_other_order(teacher: nn.Module, model: nn.Module) -> None:
+    """Raises OTOError where both name their classes and have them in another order."""
+    names = [getattr(vars(module).get("config"), "id2label", None) or {} for module in (teacher, model)]
+    of_teacher, of_model = ([str(name) for _, name in sorted(of.items())] for of in names)
+    if of_teacher != of_model and sorted(of_teacher) == sorted(of_model):
+        raise OTOError(
+            f"the classes of the teacher are {of_teacher} and those of the model {of_model} (config.id2label): load "
+            "one of them with the order of the other"
+        )
+
+
 @contextlib.contextmanager
 def _refusing_to_run(model: nn.Module) -> Iterator[None]:
     """While open, OTOError where a layer of the model runs: a teacher may hold on to the model in ways of its own."""
@@ -291,6 +311,7 @@ class Distilling:
                 self._copied_model = model
         else:
             refuse_shared(self._teacher.module, model)
+            refuse_other_order(self._teacher.module, model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
         """A copy that doesn't train, the same on all ranks."""
@@ -324,12 +345,13 @@ class Distilling:
         if weight == 0:
             return super().compute_loss(model, inputs, *args, **kwargs)
         given = dict(inputs) if isinstance(inputs, Mapping) else {}  # before trainers take out what is theirs
-        with noted_calls(model) as calls:
+        with noted_calls(model) as noted:
             computed = super().compute_loss(model, inputs, *args, **kwargs)
-        if not calls:
-            raise OTOError(NO_LOGITS.format(trainer=type(self).__name__))
+        if not noted.calls:
+            returned = f" (it returns {', '.join(noted.names)})" if noted.names else ""
+            raise OTOError(NO_LOGITS.format(trainer=type(self).__name__, returned=returned))
         num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        parts = [self._compared_with_teacher(call, given, num_items, temperature) for call in calls]
+        parts = [self._compared_with_teacher(call, given, num_items, temperature) for call in noted.calls]
         part = torch.stack(parts).mean()
         if isinstance(computed, tuple):
             loss, outputs = computed
@@ -347,19 +369,21 @@ class Distilling:
         if call.logits.shape != of_teacher.shape:
             raise OTOError(
                 f"the model has {call.logits.shape[-1]} logits, {tuple(call.logits.shape)}, and the teacher "
-                f"{of_teacher.shape[-1]}, {tuple(of_teacher.shape)}: they can be compared one by one only"
+                f"{of_teacher.shape[-1]}, {tuple(of_teacher.shape)}: they can be compared one by one only. Around the "
+                "teacher put a module that returns the logits of the model's classes"
             )
         inputs = {**given, **call.kwargs}
-        positions = compared(call.logits.shape[:-1], inputs, self._loss_shifts_labels)
+        labels = labels_in(inputs, [*self.label_names, "labels"])
+        positions = compared(call.logits.shape[:-1], inputs, labels, self._loss_shifts_labels)
         if positions is None:
             shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
             raise OTOError(
-                f"nothing says which positions of the logits, {tuple(call.logits.shape)}, count: there has to be a "
-                f"label, or an attention_mask, for each of them, and there are {shapes}"
+                f"nothing says which positions of the logits, {tuple(call.logits.shape)}, count: their last axis has "
+                f"to be the classes, with a label, or an attention_mask, for every position, and there are {shapes}"
             )
         positions = positions.to(call.logits.device)
         problem = getattr(vars(model).get("config"), "problem_type", None)
-        compare = comparison(call.logits, inputs.get("labels"), problem)
+        compare = comparison(call.logits, labels, problem)
         dtype = torch.promote_types(call.logits.dtype, torch.float32)  # half precision is too coarse for a sum
         values = compare(call.logits[positions].to(dtype), of_teacher[positions].to(dtype), temperature)
         return self._scaled(values, num_items)

@@ -6,7 +6,7 @@ the logits and the labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,15 @@ def comparison(logits: Tensor, labels: Any, problem: str | None) -> Comparison:
     return divergence
 
 
-def compared(shape: torch.Size, inputs: Mapping[str, Any], shifts: bool) -> Tensor | None:
+def labels_in(inputs: Mapping[str, Any], label_names: Iterable[str]) -> Any:
+    """The labels of a batch: what it has under the first of these names that it knows."""
+    for name in label_names:
+        if inputs.get(name) is not None:
+            return inputs[name]
+    return None
+
+
+def compared(shape: torch.Size, inputs: Mapping[str, Any], labels: Any, shifts: bool) -> Tensor | None:
     """The positions whose logits are compared, those that the trainer's own loss counts; None: nothing says which.
 
     They are bool, of the given shape.
@@ -71,20 +79,20 @@ def compared(shape: torch.Size, inputs: Mapping[str, Any], shifts: bool) -> Tens
     Args:
         shape: of the logits, without the classes: (batch,), or (batch, sequence).
         inputs: the batch, by name.
+        labels: those of the batch, if it has any.
         shifts: whether the loss compares the logits of one position with the label of the next.
 
     Example:
-        >>> inputs = {"labels": torch.tensor([[-100, -100, 5, 6]])}
-        >>> compared((1, 4), inputs, shifts=True).tolist(), compared((1, 4), inputs, shifts=False).tolist()
+        >>> labels = torch.tensor([[-100, -100, 5, 6]])
+        >>> compared((1, 4), {}, labels, shifts=True).tolist(), compared((1, 4), {}, labels, shifts=False).tolist()
         ([[False, True, True, False]], [[False, False, True, True]])
     """
     if len(shape) > 2:
         return None  # the classes of an image's pixels are on another axis than the last one
-    labels = inputs.get("shift_labels")
-    if labels is None:
-        labels = inputs.get("labels")
-        if shifts and isinstance(labels, Tensor):
-            labels = F.pad(labels[..., 1:], (0, 1), value=NO_LABEL)
+    if inputs.get("shift_labels") is not None:
+        labels = inputs["shift_labels"]
+    elif shifts and isinstance(labels, Tensor):
+        labels = F.pad(labels[..., 1:], (0, 1), value=NO_LABEL)
     if isinstance(labels, Tensor) and labels.numel() == torch.Size(shape).numel():
         return labels.reshape(shape) != NO_LABEL
     if len(shape) == 1:

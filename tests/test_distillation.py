@@ -752,6 +752,69 @@ def test_another_number_of_logits(tmp_path):
     assert trainer.state.global_step == 0
 
 
+class TagsForTokenClassification(tf.BertForTokenClassification):
+    """Its labels have a name of their own."""
+
+    def forward(self, input_ids=None, attention_mask=None, tags=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        if tags is not None:
+            output["loss"] = nn.functional.cross_entropy(output.logits.flatten(0, 1), tags.flatten())
+        return output
+
+
+def test_labels_of_another_name(tmp_path):
+    tf.set_seed(0)
+    config = tf.BertConfig(**SMALL, **NO_DROPOUT, num_labels=3)
+    model, teacher = TagsForTokenClassification(config), sharpened(TagsForTokenClassification(config))
+    ids = torch.randint(3, 40, (4, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tags": ids % 3}
+    inputs["tags"][:, :3] = -100
+    args = short_arguments(tmp_path, max_steps=STEPS, label_names=["tags"], distillation_weight=1.0)
+    trainer = make(tmp_path, model=model, teacher=teacher, args=args, data=[{}] * 8)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(model.train(), dict(inputs)).detach()
+    both = [m.eval()(**inputs).logits.detach() for m in (model, teacher)]
+    counted, everywhere = kl(*(x[:, 3:].flatten(0, 1) for x in both), 2.0), kl(*(x.flatten(0, 1) for x in both), 2.0)
+    assert float(loss) == pytest.approx(float(counted), rel=1e-4)
+    assert float(counted) != pytest.approx(float(everywhere), rel=1e-3)  # control
+
+
+def test_outputs_without_logits_are_named(tmp_path):
+    class Named(nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.fc, self.out, self.key = nn.Linear(4, 16), nn.Linear(16, 3), key
+
+        def forward(self, x, labels=None):
+            y = self.out(self.fc(x).relu())
+            loss = y.sum() if labels is None else nn.functional.cross_entropy(y, labels)
+            return {"loss": loss, self.key: y}
+
+    x, labels = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    for key in ("pred", "logits"):
+        trainer = make(tmp_path, model=Named(key), teacher=Named("logits"), data=[{"x": x[0], "labels": 0}] * 8)
+        trainer.current_gradient_accumulation_steps = 1
+        if key == "logits":  # control
+            assert torch.isfinite(trainer.compute_loss(trainer.model.train(), {"x": x, "labels": labels}))
+            continue
+        with pytest.raises(
+            OTOError, match=r"that have a gradient \(it returns loss, pred\), and a teacher is compared by `logits`"
+        ):
+            trainer.compute_loss(trainer.model.train(), {"x": x, "labels": labels})
+
+
+def test_classes_in_another_order(tmp_path):
+    def named(*names):
+        model = made("vit", 1)
+        model.config.id2label = dict(enumerate(names))
+        return model
+
+    with pytest.raises(OTOError, match=r"classes of the teacher are \['pos', 'neg'\] and those of the model"):
+        make(tmp_path, model=named("neg", "pos"), teacher=named("pos", "neg")).train()
+    for of_teacher in (("neg", "pos"), ("LABEL_0", "LABEL_1")):  # controls
+        distillation.refuse_other_order(named(*of_teacher), named("neg", "pos"))
+
+
 def test_positions_of_which_nobody_says_whether_they_count(tmp_path):
     trainer = make(tmp_path, "llama", teacher=made("llama", 1))
     inputs = batch(trainer)
@@ -766,8 +829,8 @@ def test_positions_of_which_nobody_says_whether_they_count(tmp_path):
         loss(["input_ids"])
     assert torch.isfinite(loss(["input_ids", "attention_mask"]))  # control
     pixels = {"labels": torch.zeros(2, 4, 4, dtype=torch.long)}  # of logits (2, 4 classes, 4, 4)
-    assert divergence.compared((2, 4, 4), pixels, shifts=False) is None
-    assert divergence.compared((2, 16), {"labels": pixels["labels"].flatten(1)}, shifts=False).all()  # control
+    assert divergence.compared((2, 4, 4), pixels, pixels["labels"], shifts=False) is None
+    assert divergence.compared((2, 16), {}, pixels["labels"].flatten(1), shifts=False).all()  # control
 
 
 def patched(how):
