@@ -33,32 +33,37 @@ def bottlenecks(traced: Trace, unified: Axes, axis_of: np.ndarray) -> set[int]:
         unified: the dimensions of all their tensors.
         axis_of: the axis of every id of the algebra, -1 for none, (ids,).
     """
+    axes_of_leaf: dict[int, int] = {}  # many tensors share a leaf
+
+    def all_along(ref: Ref) -> int:
+        """The axes without which nothing of a tensor is left."""
+        found = NONE
+        for leaves in unified.of(ref):
+            for leaf in leaves:
+                key = id(leaf.ids)
+                if key not in axes_of_leaf:
+                    axes_of_leaf[key] = _axis_along(leaf, axis_of)
+                found |= axes_of_leaf[key]
+        return found
+
     # number of a tensor that depends on the inputs -> the axes through which all ways from the inputs to it go
-    passed = {}
-    weights = {ref.value for ref in traced.sources.values()}
-    made = set(weights)
+    passed: dict[int, int] = {}
+    made = {ref.value for ref in traced.sources.values()}
     for call in traced.calls[: traced.evaluated]:
+        ways = []
         for ref in call.refs:
-            if ref.value not in made and ref.value not in passed:
-                passed[ref.value] = NONE  # nothing made it: an input
-        ways = [passed[ref.value] for ref in call.refs if ref.value in passed]
+            if ref.value not in made:
+                passed.setdefault(ref.value, NONE)  # nothing made it: an input
+            if ref.value in passed:
+                ways.append(passed[ref.value])
+        on_all_ways = functools.reduce(int.__and__, ways) if ways else NONE
         for ref in call.outs:
             made.add(ref.value)
             if ways and ref.value in unified.dims:
-                on_all_ways = functools.reduce(int.__and__, ways)
-                passed[ref.value] = on_all_ways | _all_along(ref, unified, axis_of)
+                passed[ref.value] = on_all_ways | all_along(ref)
     outputs = [passed[ref.value] for ref in traced.returned.get(False, []) if ref.value in passed]
     on_all_ways = functools.reduce(int.__and__, outputs) if outputs else NONE
     return {axis for axis in range(on_all_ways.bit_length()) if on_all_ways >> axis & 1}
-
-
-def _all_along(ref: Ref, unified: Axes, axis_of: np.ndarray) -> int:
-    """The axes without which nothing of a tensor is left."""
-    found = NONE
-    for leaves in unified.of(ref):
-        for leaf in leaves:
-            found |= _axis_along(leaf, axis_of)
-    return found
 
 
 def _axis_along(leaf: Leaf, axis_of: np.ndarray) -> int:
