@@ -11,9 +11,9 @@ chosen. After step 8 they are halved, after step 10 they are zero and stay zero,
 
 DHSPG deviates from the paper's rule in three respects.
 
-- The salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one batch. A
-  norm that reads an axis undoes a factor common to all its ZIGs, so the salience there underrates the last ones that
-  are left: it is multiplied by a number that grows with the ZIGs that are gone (`choice.weigh_survivors`).
+- The salience is <x, gradient>^2, averaged over several batches (an EMA), not cosine and magnitude of one batch. Under
+  a norm, which undoes a factor common to all ZIGs, and on a bottleneck it underrates the last ones that are left:
+  there it is multiplied by a number that grows with the ZIGs that are gone (`choice.weigh_survivors`).
 - The redundant ZIGs are chosen at several events, ever more of them on a cubic schedule, and every axis keeps a floor.
 - Between events the redundant ZIGs are shrunk linearly to zero, in a few steps, instead of by a penalty. The
   half-space projection is left out: it would need a copy of the weights in each of these steps, and it never made a
