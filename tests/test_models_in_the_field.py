@@ -1652,8 +1652,10 @@ def test_an_interrupt_at_any_call_leaves_no_trace(name):
             assert changed(before, memory_of(model)) is None, f"call {k} of {count}"
 
 
-def test_a_signal_while_something_is_put_back_leaves_no_trace(monkeypatch):
+def test_a_signal_while_something_is_put_back_leaves_no_trace(monkeypatch, request):
     """The signal arrives in the middle of every single undo, and of every cut that is put on."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     model, inputs = made("old_spectral_norm")
     partition = partition_zigs(model, inputs)
     cut = resolve(partition, half(partition))
