@@ -20,9 +20,8 @@ OPERATORS = {
     "Add": torch.add,
     "Conv": convolution,
     "Flatten": lambda x, axis: x.flatten(axis),
-    "Gemm": lambda x, weight, bias, **_: F.linear(
-        x, weight, bias
-    ),  # nn.Linear is exported with transB=1, and no factors
+    # nn.Linear is exported with transB=1, and no factors
+    "Gemm": lambda x, weight, bias, **_: F.linear(x, weight, bias),
     "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "Relu": torch.relu,
 }
