@@ -59,6 +59,10 @@ RUNS = {  # name -> (what is run, what it has to print)
         ["recipes/bench_latency.py", "--model", "bert", "--batch-size", "1", "--divisible", "8", "--rounds", "3"],
         [r"bert +8 +1 .* \d+%"],
     ),
+    "bench_runtimes": (
+        ["recipes/bench_runtimes.py", "--model", "bert", "--batch-size", "1", "--rounds", "3"],
+        [r"torch .* 0\.0e\+00\n", r"onnxruntime f32 .* \d\.\de-0[5-9]\n", r"onnxruntime int8 .* \d\.\de-0[1-4]\n"],
+    ),
     "bench_memory": (
         ["recipes/bench_memory.py", "--gigabytes", "0.1", "--dtypes", "float32"],
         [r"partition .*GB", r"check .*GB", r"compact .*GB"],
@@ -92,7 +96,7 @@ RUNS = {  # name -> (what is run, what it has to print)
         ],
     ),
 }
-LONG = {"quickstart", "language_model", "sentence_embeddings", "bench_memory", "bench_quality"}
+LONG = {"quickstart", "language_model", "sentence_embeddings", "bench_memory", "bench_quality", "bench_runtimes"}
 
 
 def printed(command, out):
