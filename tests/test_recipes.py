@@ -43,6 +43,16 @@ RUNS = {  # name -> (what is run, what it has to print)
         ["recipes/accelerate_loop.py", "--smoke", "--cpu", "--batch-size", "8", "--out", "OUT"],
         [r"macs +\d+%", r"accuracy of the compact model: 0\.\d{4}"],
     ),
+    "export_gguf": (
+        ["recipes/export_gguf.py", "--smoke"],
+        [
+            r"tiny\.gguf: deci, f32\n",
+            r"deci\.attention\.head_count: \[6, 4, 2\]\n",
+            r"deci\.attention\.head_count_kv: \[3, 2, 1\]\n",
+            r"deci\.feed_forward_length: \[95, 94, 93\]\n",
+            r"30 tensors",
+        ],
+    ),
     "inspect_model": (["recipes/inspect_model.py", "bert"], ["24 prunable axes, 37,008 ZIGs"]),
     "paper": ([*PAPER, "demonet", "--target-group-sparsity", "0.5"], [SHARE, "parameters", "group sparsity 0.500"]),
     "super_resolution": ([*PAPER, "carn"], [r"PSNR \(Y, dB\): dense \d+\.\d+, compact \d+\.\d+"]),
@@ -96,6 +106,7 @@ RUNS = {  # name -> (what is run, what it has to print)
         ],
     ),
 }
+NEEDS = {"export_gguf": "gguf"}  # what isn't installed with the package or its recipes
 LONG = {"quickstart", "language_model", "sentence_embeddings", "bench_memory", "bench_quality", "bench_runtimes"}
 
 
@@ -109,6 +120,8 @@ def printed(command, out):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in RUNS])
 def test_recipes_run(name, tmp_path):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     command, patterns = RUNS[name]
     text = printed(command, tmp_path)
     for pattern in patterns:
