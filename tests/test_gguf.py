@@ -294,7 +294,7 @@ def test_other_types_compute_nearly_the_same(family, dtype, tmp_path, run):
     writing.export(model, tokenizer, tmp_path / "model.gguf", dtype)
     program = run(tmp_path / "model.gguf")
     ids = list(range(30))
-    assert 0 < difference(program, model, ids) < 0.3
+    assert 0 < difference(program, model, ids) < 0.5
     assert len(program.create_completion("x", max_tokens=4, temperature=0)["choices"][0]["text"]) > 0
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     of_32 = {name for name, tensor in found.items() if len(tensor.shape) > 1 and tensor.shape[0] % 32 == 0}
@@ -591,8 +591,21 @@ def test_scores_need_all_ways_to_make_a_token():
     del merges[second]
     with pytest.raises(hf_oto.OTOError, match=r"llama.cpp would merge .* the tokenizer has no such merge"):
         words.words_of(state)
-    state["model"]["type"] = "Unigram"
-    with pytest.raises(hf_oto.OTOError, match="is a Unigram model, and only BPE is written"):
+
+
+BPE = {  # what a tokenizer.json says of its model -> the error
+    "type": ("Unigram", "is a Unigram model, and only BPE is written"),
+    "end_of_word_suffix": ("</w>", "marks where words go on or end"),
+    "vocab": ({"a": 0}, "no token for some byte"),
+}
+
+
+@pytest.mark.parametrize("key", BPE)
+def test_what_bpe_may_be_in_llama_cpp(key):
+    state = json.loads(sentencepiece().backend_tokenizer.to_str())
+    assert words.words_of(state).kind == "llama"  # control
+    state["model"][key], message = BPE[key]
+    with pytest.raises(hf_oto.OTOError, match=message):
         words.words_of(state)
 
 

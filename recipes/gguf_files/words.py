@@ -55,6 +55,8 @@ def words_of(state: dict[str, Any]) -> Words:
     model = state["model"]
     if model["type"] != "BPE":
         raise OTOError(f"the tokenizer is a {model['type']} model, and only BPE is written")
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        raise OTOError("the tokenizer marks where words go on or end, which llama.cpp doesn't")
     return by_scores(state) if model["byte_fallback"] else by_merges(state)
 
 
@@ -91,6 +93,8 @@ def by_scores(state: dict[str, Any]) -> Words:
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))
     known = set(merges)
+    if any(f"<0x{byte:02X}>" not in tokens for byte in range(256)):
+        raise OTOError("the tokenizer has no token for some byte, and llama.cpp makes bytes of unknown characters")
     for token in scores:
         for middle in range(1, len(token)):
             left, right = token[:middle], token[middle:]

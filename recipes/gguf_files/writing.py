@@ -48,7 +48,7 @@ def export(
     name = architecture_of(kind, shapes, tensors)
     vocabulary = vocabulary_of(tokenizer, shapes.vocabulary)
     tensors = arranged(tensors, shapes, ARCHITECTURES[name])
-    dtype = dtype or OWN[model.dtype]
+    dtype = dtype or OWN.get(model.dtype, "f32")
     matrix_type, file_type = TYPES[dtype]
     types = {key: type_of(key, tensor, matrix_type) for key, tensor in tensors.items()}
 
