@@ -401,6 +401,10 @@ def test_without_a_dtype_nothing_is_rounded(tmp_path):
     up = gguf.quants.dequantize(found["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType.BF16)
     assert torch.equal(torch.from_numpy(up).bfloat16(), model.model.layers[1].mlp.up_proj.weight)
     assert "rope_freqs.weight" not in found  # the frequencies stay float32
+    with pytest.raises(
+        hf_oto.OTOError, match=r"its RoPE was rounded to torch.bfloat16: save the model"
+    ):
+        writing.export(dense("qwen2")[0].bfloat16(), tokenizer, tmp_path / "rounded.gguf")
 
 
 def test_a_window_ends_the_context(tmp_path):
@@ -419,8 +423,7 @@ def cut_rows(linear, number):
     linear.weight = torch.nn.Parameter(linear.weight[:-number].detach())
 
 
-def cut_norm(model):
-    norm = model.model.layers[1].input_layernorm
+def cut_norm(norm):
     norm.weight = torch.nn.Parameter(norm.weight[:-1].detach())
 
 
@@ -453,7 +456,11 @@ REFUSED = {  # name -> (what is done to a compact Llama, the error)
         lambda m: cut_rows(m.model.layers[2].self_attn.q_proj, 8),
         r"layers.2.self_attn.o_proj is 64 x 16, .* 1 query and 1 key-value heads.* 64 x 8.*to_dense",
     ),
-    "stream": (cut_norm, r"layers.1.input_layernorm is 63, and with 64 channels.* 64\. .*to_dense"),
+    "output": (lambda m: cut_norm(m.model.norm), r"model.norm is 63, and its embedding \d+ x 64"),
+    "stream": (
+        lambda m: cut_norm(m.model.layers[1].input_layernorm),
+        r"layers.1.input_layernorm is 63, and with 64 channels.* 64\. .*to_dense",
+    ),
     "units": (lambda m: cut_rows(m.model.layers[0].mlp.gate_proj, 1), r"layers.0.mlp.gate_proj is 94 x 64.* 95 x 64"),
     "vocabulary": (lambda m: cut_rows(m.lm_head, 1), r"lm_head is \d+ x 64, its embedding \d+ x 64"),
     "scores": (scale_scores, r"layers.2.self_attn scales its scores by 0.70.*head_dim \*\* -0.5 = 0.35"),

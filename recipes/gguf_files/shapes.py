@@ -52,6 +52,8 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     activation, output = model.config.hidden_act, model.lm_head.weight
     demand(activation == "silu", f"its activation is {activation!r}, that of llama.cpp silu")
     demand(output.shape == (vocabulary, hidden), f"lm_head is {text(output)}, its embedding {vocabulary} x {hidden}")
+    norm = body.norm.weight
+    demand(norm.shape == (hidden,), f"model.norm is {text(norm)}, and its embedding {vocabulary} x {hidden}")
     layers = []
     for number, block in enumerate(body.layers):
         layers.append(layer_of(f"model.layers.{number}", block, hidden, head_dim))
@@ -96,9 +98,8 @@ def eps_of(model: PreTrainedModel) -> float:
     """The one eps of all norms."""
     eps = model.model.norm.variance_epsilon
     for name, module in model.named_modules():
-        if type(module) is type(model.model.norm):
-            other = module.variance_epsilon
-            demand(other == eps, f"{name} has an eps of {other:g}, and a file has one for all norms, here {eps:g}")
+        other = vars(module).get("variance_epsilon", eps)
+        demand(other == eps, f"{name} has an eps of {other:g}, and a file has one for all norms, here {eps:g}")
     return eps
 
 

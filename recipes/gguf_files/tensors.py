@@ -45,7 +45,7 @@ def tensors_of(model: PreTrainedModel, shapes: Shapes) -> dict[str, torch.Tensor
 
 
 def gguf_name(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj.weight" -> "blk.3.ffn_up.weight"."""
+    """A parameter's name in the file: blk.3.ffn_up.weight for model.layers.3.mlp.up_proj.weight."""
     path, kind = name.rsplit(".", 1)
     if path in OUTER:
         return f"{OUTER[path]}.{kind}"
@@ -60,7 +60,11 @@ def rope_factors(model: PreTrainedModel, head_dim: int) -> torch.Tensor:
 
     Read off the model's own frequencies, so it is right for every RoPE that has the same ones for all texts.
     """
-    frequencies = model.model.rotary_emb.inv_freq.float().cpu()
+    frequencies = model.model.rotary_emb.inv_freq.cpu()
+    if frequencies.dtype != torch.float32:  # model.to(dtype) does that
+        raise OTOError(
+            f"its RoPE was rounded to {frequencies.dtype}: save the model and load it again"
+        )
     kind = model.config.rope_parameters["rope_type"]
     demand(kind in STATIC_ROPE, f"its RoPE is of type {kind!r}, and this recipe knows {', '.join(STATIC_ROPE)}")
     turned = 2 * len(frequencies)
