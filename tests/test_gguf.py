@@ -401,9 +401,7 @@ def test_without_a_dtype_nothing_is_rounded(tmp_path):
     up = gguf.quants.dequantize(found["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType.BF16)
     assert torch.equal(torch.from_numpy(up).bfloat16(), model.model.layers[1].mlp.up_proj.weight)
     assert "rope_freqs.weight" not in found  # the frequencies stay float32
-    with pytest.raises(
-        hf_oto.OTOError, match=r"its RoPE was rounded to torch.bfloat16: save the model"
-    ):
+    with pytest.raises(hf_oto.OTOError, match=r"its RoPE was rounded to torch.bfloat16: save the model"):
         writing.export(dense("qwen2")[0].bfloat16(), tokenizer, tmp_path / "rounded.gguf")
 
 

@@ -62,9 +62,7 @@ def rope_factors(model: PreTrainedModel, head_dim: int) -> torch.Tensor:
     """
     frequencies = model.model.rotary_emb.inv_freq.cpu()
     if frequencies.dtype != torch.float32:  # model.to(dtype) does that
-        raise OTOError(
-            f"its RoPE was rounded to {frequencies.dtype}: save the model and load it again"
-        )
+        raise OTOError(f"its RoPE was rounded to {frequencies.dtype}: save the model and load it again")
     kind = model.config.rope_parameters["rope_type"]
     demand(kind in STATIC_ROPE, f"its RoPE is of type {kind!r}, and this recipe knows {', '.join(STATIC_ROPE)}")
     turned = 2 * len(frequencies)
