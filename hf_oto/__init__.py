@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .dense import to_dense
     from .dhspg import DHSPG
     from .partition import partition_zigs
+    from .prune import prune
     from .report import measure
     from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer
     from .zigs import PruningPlan, ZIGPartition
@@ -39,6 +40,7 @@ __all__ = [
     "compact",
     "measure",
     "partition_zigs",
+    "prune",
     "to_dense",
 ]
 
@@ -56,6 +58,7 @@ _MODULE_OF = {
     "compact": "compaction",
     "measure": "report",
     "partition_zigs": "partition",
+    "prune": "prune",
     "to_dense": "dense",
 }
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .calls import Inputs
@@ -108,11 +109,15 @@ def _builds_the_cut_model(model: PreTrainedModel, partition: ZIGPartition, tie: 
 def plain(
     small: PreTrainedModel, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], inputs: Inputs
 ) -> PreTrainedModel | None:
-    """A stock model with the weights of a cut one, whose config says its widths; None if their outputs differ."""
+    """A stock model with the weights of a cut one, whose config says its widths.
+
+    None if there is no such config (one may demand that heads divide a width), or if the outputs differ.
+    """
     try:
         stock = built_by_config(small, partition, plan, ties)
         stock.load_state_dict(small.state_dict())
-    except (RuntimeError, ValueError):  # the weights don't fit, or the config has other demands
+        stock.config.validate()  # as it will be when the model is saved
+    except (RuntimeError, ValueError, StrictDataclassClassValidationError):
         return None
     difference, tolerance = outputs_differ(small, stock, inputs)
     return stock if difference <= tolerance else None

@@ -1,0 +1,256 @@
+"""Pruning without training: one call and a few batches make a trained model compact.
+
+The salience of every ZIG is measured (sensitivity.py), `choice.choose` says which ZIGs go, as in training, and what is
+left gets new weights by which it returns what the dense model does (compensation.py). All of this happens on a copy
+that shares its tensors with the model. The model itself is changed at the very end, once the certificate holds.
+
+Worked example: of Linear(3, 8), ReLU, Linear(8, 2) half of the MACs are to be left. The 4 least salient units go, the
+second layer gets new weights for the other 4, and the model is cut as `compact` cuts it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from .calibration import Batches, calls_of
+from .calls import Forward, outermost_pretrained
+from .certificate import certify, own_outputs
+from .choice import choose, weigh_survivors
+from .compaction import Compaction
+from .compensation import Compensation, light_copy, own_
+from .cut import Cut, TrialCut, kept_positions, scaled
+from .modeling_oto import OTOError, named_tensors
+from .partition import partition_zigs
+from .reconstruction import reconstruct_
+from .report import Report, measure
+from .restore import contents, places, put_back
+from .sensitivity import SALIENCES, measured
+from .targets import Budget, Limits, budget_of, counts_exactly, limits_of, the_target
+from .uniform import Tie, find_ties, plain
+from .zigs import PruningPlan, ZIGPartition
+
+logger = logging.getLogger(__name__)
+
+BATCHES_OF_SALIENCE = 16  # more change little, and gradients take most of the time
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    target_group_sparsity: float | None = None,
+    target_per_axis: Mapping[str, float] | None = None,
+    salience: str = "outputs",
+    rounds: int = 1,
+    reconstruct: int = 0,
+    protect: Sequence[str] = (),
+    min_keep: float = 0.1,
+    group_divisible: int | None = None,
+    uniform: bool = False,
+    batch_size: int = 16,
+    max_batches: int = 64,
+) -> tuple[nn.Module, Report]:
+    """Makes a trained model compact without training, by a few batches.
+
+    What is left gets new weights by ridge regression, from layer to layer, so that it returns what the dense model
+    does (as GRAIL, arXiv 2602.23795, and Kwon et al., arXiv 2204.09656, do for single architectures). Labels are not
+    needed. The model is changed in place, as by `compact`, and at the very end: it stays as it was if anything fails.
+
+    It takes the memory of a second, smaller model, of the largest layer's moments, and of one forward of all batches.
+
+    Args:
+        model: a trained model that `partition_zigs` takes.
+        batches: what the model is run on: a batch as in `partition_zigs`, a list or a loader of such, or a dataset
+            with the columns that forward takes. Some hundreds of examples, of the kind that the model will see.
+        target_macs, target_params, target_group_sparsity, target_per_axis: how much is left or goes, as in
+            `OTOTrainingArguments`; one of them, or half of the ZIGs go.
+        salience: by what the ZIGs are chosen. "outputs": by gradients, with the model's own outputs as targets;
+            "labels": with the labels in the batches; "activations": by variances, without gradients.
+        rounds: in so many steps the target is reached. After each the weights are fitted, and the salience is
+            measured anew. More rounds take as many times as long. They help convolutional networks.
+        reconstruct: after that so many steps of AdamW make all weights imitate the dense model's outputs on these
+            batches. Language models need it.
+        protect: as in `partition_zigs`.
+        min_keep, group_divisible: as in `DHSPG`.
+        uniform: whether the compact model has widths that its stock config can say.
+        batch_size: rows of a dataset in a batch.
+        max_batches: no more batches are read.
+
+    Returns:
+        the compact model, the same object (with `uniform`, a new one of the stock class), and a report. It has
+        "before" and "after" (see `measure`), "group_sparsity", "max_output_difference" (of the zeroed and the compact
+        model, see `OTOTrainer.report`), "plan", "fits" (how far the layer of each weight is from the dense one, as a
+        fraction of the variance, without and with new weights) and "output_error" (the same of the model's outputs).
+
+    Raises:
+        OTOError: the batches don't suit the model or the salience, or the certificate fails.
+        ValueError: an argument out of range, or a target that is not feasible.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small, report = prune(layers, torch.randn(64, 3), target_macs=0.5)
+        >>> small
+        Sequential(
+          (0): Linear(in_features=3, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    if salience not in SALIENCES:
+        raise ValueError(f"salience is {salience!r}: it must be one of {', '.join(SALIENCES)}")
+    if rounds < 1 or reconstruct < 0:
+        raise ValueError(
+            f"rounds is {rounds}, reconstruct {reconstruct}: at least one round, and no less than 0 steps"
+        )
+    target = the_target(
+        {
+            "target_macs": target_macs,
+            "target_params": target_params,
+            "target_group_sparsity": target_group_sparsity,
+            "target_per_axis": target_per_axis,
+        }
+    )
+    forwards = calls_of(model, batches, batch_size, max_batches)
+    examples = forwards[:1]  # on which everything is found and proven
+    partition = partition_zigs(model, examples, protect)
+    if not partition.axes:
+        raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
+    ties = find_ties(model, partition, examples) if uniform else None
+    tied = None if ties is None else [tie.axes for tie in ties]
+    limits = limits_of(partition.axes, target, min_keep, group_divisible, tied)
+    exact = counts_exactly(target, group_divisible, tied)
+    budget = budget_of(target, limits, partition.axes, partition, partition.params(model), exact, min_keep)
+    small = light_copy(model)
+    compaction = Compaction(small, partition)
+    compensation = Compensation(model, small, forwards)
+    steps = rounds * len(compensation.weights) + reconstruct
+    with transformers_logging.tqdm(total=steps, desc="pruning") as bar:
+        for number in range(1, rounds + 1):
+            _cut_some_(small, compaction, forwards, salience, number / rounds, limits, budget)
+            compensation.fit_(compaction.whole_cut(), bar.update)
+        changed = compensation.changed
+        if reconstruct:
+            changed = {name for name, _ in small.named_parameters()} | changed
+            own_(small, model, changed)
+            reconstruct_(small, model, forwards, reconstruct, bar.update)
+    error = _output_error(model, small, forwards[:4])
+    cut = compaction.whole_cut()
+    plan = PruningPlan.removing(cut.removed, partition)
+    weights = {name: named_tensors(small)[name] for name in changed}
+    fits = {name: (fit.error_before, fit.error) for name, fit in compensation.fits.items()}
+    del small, compaction, compensation  # what is left of them are the changed weights
+    report = _cut_for_good_(model, cut, plan, weights, examples)
+    report |= {"plan": plan, "fits": fits, "output_error": error}
+    if ties is not None:
+        model = _stock(model, partition, plan, ties, examples)
+    return model, report
+
+
+def _cut_some_(
+    small: nn.Module,
+    compaction: Compaction,
+    forwards: Sequence[Forward],
+    kind: str,
+    share: float,
+    limits: Limits,
+    budget: Budget,
+) -> None:
+    """Cuts the least salient ZIGs that are left, up to a share of the way to the goal."""
+    gone = compaction.gone
+    of_left, of_axes = measured(small, compaction.left, forwards[:BATCHES_OF_SALIENCE], kind)
+    salience = np.zeros(len(gone))
+    salience[~gone] = np.nan_to_num(of_left, nan=np.inf)
+    weighted = weigh_survivors(salience, of_axes, gone, limits)
+    every_axis = np.ones(len(limits.sizes), bool)
+    chosen = choose(weighted, gone, every_axis, share, limits, budget)
+    plan = PruningPlan.removing(chosen | gone, compaction.partition)
+    compaction.keep_(small, compaction.resolve(plan))
+
+
+def _output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]) -> float:
+    """How far the outputs are from the dense model's, as a fraction of their variance; of logits, say."""
+    squares = variance = 0.0
+    pairs = zip(own_outputs(dense, forwards), own_outputs(small, forwards), strict=True)
+    for of_dense, of_small in pairs:
+        if of_dense.shape == of_small.shape and of_dense.numel() > 1:
+            of_dense, of_small = of_dense.float(), of_small.float()
+            squares += float((of_dense - of_small).square().mean())
+            variance += float(of_dense.var())
+    return squares / max(variance, 1e-30)
+
+
+def _cut_for_good_(
+    model: nn.Module, cut: Cut, plan: PruningPlan, weights: Mapping[str, Tensor], examples: Sequence[Forward]
+) -> Report:
+    """Gives the model new weights and cuts it, in place; if anything fails, the model is as it was.
+
+    Args:
+        weights: the new ones, as they are after the cut, by name.
+
+    Raises:
+        OTOError: the certificate fails.
+    """
+    before = contents(model)
+    classes = {part: type(part) for part in outermost_pretrained(model).values()}
+    try:
+        _put_(model, cut, weights)
+        certificate = certify(model, cut, examples)
+        if not certificate.holds:
+            raise OTOError(f"the certificate failed: {certificate}, so the model was not cut")
+        dense, compact = measure(model, TrialCut(model, cut), inputs=list(examples))
+        Compaction(model, cut.partition).keep_(model, cut)
+    except BaseException:
+        put_back(before)
+        for part, cls in classes.items():
+            part.__class__ = cls
+        raise
+    return Report(
+        before=dense,
+        after=compact,
+        group_sparsity=float(cut.removed.mean()),
+        max_output_difference=certificate.cut,
+        max_output_difference_in_own_dtype=certificate.rounding,
+        training_macs=None,
+        metrics={"zeroed": {}, "compact": {}},
+    )
+
+
+def _put_(model: nn.Module, cut: Cut, weights: Mapping[str, Tensor]) -> None:
+    """Puts weights of the cut model into the full one, as new tensors; what is cut out stays as it is."""
+    positions = cut.positions
+    tensors = named_tensors(model)
+    places_of_id = places(model)
+    for name, left in weights.items():
+        old = tensors[name]
+        if name in cut.scales:
+            factor, offset = cut.scales[name]
+            left = scaled(left.detach(), 1 / factor, offset)
+        kept = []
+        for dim, size in enumerate(old.shape):
+            gone = positions.get(name, {}).get(dim, np.empty(0, int))
+            kept.append(kept_positions(size, gone, old.device))
+        new = old.detach().clone()
+        new[torch.meshgrid(*kept, indexing="ij")] = left.detach()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        for place in places_of_id[id(old)]:
+            place.put(new)
+
+
+def _stock(
+    model: nn.Module, partition: ZIGPartition, plan: PruningPlan, ties: Sequence[Tie], examples: Sequence[Forward]
+) -> nn.Module:
+    """The stock model with the widths and weights of a cut one, whose config says them."""
+    stock = plain(model, partition, plan, ties, examples)
+    if stock is None:
+        logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+        return model
+    return stock
