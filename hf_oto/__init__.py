@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .dense import to_dense
     from .dhspg import DHSPG
     from .partition import partition_zigs
-    from .prune import prune
+    from .pruning import prune
     from .report import measure
     from .trainer import OTOMixin, OTOSeq2SeqTrainer, OTOTrainer
     from .zigs import PruningPlan, ZIGPartition
@@ -58,7 +58,7 @@ _MODULE_OF = {
     "compact": "compaction",
     "measure": "report",
     "partition_zigs": "partition",
-    "prune": "prune",
+    "prune": "pruning",
     "to_dense": "dense",
 }
 

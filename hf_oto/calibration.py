@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from .calls import Call, Forward, as_forwards, at_home, device_of
 from .modeling_oto import OTOError
 
-Batches = Call | Iterable[Call] | Dataset
+Batches = Call | Iterable[Call] | Dataset | IterableDataset
 NO_LABEL = -100  # what labels are padded with
+OTHER_NAMES_OF_LABELS = ("label", "label_ids")  # collators of Transformers rename them, too
 
 
 def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: int) -> list[Forward]:
@@ -33,17 +34,21 @@ def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: i
 
     Raises:
         OTOError: there is no batch, or a dataset has no column for the model.
-        ValueError: a batch can't be the arguments of a forward.
+        ValueError: a batch can't be the arguments of a forward, or a number is out of range.
     """
-    if isinstance(batches, Dataset):
+    if batch_size < 1 or max_batches < 1:
+        raise ValueError(f"batch_size is {batch_size}, max_batches {max_batches}: both must be at least 1")
+    if isinstance(batches, (Dataset, IterableDataset)):
         batches = _of_dataset(model, batches, batch_size)
-    is_one = isinstance(batches, (Mapping, Tensor, tuple, Forward))
-    several = [batches] if is_one else itertools.islice(batches, max_batches)
+    if isinstance(batches, (Mapping, Tensor, tuple, Forward)):
+        batches = _one(batches)
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}: pass a batch, a list or a loader of such, or a dataset"
+        )
     forwards: list[Forward] = []
-    for batch in several:
-        if isinstance(batch, Mapping):
-            batch = _taken_by(model, batch)
-        forwards += as_forwards(batch)
+    for batch in itertools.islice(batches, max_batches):
+        forwards += as_forwards(_taken_by(model, batch))
     if not forwards:
         raise OTOError("there is no batch: pass at least one, with which the model can be run")
     device = device_of(model)
@@ -52,44 +57,85 @@ def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: i
     return at_home(forwards, model)
 
 
+def _one(batch: Call) -> list[Call]:
+    if isinstance(batch, Mapping) and any(isinstance(part, Dataset) for part in batch.values()):
+        raise ValueError(f"batches has several datasets, {', '.join(batch)}: pass one of them")
+    return [batch]
+
+
 def _parameters_of_forward(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-def _taken_by(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that a model's forward names; all of them where it names none."""
+def _taken_by(model: nn.Module, batch: Any) -> Call:
+    """What a forward takes of a batch: the entries that it names, or as many as it has positions.
+
+    Raises:
+        ValueError: there is no tensor among them.
+    """
+    if isinstance(batch, Forward):
+        return batch
     parameters = _parameters_of_forward(model)
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = {name for name, parameter in parameters.items() if parameter.kind not in kinds}
-    return {name: value for name, value in batch.items() if not names or name in names}
-
-
-def _of_dataset(model: nn.Module, dataset: Dataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the rows of a dataset."""
-    first_row = _taken_by(model, dataset[0]) if len(dataset) else {}
-    if not first_row:
-        expected = ", ".join(list(_parameters_of_forward(model))[:4])
-        raise OTOError(
-            f"the dataset has no column that {type(model).__name__} takes ({expected}, ...): it has "
-            f"{', '.join(dataset.column_names)}; apply the model's tokenizer or processor to it first"
+    if isinstance(batch, (list, tuple)):  # a loader gives lists
+        has_any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())
+        taken = tuple(batch) if has_any_number else tuple(batch)[: len(parameters)]
+        values = taken
+    elif isinstance(batch, Mapping):
+        batch = {("labels" if name in OTHER_NAMES_OF_LABELS else name): value for name, value in batch.items()}
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names = {name for name, parameter in parameters.items() if parameter.kind not in variable}
+        taken = {name: value for name, value in batch.items() if not names or name in names}
+        values = tuple(taken.values())
+    else:
+        return batch
+    if not any(isinstance(value, Tensor) for value in values):
+        raise ValueError(
+            f"a batch has no tensor that {type(model).__name__} takes ({_first_names(model)}): pass batches of "
+            "tensors, a DataLoader of such, or a datasets.Dataset of rows"
         )
+    return taken
+
+
+def _first_names(model: nn.Module) -> str:
+    names = list(_parameters_of_forward(model))[:4]
+    return ", ".join([*names, "..."])
+
+
+def _of_dataset(model: nn.Module, dataset: Dataset | IterableDataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of the rows of a dataset."""
     pad_token = getattr(getattr(model, "config", None), "pad_token_id", None)
-    for begin in range(0, len(dataset), batch_size):
-        rows = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
-        yield _collated(rows, first_row.keys(), pad_token or 0)
+    rows = iter(dataset)
+    while chunk := list(itertools.islice(rows, batch_size)):
+        yield _collated(model, chunk, pad_token or 0)
 
 
-def _collated(rows: Sequence[Mapping[str, Any]], names: Iterable[str], pad_token: int) -> dict[str, Tensor]:
-    """One batch of rows, padded at the right where their lengths differ."""
+def _collated(model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_token: int) -> dict[str, Tensor]:
+    """One batch of rows, padded at the right where their lengths differ.
+
+    Raises:
+        OTOError: no column is an argument of the model's forward, or one holds no numbers.
+    """
+    parameters = _parameters_of_forward(model)
     batch: dict[str, Tensor] = {}
-    for name in names:
-        values = [torch.as_tensor(row[name]) for row in rows]
+    for column in rows[0]:
+        name = "labels" if column in OTHER_NAMES_OF_LABELS else column
+        if name not in parameters:
+            continue
+        try:
+            values = [torch.as_tensor(row[column]) for row in rows]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OTOError(f"the column {column!r} of the dataset holds no numbers: {error}") from error
         fill = {"input_ids": pad_token, "labels": NO_LABEL}.get(name, 0)
         batch[name] = _stacked(values, fill)
-        lengths = [len(value) for value in values if value.dim()]
-        if name == "input_ids" and "attention_mask" not in rows[0] and len(set(lengths)) > 1:
+        lengths = {len(value) for value in values if value.dim()}
+        if name == "input_ids" and "attention_mask" not in rows[0] and len(lengths) > 1:
             ones = [torch.ones_like(value) for value in values]
             batch["attention_mask"] = _stacked(ones, 0)
+    if not batch:
+        raise OTOError(
+            f"the dataset has no column that {type(model).__name__} takes ({_first_names(model)}): it has "
+            f"{', '.join(rows[0])}; apply the model's tokenizer or processor to it first"
+        )
     return batch
 
 

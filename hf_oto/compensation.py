@@ -21,25 +21,45 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Rows
-from .calls import Forward, outermost_pretrained, raise_if_out_of_memory
+from .calls import Forward, raise_if_out_of_memory
 from .cut import Cut, kept_positions
 from .evaluating import evaluating
+from .fittable import Place, looked_at, one_by_one_
 from .mixing import Mixing, Normalization, Product, Seen, Tensors, Watched
 from .modeling_oto import OTOError, named_tensors
-from .restore import places
-from .ridge import Fit, Layer, Regression
+from .restore import contents, places
+from .ridge import HELD_OUT, TINY, Fit, Layer, Regression
 from .walks import Stop, Walk
+from .wide import wide_dtype
 
 logger = logging.getLogger(__name__)
 
+Run = Callable[[Stop], Any]  # a forward that can be stopped
+
 ROWS_PER_FEATURE = 32  # a regression looks at so many rows for each of its features; more change little
 FEWEST_VALUES = 100  # of which statistics of a batch norm are taken
+BATCHES_LOOKED_AT = 4
 
 
 def light_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares its parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in named_tensors(model).values()}
-    return copy.deepcopy(model, shared)
+    """A copy of a model that shares its parameters. Buffers are its own, because a forward may write to them.
+
+    Raises:
+        OTOError: the model keeps something that can't be copied.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    buffers = {id(buffer) for buffer in model.buffers()}
+    for container, _ in contents(model).containers:
+        for value in container.values() if isinstance(container, dict) else container:
+            if isinstance(value, Tensor) and id(value) not in buffers:
+                shared[id(value)] = value
+    try:
+        return copy.deepcopy(model, shared)
+    except (TypeError, RuntimeError) as error:
+        name = type(model).__name__
+        raise OTOError(
+            f"{name} can't be copied: {error}; take what can't be off the model while it is pruned"
+        ) from error
 
 
 def own_(copied: nn.Module, model: nn.Module, names: Iterable[str]) -> None:
@@ -56,19 +76,6 @@ def own_(copied: nn.Module, model: nn.Module, names: Iterable[str]) -> None:
             own = nn.Parameter(own, shared.requires_grad)
         for place in places_of_id[id(shared)]:
             place.put(own)
-
-
-def one_by_one_(model: nn.Module) -> None:
-    """Lets experts run one after the other, each on its own tokens, in place."""
-    for part in outermost_pretrained(model).values():
-        part.set_experts_implementation("eager")
-
-
-class Place(NamedTuple):
-    """What one forward shows of a matrix: how often it multiplies by it, and the name of the bias that it adds."""
-
-    times: int
-    bias: str | None
 
 
 class Compensation:
@@ -92,7 +99,7 @@ class Compensation:
         self._small = small
         self._forwards = forwards
         self._rows = [Rows(forward, seed) for seed, forward in enumerate(forwards)]
-        self._places, self._statistics = _looked_at(dense, forwards[0])
+        self._places, self._statistics = looked_at(dense, forwards[:BATCHES_LOOKED_AT])
         self.fits: dict[str, Fit] = {}
         self.changed = {*self._statistics, *self._statistics.values()}
         for mixing, place in self._places.items():
@@ -114,7 +121,7 @@ class Compensation:
         own_(self._small, self._dense, self.changed)
         fitting = _Fitting(self._dense, self._small, cut, self._places)
         to_fit = [mixing for mixing in self._places if mixing.name not in cut.scales]
-        together = [mixing for mixing in to_fit if self._places[mixing].times == 1 and not mixing.index]
+        together = [mixing for mixing in to_fit if self._places[mixing].is_steady]
         apart = [mixing for mixing in to_fit if mixing not in together]
         self._small.eval()
         with evaluating(self._dense):
@@ -132,17 +139,23 @@ class Compensation:
         tensors = Tensors(self._dense)
         for forward, rows in zip(self._forwards, self._rows, strict=True):
 
-            def after(product: Product, output: Tensor, rows: Rows = rows) -> None:
-                regression = regressions.get(product.mixing)
-                if regression is not None:
-                    x = fitting.features_left(product.mixing, product.features())
-                    y = fitting.results_left(product.mixing, product.results(output))
-                    self._add(regression, x, y, rows)
+            def after(seen: Seen, output: Any, rows: Rows = rows) -> None:
+                if isinstance(seen, Product) and seen.mixing in regressions:
+                    x = fitting.features_left(seen.mixing, seen.features())
+                    y = fitting.results_left(seen.mixing, self._results(seen, output))
+                    self._add(regressions[seen.mixing], x, y, rows)
 
             with Watched(tensors, after=after):
                 forward.run(self._dense)
         for mixing, regression in regressions.items():
             fitting.fit_(mixing, regression)
+
+    def _results(self, product: Product, output: Tensor) -> Tensor:
+        """What a layer of the dense model returns, without what it adds, unless that is fitted."""
+        results = product.results(output)
+        if product.added is not None and self._places[product.mixing].bias is None:
+            results = results - product.added
+        return results
 
     def _add(self, regression: Regression, x: Tensor, y: Tensor, rows: Rows) -> None:
         most = max(1, ROWS_PER_FEATURE * x.shape[1] // len(self._forwards))
@@ -170,8 +183,8 @@ class Compensation:
         statistics = set(self._statistics)
         pairs = []
         for forward, rows in zip(self._forwards, self._rows, strict=True):
-            in_dense = Walk(_stopping_after(self._dense, forward, to_come))
-            in_small = Walk(_stopping_before(self._small, forward, to_come, statistics))
+            in_dense = Walk(self._stopping_after(forward, to_come, statistics))
+            in_small = Walk(self._stopping_before(forward, to_come, statistics))
             pairs.append(_Pair(in_dense, in_small, rows))
         try:
             for pair in pairs:
@@ -180,7 +193,8 @@ class Compensation:
                 place = waiting[0].place
                 here = [pair for pair in waiting if pair.place == place]
                 if isinstance(place, str):
-                    _renew_statistics_([pair.small.at[1] for pair in here])
+                    now = [pair.small.at[1] for pair in here]
+                    fitting.renew_(place, now, [pair.result_of_dense() for pair in here])
                     statistics.discard(place)
                 else:
                     regression = Regression()
@@ -198,6 +212,40 @@ class Compensation:
             for pair in pairs:
                 pair.dense.end()
                 pair.small.end()
+
+    def _stopping_after(self, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]) -> Run:
+        """A forward of the dense model that stops after products, with their results, and after batch norms."""
+        tensors = Tensors(self._dense)
+
+        def run(stop: Stop) -> Any:
+            def after(seen: Seen, output: Any) -> None:
+                if isinstance(seen, Normalization):
+                    if tensors.named(seen.mean) in statistics:
+                        stop((tensors.named(seen.mean), seen))
+                elif seen.mixing in places_to_stop:
+                    stop((seen.mixing, self._results(seen, output)))
+
+            with Watched(tensors, after=after):
+                return forward.run(self._dense)
+
+        return run
+
+    def _stopping_before(self, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]) -> Run:
+        """A forward of the cut model that stops before products and batch norms, with what they are computed of."""
+        tensors = Tensors(self._small)
+
+        def run(stop: Stop) -> Any:
+            def before(seen: Seen) -> None:
+                if isinstance(seen, Normalization):
+                    if tensors.named(seen.mean) in statistics:
+                        stop((tensors.named(seen.mean), seen))
+                elif seen.mixing in places_to_stop:
+                    stop((seen.mixing, seen))
+
+            with Watched(tensors, before):
+                return forward.run(self._small)
+
+        return run
 
 
 class _Fitting:
@@ -229,6 +277,23 @@ class _Fitting:
     def results_left(self, mixing: Mixing, results: Tensor) -> Tensor:
         """Those of the dense model's results that are left, (rows, results)."""
         return results[:, self._left(mixing, mixing.out_dim, results.device)]
+
+    def renew_(self, name: str, now: Sequence[Normalization], before: Sequence[Normalization | None]) -> None:
+        """Puts new statistics into a batch norm of the cut model.
+
+        Args:
+            name: of its means.
+            now, before: those of the cut and of the dense model, in all batches.
+        """
+        of_dense = [each for each in before if each is not None]
+        if len(of_dense) < len(now):  # the models go different ways
+            return
+        gone = self._positions.get(name, {}).get(0, np.empty(0, int))
+        left = kept_positions(self._shapes[name][0], gone, now[0].mean.device)
+        renewed = _renewed(now, of_dense, left)
+        if renewed is not None:
+            now[0].mean.copy_(renewed[0])
+            now[0].variance.copy_(renewed[1])
 
     def fit_(self, mixing: Mixing, regression: Regression) -> None:
         """Puts the weights of a regression into the cut model."""
@@ -265,90 +330,50 @@ class _Pair(NamedTuple):
                 return result
 
 
-def _stopping_after(model: nn.Module, forward: Forward, places_to_stop: set[Mixing]) -> Callable[[Stop], Any]:
-    """A forward that stops after some multiplications, with what they have returned."""
+def _renewed(
+    now: Sequence[Normalization], before: Sequence[Normalization], left: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The statistics by which a batch norm returns values of the same mean and variance as in the dense model.
 
-    def run(stop: Stop) -> Any:
-        def after(product: Product, output: Tensor) -> None:
-            if product.mixing in places_to_stop:
-                stop((product.mixing, product.results(output)))
+    Where the dense model's statistics are those of the batches, the new ones are those of the batches, too. None: the
+    old ones are as good on values that are held out, or there are too few values.
 
-        with Watched(Tensors(model), after=after):
-            return forward.run(model)
-
-    return run
-
-
-def _stopping_before(
-    model: nn.Module, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]
-) -> Callable[[Stop], Any]:
-    """A forward that stops before some multiplications and batch norms, with what they will be computed of."""
-    tensors = Tensors(model)
-
-    def run(stop: Stop) -> Any:
-        def before(seen: Seen) -> None:
-            if isinstance(seen, Product):
-                if seen.mixing in places_to_stop:
-                    stop((seen.mixing, seen))
-            elif tensors.name_of(seen.mean) in statistics:
-                stop((tensors.name_of(seen.mean), seen))
-
-        with Watched(tensors, before):
-            return forward.run(model)
-
-    return run
+    Args:
+        now, before: those of the cut and of the dense model, in all batches.
+        left: the channels that are left, (channels,).
+    """
+    wide = wide_dtype(now[0].input.device)
+    x = torch.cat([_values(each) for each in now]).to(wide)  # (values, channels)
+    y = torch.cat([_values(each)[:, left] for each in before]).to(wide)
+    num_fitted = len(x) - len(x) // HELD_OUT
+    if len(x) < FEWEST_VALUES or len(x) != len(y):
+        return None
+    of_dense = before[0].mean[left].to(wide), before[0].variance[left].to(wide)
+    eps = before[0].eps
+    wanted = _normalized(y[num_fitted:], *of_dense, eps)
+    old = now[0].mean.to(wide), now[0].variance.to(wide)
+    fitted = _aligned(x[:num_fitted], y[:num_fitted], *of_dense, eps)
+    errors = [(_normalized(x[num_fitted:], *each, eps) - wanted).square().mean() for each in (old, fitted)]
+    return _aligned(x, y, *of_dense, eps) if errors[1] < errors[0] else None
 
 
-def _renew_statistics_(seen: Sequence[Normalization]) -> None:
-    """Puts the mean and the variance of what a batch norm takes in all batches into its buffers."""
-    count = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-    for each in seen:
-        values = each.input.movedim(1, -1).reshape(-1, each.input.shape[1]).float()
-        count += len(values)
-        total = total + values.sum(0)
-        squares = squares + values.square().sum(0)
-    if count >= FEWEST_VALUES:
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp_min(0) * count / (count - 1)
-        seen[0].mean.copy_(mean)
-        seen[0].variance.copy_(variance)
+def _values(seen: Normalization) -> Tensor:
+    """What is normalised, (values, channels)."""
+    return seen.input.movedim(1, -1).reshape(-1, seen.input.shape[1])
 
 
-def _looked_at(model: nn.Module, forward: Forward) -> tuple[dict[Mixing, Place], dict[str, str]]:
-    """What a forward multiplies by, in order, and its batch norms: name of the means -> name of the variances."""
-    found: dict[Mixing, Place] = {}
-    statistics: dict[str, str] = {}
-    with evaluating(model):
-        one_by_one_(model)
-        tensors = Tensors(model)
-
-        def before(seen: Seen) -> None:
-            if isinstance(seen, Normalization):
-                mean, variance = tensors.name_of(seen.mean), tensors.name_of(seen.variance)
-                if mean is not None and variance is not None:
-                    statistics[mean] = variance
-            else:
-                times = found[seen.mixing].times if seen.mixing in found else 0
-                found[seen.mixing] = Place(times + 1, tensors.name_of(seen.bias))
-
-        with Watched(tensors, before):
-            forward.run(model)
-    refused = _used_otherwise(model, found)
-    return {mixing: place for mixing, place in found.items() if mixing.name not in refused}, statistics
+def _normalized(values: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    return (values - mean) / (variance + eps).sqrt()
 
 
-def _used_otherwise(model: nn.Module, mixings: Mapping[Mixing, Place]) -> set[str]:
-    """The parameters that stay as they are cut: tied ones, and those that are read along several dimensions."""
-    names_of_id: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(model).items():
-        names_of_id.setdefault(id(tensor), []).append(name)
-    refused = {name for names in names_of_id.values() if len(names) > 1 for name in names}
-    dims_of_name: dict[str, set[tuple[int, int]]] = {}
-    for mixing in mixings:
-        dims_of_name.setdefault(mixing.name, set()).add((mixing.in_dim, mixing.out_dim))
-    return refused | {name for name, dims in dims_of_name.items() if len(dims) > 1}
+def _aligned(x: Tensor, y: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Statistics that give x the mean and the variance that y has by the given ones."""
+    variance_of_y = y.var(0)
+    # what is constant in the dense model says nothing of the scale
+    ratio = torch.where(variance_of_y > TINY, x.var(0) / variance_of_y.clamp_min(TINY), 1.0)
+    new_mean = x.mean(0) - (y.mean(0) - mean) * ratio.sqrt()
+    new_variance = ratio * (variance + eps) - eps
+    return new_mean, new_variance.clamp_min(0)
 
 
 def _fitting_in_memory(mixings: Sequence[Mixing], fitting: _Fitting) -> list[list[Mixing]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from .modeling_oto import named_tensors
 from .rules import RULES
@@ -80,22 +81,23 @@ class Product(NamedTuple):
         inputs: computes what goes in, (rows, features); of a convolution a row is a pixel.
         features: computes what the matrix is multiplied by, (rows, features x kernel); a row is a place of the kernel.
         results: computes, from what the operation has returned, what comes out, (rows, results).
-        bias: what the operation adds, or None.
+        added: what the operation has added to these: one row, or a row for each; None: nothing.
     """
 
     mixing: Mixing
     inputs: Callable[[], Tensor]
     features: Callable[[], Tensor]
     results: Callable[[Tensor], Tensor]
-    bias: Tensor | None
+    added: Tensor | None
 
 
 class Normalization(NamedTuple):
-    """One batch norm in eval mode: what it normalises, and the statistics by which it does so."""
+    """One batch norm in eval mode: what it normalises, and by which statistics."""
 
     input: Tensor
     mean: Tensor
     variance: Tensor
+    eps: float
 
 
 Seen = Product | Normalization
@@ -117,10 +119,12 @@ class Tensors:
             return None
         return self._of_storage.get(view.untyped_storage()._cdata)
 
-    def name_of(self, view: Any) -> str | None:
-        """The name of the parameter or buffer that a tensor is, or is a view of."""
-        owner = self.owner(view)
-        return None if owner is None else owner[0]
+    def named(self, tensor: Any) -> str | None:
+        """The name of the parameter that a tensor is, all of it."""
+        owner = self.owner(tensor)
+        if owner is None or owner[1].shape != tensor.shape or owner[1].stride() != tensor.stride():
+            return None
+        return owner[0]
 
     def shown_by(self, view: Tensor) -> tuple[str, list[int], dict[int, int]] | None:
         """What a view shows of a parameter: its name, the dimension of it that each dimension of the view is, and the
@@ -155,7 +159,8 @@ class Watched(TorchDispatchMode):
     Args:
         tensors: those of the model that runs.
         before: is called with each of them before it is computed.
-        after: is called with each product after it was computed, and with what the operation has returned.
+        after: is called with each of them after it was computed, and with what the operation has returned.
+        otherwise: is called with the name of each parameter that another operation reads, an embedding, say.
     """
 
     supports_higher_order_operators = True
@@ -164,39 +169,46 @@ class Watched(TorchDispatchMode):
         self,
         tensors: Tensors,
         before: Callable[[Seen], None] | None = None,
-        after: Callable[[Product, Tensor], None] | None = None,
+        after: Callable[[Seen, Any], None] | None = None,
+        otherwise: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self._tensors = tensors
         self._before = before
         self._after = after
+        self._otherwise = otherwise
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen: list[Seen] = []
-        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten":
+        # with keyword arguments a product may be scaled
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten" and not kwargs:
             seen = list(self._seen(func.overloadpacket.__name__, args))
+        if self._otherwise is not None and not seen and not _gives_views(func):
+            for argument in tree_iter((args, kwargs)):
+                owner = self._tensors.owner(argument)
+                if owner is not None:
+                    self._otherwise(owner[0])
         if self._before is not None:
             for each in seen:
                 self._before(each)
         output = func(*args, **kwargs)
         if self._after is not None:
             for each in seen:
-                if isinstance(each, Product):
-                    self._after(each, output)
+                self._after(each, output)
         return output
 
     def _seen(self, name: str, args: tuple) -> Iterator[Seen]:
         if name in FIRST_FACTOR:
             place = FIRST_FACTOR[name]
-            bias = args[0] if place == 1 else None
-            yield from self._products(args[place], args[place + 1], bias)
+            added = args[0] if place == 1 else None
+            yield from self._products(args[place], args[place + 1], added)
         elif name == "convolution":
             yield from self._convolution(*args)
         elif RULES.get(name) is batch_norm and args[3] is not None and args[4] is not None:
-            yield Normalization(args[0], args[3], args[4])
+            yield Normalization(args[0], args[3], args[4], eps=args[-1])
 
-    def _products(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Iterator[Product]:
+    def _products(self, first: Tensor, second: Tensor, added: Tensor | None) -> Iterator[Product]:
         """Those of features and a parameter, or of stacks of both."""
         for weight, features, weight_is_second in ((second, first, True), (first, second, False)):
             shown = self._tensors.shown_by(weight)
@@ -213,8 +225,8 @@ class Watched(TorchDispatchMode):
                 mixing = Mixing(name, in_dim, out_dim, tuple(sorted(of_matrix.items())))
                 rows = _RowsOf(number, weight_is_second)
                 inputs = rows.reader(features)
-                has_bias = weight_is_second and not is_stack
-                yield Product(mixing, inputs, inputs, rows, bias if has_bias else None)
+                is_row = added is not None and added.dim() == 1 and weight_is_second
+                yield Product(mixing, inputs, inputs, rows, added if added is None or is_row else rows(added))
 
     def _convolution(
         self,
@@ -244,6 +256,12 @@ class Watched(TorchDispatchMode):
         in_dim, out_dim = (0, 1) if is_transposed else (1, 0)
         mixing = Mixing(owner[0], in_dim, out_dim, (), is_transposed)
         yield Product(mixing, lambda: _pixels(x), features, _pixels, bias)
+
+
+def _gives_views(func: Any) -> bool:
+    """Whether an operation returns other views of what it takes, and computes nothing."""
+    returns = func._schema.returns if isinstance(func, torch._ops.OpOverload) else []
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 class _RowsOf(NamedTuple):

@@ -6,6 +6,7 @@ their differences, as a fraction of their size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +18,17 @@ from .calls import Forward, tensors_of
 from .divergence import divergence
 from .evaluating import evaluating
 
+logger = logging.getLogger(__name__)
+
 LEARNING_RATE = 3e-4
+WARM_UP = 0.1  # the fraction of the steps in which the learning rate grows; then it falls to zero
+BATCHES_COMPARED = 8  # before and after, to see whether it helps
 
 
 def reconstruct_(
     small: nn.Module, dense: nn.Module, forwards: Sequence[Forward], steps: int, told: Callable[[int], None]
 ) -> None:
-    """Trains all weights of the cut model, in place.
+    """Trains all weights of the cut model, in place. If they get no nearer to the dense model, they stay as they were.
 
     Args:
         small: the cut model, in eval mode; all its tensors are its own.
@@ -31,28 +36,74 @@ def reconstruct_(
         forwards: the batches, taken in turn.
         told: is called with 1 after each step.
     """
-    weights = [weight for weight in small.parameters() if weight.is_floating_point()]
-    asked_before = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
-        for step in range(steps):
-            forward = forwards[step % len(forwards)]
-            with evaluating(dense):
-                wanted = forward.run(dense)
-            with torch.enable_grad():
-                loss = _difference(forward.run(small), wanted, Rows(forward))
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            decay.step()
-            told(1)
-    finally:
-        for weight, asked in zip(weights, asked_before, strict=True):
-            weight.requires_grad_(asked)
-            weight.grad = None
+    imitation = _Imitation(small, dense)
+    compared = forwards[:BATCHES_COMPARED]
+    before = imitation.distance(compared)
+    imitation.train_(forwards, steps, told)
+    after = imitation.distance(compared)
+    if not after < before:
+        logger.warning(
+            "reconstruction is undone, because it brought the outputs no nearer to the dense model's: %.3g -> %.3g",
+            before, after,
+        )  # fmt: skip
+        imitation.undo_()
+
+
+class _Imitation:
+    """A model that learns from another one."""
+
+    def __init__(self, small: nn.Module, dense: nn.Module) -> None:
+        self._small = small
+        self._dense = dense
+        self._weights = [weight for weight in small.parameters() if weight.is_floating_point()]
+        self._before = [weight.detach().clone() for weight in self._weights]
+
+    def _loss(self, forward: Forward) -> Tensor:
+        with evaluating(self._dense):
+            wanted = forward.run(self._dense)
+        return _difference(forward.run(self._small), wanted, Rows(forward))
+
+    @torch.no_grad()
+    def distance(self, forwards: Sequence[Forward]) -> float:
+        """The mean loss of some batches."""
+        return sum(float(self._loss(forward)) for forward in forwards) / len(forwards)
+
+    def train_(self, forwards: Sequence[Forward], steps: int, told: Callable[[int], None]) -> None:
+        """Trains the weights. In 16 bits steps would be lost in rounding, so copies in float32 take them."""
+        asked_before = [weight.requires_grad for weight in self._weights]
+        copies = [weight.detach().float().clone() for weight in self._weights]
+        optimizer = torch.optim.AdamW(copies, lr=LEARNING_RATE, weight_decay=0.0)
+        num_warm_up = max(1, int(WARM_UP * steps))
+
+        def rate(step: int) -> float:
+            return min((step + 1) / num_warm_up, (steps - step) / max(1, steps - num_warm_up))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        try:
+            for weight in self._weights:
+                weight.requires_grad_(True)
+            for step in range(steps):
+                with torch.enable_grad():
+                    loss = self._loss(forwards[step % len(forwards)])
+                    gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
+                for copied, gradient in zip(copies, gradients, strict=True):
+                    copied.grad = None if gradient is None else gradient.float()
+                optimizer.step()
+                schedule.step()
+                self._put_(copies)
+                told(1)
+        finally:
+            for weight, asked in zip(self._weights, asked_before, strict=True):
+                weight.requires_grad_(asked)
+
+    def undo_(self) -> None:
+        """Puts the weights back."""
+        self._put_(self._before)
+
+    @torch.no_grad()
+    def _put_(self, values: Sequence[Tensor]) -> None:
+        for weight, value in zip(self._weights, values, strict=True):
+            weight.copy_(value)
 
 
 def _difference(output: Any, wanted: Any, rows: Rows) -> Tensor:
@@ -62,7 +113,7 @@ def _difference(output: Any, wanted: Any, rows: Rows) -> Tensor:
         return divergence(logits, wanted_logits, temperature=1.0).mean()
     total = torch.zeros(())
     for tensor, target in zip(tensors_of(output), tensors_of(wanted), strict=True):
-        if tensor.is_floating_point() and tensor.requires_grad and tensor.shape == target.shape:
+        if tensor.is_floating_point() and tensor.shape == target.shape:
             size = target.float().square().mean().clamp_min(1e-30)
             total = total.to(tensor.device) + (tensor.float() - target.float()).square().mean() / size
     return total

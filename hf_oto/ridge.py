@@ -36,29 +36,37 @@ class Means(NamedTuple):
 
     x: Tensor  # (features,)
     y: Tensor  # (results,)
-    xx: Tensor  # (features, features)
-    xy: Tensor  # (features, results)
-    yy: Tensor  # (results,), of squares
+    xx: Tensor  # (features, features), the covariances
+    xy: Tensor  # (features, results), the covariances
+    yy: Tensor  # (results,), the variances
 
-    def centred(self) -> Means:
-        """The same with the covariances in the place of the second moments."""
+    def uncentred(self) -> Means:
+        """The same with the second moments in the place of the covariances."""
         return self._replace(
-            xx=self.xx - torch.outer(self.x, self.x),
-            xy=self.xy - torch.outer(self.x, self.y),
-            yy=self.yy - self.y.square(),
+            xx=self.xx + torch.outer(self.x, self.x),
+            xy=self.xy + torch.outer(self.x, self.y),
+            yy=self.yy + self.y.square(),
         )
 
 
 class Sums:
-    """Sums over rows, in float32."""
+    """Sums over rows, in float32, of their differences from the first rows' means."""
 
     def __init__(self) -> None:
         self.num_rows = 0
+        self._near: tuple[Tensor, Tensor] | None = None  # means of the first rows
         self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Adds rows, (rows, features) and (rows, results)."""
+        if not len(x):
+            return
         x, y = x.float(), y.float()
+        if self._near is None:
+            # squares of values that are far from zero would leave no digits for the variance
+            self._near = x.mean(0), y.mean(0)
+        x = x - self._near[0]
+        y = y - self._near[1]
         new = [x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0)]
         self.num_rows += len(x)
         if self._sums:
@@ -70,7 +78,15 @@ class Sums:
     def means(self) -> Means:
         """The averages, in double where the device has it."""
         wide = wide_dtype(self._sums[0].device)
-        return Means(*(total.to(wide) / self.num_rows for total in self._sums))
+        x, y, xx, xy, yy = (total.to(wide) / self.num_rows for total in self._sums)
+        near_x, near_y = self._near
+        return Means(
+            x=x + near_x,
+            y=y + near_y,
+            xx=xx - torch.outer(x, x),
+            xy=xy - torch.outer(x, y),
+            yy=yy - y.square(),
+        )
 
 
 class Layer(NamedTuple):
@@ -81,26 +97,27 @@ class Layer(NamedTuple):
 
     def error(self, means: Means) -> float:
         """The mean squared difference of what the layer returns from y, as a fraction of the variance of y."""
-        squares = means.yy.sum() - 2 * (self.weight * means.xy).sum()
-        squares = squares + ((means.xx @ self.weight) * self.weight).sum()
-        if self.bias is not None:
-            of_weight = means.x @ self.weight
-            squares = squares + (self.bias * (self.bias + 2 * (of_weight - means.y))).sum()
-        variance = means.centred().yy.sum().clamp_min(TINY)
-        return float(squares / variance)
+        if self.bias is None:
+            about = means.uncentred()
+            offset = torch.zeros_like(means.y)
+        else:
+            about = means
+            offset = self.bias + means.x @ self.weight - means.y
+        squares = about.yy.sum() - 2 * (self.weight * about.xy).sum()
+        squares = squares + ((about.xx @ self.weight) * self.weight).sum() + offset.square().sum()
+        return float(squares.clamp_min(0) / means.yy.sum().clamp_min(TINY))
 
     def fitted(self, means: Means, pull: float) -> Layer:
         """The least squares for y, drawn towards this layer; the layer itself where they can't be computed."""
-        if self.bias is not None:
-            means = means.centred()
+        about = means.uncentred() if self.bias is None else means
         weight = self.weight
         if math.isfinite(pull):
-            ridge = pull * means.xx.diagonal().mean().clamp_min(TINY)
-            regular = means.xx + ridge * torch.eye(len(means.xx), dtype=means.xx.dtype, device=means.xx.device)
+            ridge = pull * about.xx.diagonal().mean().clamp_min(TINY)
+            regular = about.xx + ridge * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
             factor, failed = torch.linalg.cholesky_ex(regular)
             if failed:
                 return self
-            weight = weight + torch.cholesky_solve(means.xy - means.xx @ weight, factor)
+            weight = weight + torch.cholesky_solve(about.xy - about.xx @ weight, factor)
         return Layer(weight, None if self.bias is None else means.y - means.x @ weight)
 
 
@@ -118,10 +135,18 @@ class Regression:
     def __init__(self) -> None:
         self._fitted = Sums()
         self._held_out = Sums()
+        self._num_small = 0  # batches that are too small to be divided
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds the rows of one batch, (rows, features) and (rows, results); the last of them are held out."""
+        """Adds the rows of one batch, (rows, features) and (rows, results).
+
+        The last rows of a batch are held out; of batches that are too small for that, every fourth one is.
+        """
         num_fitted = len(x) - len(x) // HELD_OUT
+        if 0 < len(x) < HELD_OUT:
+            self._num_small += 1
+            if self._num_small % HELD_OUT == 0:
+                num_fitted = 0
         self._fitted.add(x[:num_fitted], y[:num_fitted])
         self._held_out.add(x[num_fitted:], y[num_fitted:])
 
@@ -135,7 +160,8 @@ class Regression:
         Raises:
             OTOError: a feature or a result isn't a finite number.
         """
-        if not self._held_out.num_rows:
+        if not (self._held_out.num_rows and self._fitted.num_rows):
+            logger.warning("%s stays as it was cut: the batches show too few rows of what it reads", name)
             return Fit(layer, math.nan, math.nan)
         for_fit, for_choice = self._fitted.means(), self._held_out.means()
         for means in (for_fit, for_choice):
@@ -160,13 +186,24 @@ class Regression:
                 "ones (lam=%g); pass more batches",
                 name, num_features, num_rows, best_pull,
             )  # fmt: skip
-        fitted = wide.fitted(self._of_all(), best_pull)
+        fitted = wide.fitted(_of_both(for_fit, for_choice, self._held_out.num_rows / num_rows), best_pull)
         new = Layer(*(None if t is None else t.to(old) for t, old in zip(fitted, layer, strict=True)))
         return Fit(new, before, best)
 
-    def _of_all(self) -> Means:
-        """The averages over all rows."""
-        num_fitted, num_held_out = self._fitted.num_rows, self._held_out.num_rows
-        share = num_held_out / (num_fitted + num_held_out)
-        pairs = zip(self._fitted.means(), self._held_out.means(), strict=True)
-        return Means(*((1 - share) * a + share * b for a, b in pairs))
+
+def _of_both(first: Means, second: Means, share: float) -> Means:
+    """The averages over the rows of both, of which the second ones are a share."""
+
+    def mixed(a: Tensor, b: Tensor) -> Tensor:
+        return (1 - share) * a + share * b
+
+    between = share * (1 - share)
+    x = second.x - first.x
+    y = second.y - first.y
+    return Means(
+        x=mixed(first.x, second.x),
+        y=mixed(first.y, second.y),
+        xx=mixed(first.xx, second.xx) + between * torch.outer(x, x),
+        xy=mixed(first.xy, second.xy) + between * torch.outer(x, y),
+        yy=mixed(first.yy, second.yy) + between * y.square(),
+    )

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .calibration import Rows
 from .calls import Forward, tensors_of
 from .evaluating import evaluating, seed_everything
-from .mixing import Mixing, Product, Tensors, Watched
+from .mixing import Mixing, Product, Seen, Tensors, Watched
 from .modeling_oto import OTOError, named_tensors
 from .salience import inner
 from .zigs import ZIGPartition
@@ -169,15 +169,14 @@ def _of_activations(model: nn.Module, partition: ZIGPartition, forwards: Iterabl
         for forward in forwards:
             rows = Rows(forward)
 
-            def after(product: Product, output: Tensor, rows: Rows = rows) -> None:
-                mixing = product.mixing
-                if (mixing.name, mixing.in_dim) not in read:
+            def after(seen: Seen, output: Any, rows: Rows = rows) -> None:
+                if not isinstance(seen, Product) or (seen.mixing.name, seen.mixing.in_dim) not in read:
                     return
-                x, y = product.inputs(), product.results(output)
+                x, y = seen.inputs(), seen.results(output)
                 counting_x = rows.counting(len(x), x.device)
                 counting_y = rows.counting(len(y), y.device)  # places of a kernel, which may be fewer
-                of_mixing = variances.setdefault(mixing, _Variances())
-                of_mixing.add(x[counting_x], y[counting_y], product.bias is not None)
+                of_mixing = variances.setdefault(seen.mixing, _Variances())
+                of_mixing.add(x[counting_x], y[counting_y], seen.added is not None)
 
             with Watched(tensors, after=after):
                 forward.run(model)

@@ -39,6 +39,7 @@ class Walk:
         self._run = run
         self._error: BaseException | None = None
         self._is_to_end = False
+        self._is_over = False
         # each thread has a current device of its own, too
         self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._may_go = threading.Semaphore(0)
@@ -46,7 +47,12 @@ class Walk:
         self._thread = threading.Thread(target=self._walk, daemon=True)
 
     def go_on(self) -> None:
-        """Lets the forward run to its next stop, or to its end; what it raises is raised here."""
+        """Lets the forward run to its next stop, or to its end; what it raises is raised here.
+
+        A forward that has come to its end stays there.
+        """
+        if self._is_over:
+            return
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -67,6 +73,7 @@ class Walk:
         try:
             if self._device is not None:
                 torch.accelerator.set_device_index(self._device)
+            torch.manual_seed(0)
             with torch.no_grad():  # each thread has a mode of its own
                 self.result = self._run(self._stop)
         except _Ended:
@@ -74,12 +81,16 @@ class Walk:
         except BaseException as error:
             self._error = error
         self.at = None
+        self._is_over = True
         self._stands.release()
 
     def _stop(self, what: Any) -> None:
+        # others draw random numbers meanwhile, and this forward draws the same ones whatever they do
+        random_state = torch.random.get_rng_state()
         self.at = what
         self._stands.release()
         self._may_go.acquire()
         self.at = None
+        torch.random.set_rng_state(random_state)
         if self._is_to_end:
             raise _Ended

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from .choice import choose, weigh_survivors
 from .compaction import Compaction
 from .compensation import Compensation, light_copy, own_
 from .cut import Cut, TrialCut, kept_positions, scaled
+from .evaluating import random_states_kept
 from .modeling_oto import OTOError, named_tensors
 from .partition import partition_zigs
 from .reconstruction import reconstruct_
@@ -69,7 +71,8 @@ def prune(
     Args:
         model: a trained model that `partition_zigs` takes.
         batches: what the model is run on: a batch as in `partition_zigs`, a list or a loader of such, or a dataset
-            with the columns that forward takes. Some hundreds of examples, of the kind that the model will see.
+            with the columns that forward takes. Some hundreds of examples, of the kind that the model will see. What
+            can be pruned is found on the first batch.
         target_macs, target_params, target_group_sparsity, target_per_axis: how much is left or goes, as in
             `OTOTrainingArguments`; one of them, or half of the ZIGs go.
         salience: by what the ZIGs are chosen. "outputs": by gradients, with the model's own outputs as targets;
@@ -118,61 +121,77 @@ def prune(
             "target_per_axis": target_per_axis,
         }
     )
-    forwards = calls_of(model, batches, batch_size, max_batches)
-    examples = forwards[:1]  # on which everything is found and proven
-    partition = partition_zigs(model, examples, protect)
-    if not partition.axes:
-        raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
-    ties = find_ties(model, partition, examples) if uniform else None
-    tied = None if ties is None else [tie.axes for tie in ties]
-    limits = limits_of(partition.axes, target, min_keep, group_divisible, tied)
-    exact = counts_exactly(target, group_divisible, tied)
-    budget = budget_of(target, limits, partition.axes, partition, partition.params(model), exact, min_keep)
-    small = light_copy(model)
-    compaction = Compaction(small, partition)
-    compensation = Compensation(model, small, forwards)
-    steps = rounds * len(compensation.weights) + reconstruct
-    with transformers_logging.tqdm(total=steps, desc="pruning") as bar:
-        for number in range(1, rounds + 1):
-            _cut_some_(small, compaction, forwards, salience, number / rounds, limits, budget)
-            compensation.fit_(compaction.whole_cut(), bar.update)
-        changed = compensation.changed
-        if reconstruct:
-            changed = {name for name, _ in small.named_parameters()} | changed
-            own_(small, model, changed)
-            reconstruct_(small, model, forwards, reconstruct, bar.update)
-    error = _output_error(model, small, forwards[:4])
-    cut = compaction.whole_cut()
-    plan = PruningPlan.removing(cut.removed, partition)
-    weights = {name: named_tensors(small)[name] for name in changed}
-    fits = {name: (fit.error_before, fit.error) for name, fit in compensation.fits.items()}
-    del small, compaction, compensation  # what is left of them are the changed weights
-    report = _cut_for_good_(model, cut, plan, weights, examples)
-    report |= {"plan": plan, "fits": fits, "output_error": error}
-    if ties is not None:
-        model = _stock(model, partition, plan, ties, examples)
+    if any(weight.is_meta for weight in model.parameters()):
+        raise OTOError(f"{type(model).__name__} has weights on the meta device: load them, to prune without training")
+    with random_states_kept(model):
+        forwards = calls_of(model, batches, batch_size, max_batches)
+        examples = forwards[:1]  # on which everything is found and proven
+        partition = partition_zigs(model, examples, protect)
+        if not partition.axes:
+            raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
+        ties = find_ties(model, partition, examples) if uniform else None
+        tied = None if ties is None else [tie.axes for tie in ties]
+        limits = limits_of(partition.axes, target, min_keep, group_divisible, tied)
+        exact = counts_exactly(target, group_divisible, tied)
+        budget = budget_of(target, limits, partition.axes, partition, partition.params(model), exact, min_keep)
+        copied = _PrunedCopy(model, partition, forwards)
+        copied.prune_(limits, budget, salience, rounds, reconstruct)
+        cut, weights, facts = copied.result()
+        del copied  # what is left of it are the changed weights
+        report = _cut_for_good_(model, cut, weights, examples)
+        report |= facts
+        if ties is not None:
+            model = _stock(model, partition, facts["plan"], ties, examples)
     return model, report
 
 
-def _cut_some_(
-    small: nn.Module,
-    compaction: Compaction,
-    forwards: Sequence[Forward],
-    kind: str,
-    share: float,
-    limits: Limits,
-    budget: Budget,
-) -> None:
-    """Cuts the least salient ZIGs that are left, up to a share of the way to the goal."""
-    gone = compaction.gone
-    of_left, of_axes = measured(small, compaction.left, forwards[:BATCHES_OF_SALIENCE], kind)
-    salience = np.zeros(len(gone))
-    salience[~gone] = np.nan_to_num(of_left, nan=np.inf)
-    weighted = weigh_survivors(salience, of_axes, gone, limits)
-    every_axis = np.ones(len(limits.sizes), bool)
-    chosen = choose(weighted, gone, every_axis, share, limits, budget)
-    plan = PruningPlan.removing(chosen | gone, compaction.partition)
-    compaction.keep_(small, compaction.resolve(plan))
+class _PrunedCopy:
+    """The copy on which everything is tried."""
+
+    def __init__(self, model: nn.Module, partition: ZIGPartition, forwards: Sequence[Forward]) -> None:
+        self._model = model
+        self._forwards = forwards
+        self._small = light_copy(model)
+        self._compaction = Compaction(self._small, partition)
+        self._compensation = Compensation(model, self._small, forwards)
+        self._changed = set(self._compensation.changed)
+
+    def prune_(self, limits: Limits, budget: Budget, salience: str, rounds: int, reconstruct: int) -> None:
+        """Cuts the copy, and gives it new weights; see `prune` for the arguments."""
+        num_steps = rounds * len(self._compensation.weights) + reconstruct
+        with transformers_logging.tqdm(total=num_steps, desc="pruning") as bar:
+            for number in range(1, rounds + 1):
+                self._cut_(limits, budget, salience, number / rounds)
+                self._compensation.fit_(self._compaction.whole_cut(), bar.update)
+            if reconstruct:
+                self._changed |= dict(self._small.named_parameters()).keys()
+                own_(self._small, self._model, self._changed)
+                reconstruct_(self._small, self._model, self._forwards, reconstruct, bar.update)
+
+    def _cut_(self, limits: Limits, budget: Budget, kind: str, share: float) -> None:
+        """Cuts out the least salient ZIGs that are left, up to a share of the way to the goal."""
+        gone = self._compaction.gone
+        forwards = self._forwards[:BATCHES_OF_SALIENCE]
+        of_left, of_axes = measured(self._small, self._compaction.left, forwards, kind)
+        salience = np.zeros(len(gone))
+        salience[~gone] = np.nan_to_num(of_left, nan=np.inf)
+        weighted = weigh_survivors(salience, of_axes, gone, limits)
+        every_axis = np.ones(len(limits.sizes), bool)
+        chosen = choose(weighted, gone, every_axis, share, limits, budget)
+        plan = PruningPlan.removing(chosen | gone, self._compaction.partition)
+        self._compaction.keep_(self._small, self._compaction.resolve(plan))
+
+    def result(self) -> tuple[Cut, dict[str, Tensor], dict[str, Any]]:
+        """The cut, the weights that have changed, by name, and what the report says of both."""
+        cut = self._compaction.whole_cut()
+        tensors = named_tensors(self._small)
+        weights = {name: tensors[name] for name in self._changed}
+        facts = {
+            "plan": PruningPlan.removing(cut.removed, cut.partition),
+            "fits": {name: (fit.error_before, fit.error) for name, fit in self._compensation.fits.items()},
+            "output_error": _output_error(self._model, self._small, self._forwards[:4]),
+        }
+        return cut, weights, facts
 
 
 def _output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]) -> float:
@@ -187,9 +206,7 @@ def _output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward
     return squares / max(variance, 1e-30)
 
 
-def _cut_for_good_(
-    model: nn.Module, cut: Cut, plan: PruningPlan, weights: Mapping[str, Tensor], examples: Sequence[Forward]
-) -> Report:
+def _cut_for_good_(model: nn.Module, cut: Cut, weights: Mapping[str, Tensor], examples: Sequence[Forward]) -> Report:
     """Gives the model new weights and cuts it, in place; if anything fails, the model is as it was.
 
     Args:
