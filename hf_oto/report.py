@@ -255,6 +255,9 @@ class Report(dict):
         if "max_output_difference_in_own_dtype" in self:
             difference += f" in double, {self['max_output_difference_in_own_dtype']:.1e} as it runs"
         notes.append(difference)
+        if "output_error" in self:
+            percent = 100 * self["output_error"]
+            notes.append(f"outputs are off the dense model's by {percent:.2g} % of their variance")
         fraction = self["training_macs"]
         if fraction is not None and fraction < 1:
             percent = 100 * fraction

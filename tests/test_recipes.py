@@ -65,6 +65,10 @@ RUNS = {  # name -> (what is run, what it has to print)
             r"resnet18 +published +92\.86 +20\.26 +8\.79 +70\.00  epoch 300 of 300\n",
         ],
     ),
+    "prune_then_adapt": (
+        ["recipes/prune_then_adapt.py", "--smoke", "--output_dir", "OUT"],
+        [r"dense: accuracy [01]\.", r"MACs .* 5\d %", r"pruned: accuracy [01]\.", r"adapted: accuracy [01]\.", ALIKE],
+    ),
     "bench_latency": (
         ["recipes/bench_latency.py", "--model", "bert", "--batch-size", "1", "--divisible", "8", "--rounds", "3"],
         [r"bert +8 +1 .* \d+%"],
