@@ -54,12 +54,27 @@ def light_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and id(value) not in buffers:
                 shared[id(value)] = value
     try:
-        return copy.deepcopy(model, shared)
+        copied = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
         name = type(model).__name__
         raise OTOError(
             f"{name} can't be copied: {error}; take what can't be off the model while it is pruned"
         ) from error
+    _refuse_ways_back(copied, model)
+    return copied
+
+
+def _refuse_ways_back(copied: nn.Module, model: nn.Module) -> None:
+    """Raises OTOError where a copy still leads to the model: functions are not copied with what they close over."""
+    modules = {id(vars(module)): path for path, module in model.named_modules()}
+    for container, _ in contents(copied).containers:
+        if id(container) in modules:
+            name = type(model).__name__
+            path = modules[id(container)] or "the model itself"
+            raise OTOError(
+                f"a hook, or a forward that was put in the place of another, leads to {path} in {name}, and would in "
+                "its copy: take it off while the model is pruned"
+            )
 
 
 def own_(copied: nn.Module, model: nn.Module, names: Iterable[str]) -> None:

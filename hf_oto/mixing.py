@@ -150,6 +150,8 @@ class Tensors:
         index: dict[int, int] = {}
         for dim in sorted(set(range(parameter.dim())) - set(dims), key=parameter.stride, reverse=True):
             index[dim], offset = divmod(offset, parameter.stride(dim))
+            if index[dim] >= parameter.shape[dim]:  # a view of another parameter, in the same memory
+                return None
         return None if offset else (name, dims, index)
 
 

@@ -10,6 +10,7 @@ second layer gets new weights for the other 4, and the model is cut as `compact`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -123,7 +124,11 @@ def prune(
     )
     if any(weight.is_meta for weight in model.parameters()):
         raise OTOError(f"{type(model).__name__} has weights on the meta device: load them, to prune without training")
-    with random_states_kept(model):
+    devices = {weight.device.type for weight in model.parameters()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_states_kept(model))
+        for device in devices:  # in autocast weights are copies, of which nobody knows whose they are
+            stack.enter_context(torch.autocast(device, enabled=False))
         forwards = calls_of(model, batches, batch_size, max_batches)
         examples = forwards[:1]  # on which everything is found and proven
         partition = partition_zigs(model, examples, protect)
@@ -255,7 +260,9 @@ def _put_(model: nn.Module, cut: Cut, weights: Mapping[str, Tensor]) -> None:
             gone = positions.get(name, {}).get(dim, np.empty(0, int))
             kept.append(kept_positions(size, gone, old.device))
         new = old.detach().clone()
-        new[torch.meshgrid(*kept, indexing="ij")] = left.detach()
+        # of a number there is nothing to be left out
+        where = torch.meshgrid(*kept, indexing="ij") if kept else ...
+        new[where] = left.detach()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         for place in places_of_id[id(old)]:

@@ -55,7 +55,9 @@ class _Imitation:
     def __init__(self, small: nn.Module, dense: nn.Module) -> None:
         self._small = small
         self._dense = dense
-        self._weights = [weight for weight in small.parameters() if weight.is_floating_point()]
+        weights = [weight for weight in small.parameters() if weight.is_floating_point()]
+        # frozen weights stay, unless all are frozen, as those of a model that is only served may be
+        self._weights = [weight for weight in weights if weight.requires_grad] or weights
         self._before = [weight.detach().clone() for weight in self._weights]
 
     def _loss(self, forward: Forward) -> Tensor:

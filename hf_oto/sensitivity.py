@@ -114,6 +114,8 @@ def _loss_of_own_outputs(output: Any, rows: Rows) -> Tensor:
     """A loss whose gradients say how the outputs move."""
     logits = rows.of_classes(output)
     if logits is not None:
+        if not logits.isfinite().all():
+            raise OTOError("the logits are not finite numbers (NaN or infinity) on these batches")
         with torch.no_grad():
             classes = torch.multinomial(logits.softmax(-1), 1)[:, 0]
         return F.cross_entropy(logits, classes)

@@ -565,6 +565,49 @@ def test_the_model_is_untouched_if_anything_fails(monkeypatch, place):
     assert threading.active_count() == num_threads
 
 
+@pytest.mark.parametrize("way", ["forward", "hook"])
+def test_functions_that_lead_from_the_copy_to_the_model_are_refused(way):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+    if way == "forward":
+        own = model.forward
+        model.forward = lambda input: own(input)
+    else:
+        model[1].register_forward_hook(lambda module, args, output: output + 0 * model[0](args[0][:, :6]).sum())
+    before = weights(model)
+    with pytest.raises(OTOError, match=r"leads to .* take it off"):
+        prune(model, [torch.randn(64, 6) for _ in range(3)], target_macs=0.5)
+    assert same(weights(model), before)
+
+
+class Scaled(nn.Module):
+    """A parameter that is one number, logits that may be none, and weights that are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 32), nn.Linear(32, 3)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return {"logits": self.scale * self.second(torch.relu(self.first(x)))}
+
+
+def test_numbers_frozen_weights_and_autocast():
+    torch.manual_seed(0)
+    dense = Scaled().eval()
+    dense.second.bias.requires_grad_(False)
+    batches = [{"x": torch.randn(64, 6)} for _ in range(6)]
+    plain, report = prune(copy.deepcopy(dense), batches, target_macs=0.5)
+    frozen = plain.second.bias.clone()
+    small, _ = prune(copy.deepcopy(dense), batches, target_macs=0.5, reconstruct=50)
+    assert torch.equal(small.second.bias, frozen) and not torch.equal(small.scale, dense.scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        small, same_report = prune(copy.deepcopy(dense), batches, target_macs=0.5)
+    assert same(weights(small), weights(plain)) and same_report["fits"] == report["fits"]
+    with pytest.raises(OTOError, match="logits are not finite"):
+        prune(dense, [*batches, {"x": torch.full((8, 6), torch.nan)}], target_macs=0.5)
+
+
 def test_weights_that_are_not_there_are_an_error():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
