@@ -11,11 +11,12 @@ from hf_oto import PruningPlan, measure, prune
 
 from . import simple
 from .dense import Subject, scores
+from .kcm import kcm
 from .one_shot import one_shot
 
 OURS = ("oto", "oto-8", "oto-reconstruct")
 SIMPLE = {"cut": simple.cut, "statistics": simple.statistics, "mean": simple.mean}
-RIVALS = {"tp-magnitude": one_shot, "tp-taylor": one_shot}
+RIVALS = {"tp-magnitude": one_shot, "tp-taylor": one_shot, "kcm": kcm}
 METHODS = ("dense", *OURS, *SIMPLE, *RIVALS)
 WITHOUT = {  # task -> methods that would be another one there
     "resnet": ("mean", "kcm"),  # its one bias is that of the last layer
