@@ -9,8 +9,8 @@
 A dense model is trained by a plain `Trainer` for each task and seed, and kept in `--models`. Each method gets it and
 1,024 training examples, and leaves a fraction of its MACs. Methods: dense; oto, `hf_oto.prune` with its defaults;
 oto-8, in 8 rounds; oto-reconstruct, with 200 steps (llama: 300) of imitation; cut, statistics and mean, which cut
-what oto cuts and do less afterwards (pruning/simple.py); and others by their authors' code: tp-magnitude and
-tp-taylor, Torch-Pruning's global pruning at once (`pip install -e ".[bench]"`).
+what oto cuts and do less afterwards (pruning/simple.py); and others by their authors' code: tp-..., Torch-Pruning's
+global pruning at once (`pip install -e ".[bench]"`), and, if `--checkouts` says where it lies, kcm (pruning/kcm.py).
 
 Scored is what is left of the model, on the test set. The last column is the mean difference to "oto" over the seeds
 that both have, in points of accuracy (llama: of loss). Each run appends a JSON line to --out; runs already there are

@@ -16,13 +16,14 @@ from .one_shot import one_shot
 
 OURS = ("oto", "oto-8", "oto-reconstruct")
 SIMPLE = {"cut": simple.cut, "statistics": simple.statistics, "mean": simple.mean}
-RIVALS = {"tp-magnitude": one_shot, "tp-taylor": one_shot, "kcm": kcm}
+TORCH_PRUNING = ("tp-magnitude", "tp-taylor", "tp-taylor-bottleneck")
+RIVALS = dict.fromkeys(TORCH_PRUNING, one_shot) | {"kcm": kcm}
 METHODS = ("dense", *OURS, *SIMPLE, *RIVALS)
-WITHOUT = {  # task -> methods that would be another one there
-    "resnet": ("mean", "kcm"),  # its one bias is that of the last layer
+WITHOUT = {  # task -> methods that would be another one there, or can't be run
+    "resnet": ("mean", "tp-taylor-bottleneck", "kcm"),  # it has one bias, of the last layer, and no layer norm
     "vit": ("statistics", "kcm"),
     "text": ("statistics", "oto-8"),
-    "llama": ("statistics", "mean", "oto-8", "kcm"),
+    "llama": ("statistics", "mean", "oto-8", *TORCH_PRUNING, "kcm"),  # Torch-Pruning's graph of its heads never ends
 }
 
 

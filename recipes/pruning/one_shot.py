@@ -14,10 +14,10 @@ def one_shot(subject: Subject, method: str, target: float, checkouts: dict[str, 
     taken anew, which `hf_oto.prune` does, too.
     """
     model = subject.fresh()
-    _, score = method.split("-")
+    _, score, *scope = method.split("-")
     for batch in subject.batches if score == "taylor" else []:
         (model(**batch).loss / len(subject.batches)).backward()
-    pruner = pruner_of(model, subject.inputs, score, "global")
+    pruner = pruner_of(model, subject.inputs, score, *scope or ["global"])
     cut_to_(target, pruner, model, subject.inputs, macs(model, subject.inputs))
     statistics_anew_(model, subject.batches)
     return model

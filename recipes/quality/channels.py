@@ -16,9 +16,15 @@ GROUP_NORM = 1e-4  # the strength of its regulariser, which its examples set bet
 
 
 def pruner_of(model: nn.Module, inputs: dict[str, Tensor], score: str, scope: str) -> Any:
-    """A pruner of all but the last layer; `score` and `scope` are the parts of a method's name."""
+    """A pruner of all but the last layer; `score` and `scope` are the parts of a method's name.
+
+    Of the scopes "bottleneck" is "global" without the residual stream of a transformer, as in their ViT example.
+    """
     import torch_pruning as tp
 
+    ignored = [module for module in model.modules() if is_last(module, model)]
+    if scope == "bottleneck":
+        ignored += [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     importance = tp.importance.GroupTaylorImportance() if score == "taylor" else None
     cls, more = tp.pruner.BasePruner, {}
     if score == "groupnorm":
@@ -36,7 +42,7 @@ def pruner_of(model: nn.Module, inputs: dict[str, Tensor], score: str, scope: st
     return cls(
         model, inputs, importance or tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SMALLEST,
         max_pruning_ratio=SMALLEST, global_pruning=scope != "local", isomorphic=scope == "isomorphic",
-        iterative_steps=NUM_PARTS, ignored_layers=[m for m in model.modules() if is_last(m, model)],
+        iterative_steps=NUM_PARTS, ignored_layers=ignored,
         forward_fn=lambda model, inputs: model(**inputs).logits, **more,
     )  # fmt: skip
 
@@ -78,5 +84,4 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def is_last(module: nn.Module, model: nn.Module) -> bool:
-    is_head = isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    return is_head or module is model.get_output_embeddings()
+    return isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
