@@ -12,9 +12,10 @@ oto-8, in 8 rounds; oto-reconstruct, with 200 steps (llama: 300) of imitation; c
 what oto cuts and do less afterwards (pruning/simple.py); and others by their authors' code: tp-..., Torch-Pruning's
 global pruning at once (`pip install -e ".[bench]"`), and, if `--checkouts` says where it lies, kcm (pruning/kcm.py).
 
-Scored is what is left of the model, on the test set. The last column is the mean difference to "oto" over the seeds
-that both have, in points of accuracy (llama: of loss). Each run appends a JSON line to --out; runs already there are
-skipped.
+Scored is what is left of the model, on the test set. CPU seconds are those of the method, with the examples in memory;
+of cut, statistics and mean without the choice, which they take from oto. The last column is the mean difference to
+"oto" over the seeds that both have, in points of accuracy (llama: of loss). Each run appends a JSON line to --out;
+runs already there are skipped.
 """
 
 import argparse
