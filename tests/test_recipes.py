@@ -109,9 +109,17 @@ RUNS = {  # name -> (what is run, what it has to print)
             for method in ("dense", "oto", "oto-whole", "paper", "scratch", "random", "tp-taylor-global")
         ],
     ),
+    "bench_prune": (
+        ["recipes/bench_prune.py", "--smoke", "--out", "OUT/prune.jsonl"],
+        [
+            rf"(?m)^{method} +0\.7 +1 +[\d.]+"
+            for method in ("oto", "oto-8", "oto-reconstruct", "cut", "statistics", "mean", "tp-magnitude", "tp-taylor")
+        ],
+    ),
 }
 NEEDS = {"export_gguf": "gguf"}  # what isn't installed with the package or its recipes
-LONG = {"quickstart", "language_model", "sentence_embeddings", "bench_memory", "bench_quality", "bench_runtimes"}
+LONG = {"quickstart", "language_model", "sentence_embeddings"}
+LONG |= {"bench_memory", "bench_prune", "bench_quality", "bench_runtimes"}
 
 
 def printed(command, out):
