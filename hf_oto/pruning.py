@@ -128,7 +128,8 @@ def prune(
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(model))
         for device in devices:  # in autocast weights are copies, of which nobody knows whose they are
-            stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         forwards = calls_of(model, batches, batch_size, max_batches)
         examples = forwards[:1]  # on which everything is found and proven
         partition = partition_zigs(model, examples, protect)
