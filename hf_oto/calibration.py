@@ -59,7 +59,7 @@ def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: i
 
 def _one(batch: Call) -> list[Call]:
     if isinstance(batch, Mapping) and any(isinstance(part, Dataset) for part in batch.values()):
-        raise ValueError(f"batches has several datasets, {', '.join(batch)}: pass one of them")
+        raise ValueError(f"batches is a dict of datasets, {', '.join(batch)}: pass one of them")
     return [batch]
 
 
@@ -131,7 +131,7 @@ def _collated(model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_token: in
         if name == "input_ids" and "attention_mask" not in rows[0] and len(lengths) > 1:
             ones = [torch.ones_like(value) for value in values]
             batch["attention_mask"] = _stacked(ones, 0)
-    if not batch:
+    if not batch.keys() - {"labels"}:
         raise OTOError(
             f"the dataset has no column that {type(model).__name__} takes ({_first_names(model)}): it has "
             f"{', '.join(rows[0])}; apply the model's tokenizer or processor to it first"

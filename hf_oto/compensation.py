@@ -146,6 +146,13 @@ class Compensation:
                 told(len(group))
             self._fit_in_step_(set(together), fitting, told)
         self.fits |= fitting.fits
+        short = [name for name, fit in fitting.fits.items() if fit.is_short_of_rows]
+        if short:
+            logger.warning(
+                "%d weights, %s for one, read more features than the batches have rows: they stay near what they "
+                "were, or are fitted to these batches alone; pass more of them",
+                len(short), short[0],
+            )  # fmt: skip
 
     def _fit_on_dense_(self, mixings: Sequence[Mixing], fitting: _Fitting) -> None:
         """Fits weights by what the dense model alone shows: of experts, which get other tokens in the cut model, and

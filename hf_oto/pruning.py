@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ from .evaluating import random_states_kept
 from .modeling_oto import OTOError, named_tensors
 from .partition import partition_zigs
 from .reconstruction import reconstruct_
+from .rehearsal import no_progress_bars, refuse_adapter
 from .report import Report, measure
-from .restore import contents, places, put_back
+from .restore import contents, places, put_back, restored
 from .sensitivity import SALIENCES, measured
 from .targets import Budget, Limits, budget_of, counts_exactly, limits_of, the_target
 from .uniform import Tie, find_ties, plain
@@ -41,6 +43,7 @@ from .zigs import PruningPlan, ZIGPartition
 logger = logging.getLogger(__name__)
 
 BATCHES_OF_SALIENCE = 16  # more change little, and gradients take most of the time
+FEWEST_TO_HOLD_OUT = 4  # of so many batches the last one is kept to tell how good the result is
 
 
 def prune(
@@ -79,7 +82,7 @@ def prune(
         salience: by what the ZIGs are chosen. "outputs": by gradients, with the model's own outputs as targets;
             "labels": with the labels in the batches; "activations": by variances, without gradients.
         rounds: in so many steps the target is reached. After each the weights are fitted, and the salience is
-            measured anew. More rounds take as many times as long. They help convolutional networks.
+            measured anew. More rounds take several times as long. They help some convolutional networks.
         reconstruct: after that so many steps of AdamW make all weights imitate the dense model's outputs on these
             batches. Language models need it.
         protect: as in `partition_zigs`.
@@ -92,7 +95,8 @@ def prune(
         the compact model, the same object (with `uniform`, a new one of the stock class), and a report. It has
         "before" and "after" (see `measure`), "group_sparsity", "max_output_difference" (of the zeroed and the compact
         model, see `OTOTrainer.report`), "plan", "fits" (how far the layer of each weight is from the dense one, as a
-        fraction of the variance, without and with new weights) and "output_error" (the same of the model's outputs).
+        fraction of the variance, without and with new weights) and "output_error" (the same of the model's outputs, on
+        the last batch, which of four or more batches is not fitted to: "output_error_is_held_out").
 
     Raises:
         OTOError: the batches don't suit the model or the salience, or the certificate fails.
@@ -110,10 +114,9 @@ def prune(
     """
     if salience not in SALIENCES:
         raise ValueError(f"salience is {salience!r}: it must be one of {', '.join(SALIENCES)}")
-    if rounds < 1 or reconstruct < 0:
-        raise ValueError(
-            f"rounds is {rounds}, reconstruct {reconstruct}: at least one round, and no less than 0 steps"
-        )
+    for name, value, least in (("rounds", rounds, 1), ("reconstruct", reconstruct, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}")
     target = the_target(
         {
             "target_macs": target_macs,
@@ -122,6 +125,8 @@ def prune(
             "target_per_axis": target_per_axis,
         }
     )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, and must be a torch module (of a pipeline, its model)")
     if any(weight.is_meta for weight in model.parameters()):
         raise OTOError(f"{type(model).__name__} has weights on the meta device: load them, to prune without training")
     devices = {weight.device.type for weight in model.parameters()}
@@ -135,6 +140,7 @@ def prune(
         partition = partition_zigs(model, examples, protect)
         if not partition.axes:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
+        _refuse_adapters(model)
         ties = find_ties(model, partition, examples) if uniform else None
         tied = None if ties is None else [tie.axes for tie in ties]
         limits = limits_of(partition.axes, target, min_keep, group_divisible, tied)
@@ -151,15 +157,27 @@ def prune(
     return model, report
 
 
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raises OTOError where the model would save only a part of its weights, as adapters on a frozen base do."""
+    if all(parameter.requires_grad for parameter in model.parameters()) or not hasattr(model, "save_pretrained"):
+        return
+    # saving writes into the config
+    with tempfile.TemporaryDirectory() as folder, no_progress_bars(), restored(model):
+        model.save_pretrained(folder)
+        refuse_adapter(model, folder)
+
+
 class _PrunedCopy:
     """The copy on which everything is tried."""
 
     def __init__(self, model: nn.Module, partition: ZIGPartition, forwards: Sequence[Forward]) -> None:
         self._model = model
-        self._forwards = forwards
+        has_many = len(forwards) >= FEWEST_TO_HOLD_OUT
+        self._held_out = forwards[-1:] if has_many else []
+        self._forwards = forwards[:-1] if has_many else forwards
         self._small = light_copy(model)
         self._compaction = Compaction(self._small, partition)
-        self._compensation = Compensation(model, self._small, forwards)
+        self._compensation = Compensation(model, self._small, self._forwards)
         self._changed = set(self._compensation.changed)
 
     def prune_(self, limits: Limits, budget: Budget, salience: str, rounds: int, reconstruct: int) -> None:
@@ -195,7 +213,8 @@ class _PrunedCopy:
         facts = {
             "plan": PruningPlan.removing(cut.removed, cut.partition),
             "fits": {name: (fit.error_before, fit.error) for name, fit in self._compensation.fits.items()},
-            "output_error": _output_error(self._model, self._small, self._forwards[:4]),
+            "output_error": _output_error(self._model, self._small, self._held_out or self._forwards[:4]),
+            "output_error_is_held_out": bool(self._held_out),
         }
         return cut, weights, facts
 

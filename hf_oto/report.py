@@ -257,7 +257,8 @@ class Report(dict):
         notes.append(difference)
         if "output_error" in self:
             percent = 100 * self["output_error"]
-            notes.append(f"outputs are off the dense model's by {percent:.2g} % of their variance")
+            where = "a batch that was held out" if self["output_error_is_held_out"] else "the batches it was fitted to"
+            notes.append(f"outputs are off the dense model's by {percent:.2g} % of their variance, on {where}")
         fraction = self["training_macs"]
         if fraction is not None and fraction < 1:
             percent = 100 * fraction

@@ -14,7 +14,6 @@ K is 2, and without a pull W' is 2.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import NamedTuple
 
@@ -23,8 +22,6 @@ from torch import Tensor
 
 from .modeling_oto import OTOError
 from .wide import wide_dtype
-
-logger = logging.getLogger(__name__)
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # lam; with infinity only the bias changes
 HELD_OUT = 4  # one row of so many is held out
@@ -127,6 +124,7 @@ class Fit(NamedTuple):
     layer: Layer
     error_before: float
     error: float
+    is_short_of_rows: bool = False  # the batches show fewer rows than the layer has features
 
 
 class Regression:
@@ -161,8 +159,7 @@ class Regression:
             OTOError: a feature or a result isn't a finite number.
         """
         if not (self._held_out.num_rows and self._fitted.num_rows):
-            logger.warning("%s stays as it was cut: the batches show too few rows of what it reads", name)
-            return Fit(layer, math.nan, math.nan)
+            return Fit(layer, math.nan, math.nan, is_short_of_rows=True)
         for_fit, for_choice = self._fitted.means(), self._held_out.means()
         for means in (for_fit, for_choice):
             if not (means.xx.isfinite().all() and means.xy.isfinite().all()):
@@ -178,17 +175,10 @@ class Regression:
                 best, best_pull = error, pull
         if best_pull is None:
             return Fit(layer, before, before)
-        num_features = len(layer.weight)
         num_rows = self._fitted.num_rows + self._held_out.num_rows
-        if num_rows < num_features:
-            logger.warning(
-                "%s reads %d features, and the batches show only %d rows of them: its new weights stay near the old "
-                "ones (lam=%g); pass more batches",
-                name, num_features, num_rows, best_pull,
-            )  # fmt: skip
         fitted = wide.fitted(_of_both(for_fit, for_choice, self._held_out.num_rows / num_rows), best_pull)
         new = Layer(*(None if t is None else t.to(old) for t, old in zip(fitted, layer, strict=True)))
-        return Fit(new, before, best)
+        return Fit(new, before, best, is_short_of_rows=num_rows < len(layer.weight))
 
 
 def _of_both(first: Means, second: Means, share: float) -> Means:

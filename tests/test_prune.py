@@ -7,6 +7,7 @@ import threading
 import weakref
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -17,8 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hf_oto
 from hf_oto import OTOError, PruningPlan, compact, partition_zigs, prune
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*features, and the batches show only")
 
 
 def batches_of(name, number=6):
@@ -112,7 +111,7 @@ def test_what_is_there_twice_goes_without_a_loss(name):
     torch.manual_seed(0)
     build, shape = TWICE[name]
     dense = build().eval()
-    batches = [torch.randn(shape) for _ in range(4)]
+    batches = [torch.randn(shape) for _ in range(10)]
     small, report = prune(copy.deepcopy(dense), batches, target_per_axis={"first": 0.5}, salience="activations")
     assert report["plan"].kept == {"first.weight[1]" if name == "transposed" else "first.weight[0]": (0, 1, 2, 3)}
     x = torch.randn(shape)
@@ -151,13 +150,13 @@ def test_batch_norms_have_the_statistics_of_the_batches():
     batches = [1 + 2 * torch.randn(32, 3, 8, 8) for _ in range(4)]
     for norm in (dense[1], dense[4]):
         norm.momentum = None
-    dense.train()(torch.cat(batches))
+    dense.train()(torch.cat(batches[:-1]))
     dense.eval()
     dense[2].alias = dense[3].weight
     small, _ = prune(copy.deepcopy(dense), batches, target_per_axis={"0.weight": 0.5})
     with torch.no_grad():
         for number in (1, 4):
-            x = small[:number](torch.cat(batches))
+            x = small[:number](torch.cat(batches[:-1]))
             assert torch.allclose(small[number].running_mean, x.mean((0, 2, 3)), atol=1e-3)
             assert torch.allclose(small[number].running_var, x.var((0, 2, 3)), rtol=1e-2)
     assert (small[4].running_var - dense[4].running_var).abs().max() > 0.01
@@ -505,11 +504,14 @@ ERRORS = {  # name -> (batches, options, error, what it says)
     "nothing": (None, {}, ValueError, "is a NoneType: pass a batch"),
     "no rows": (Dataset.from_dict({"input_ids": []}), {}, OTOError, "no batch"),
     "rows that are lists": ([{"input_ids": [3, 4, 5]}], {}, ValueError, "no tensor .*Dataset of rows"),
-    "several datasets": ({"train": Dataset.from_list([{"a": 1}])}, {}, ValueError, "several datasets, train"),
+    "several datasets": ({"train": Dataset.from_list([{"a": 1}])}, {}, ValueError, "dict of datasets, train"),
     "no numbers": (Dataset.from_list([{"input_ids": "words"}]), {}, OTOError, "'input_ids' .* no numbers"),
     "no batch size": (good_batches(), {"batch_size": 0}, ValueError, "must be at least 1"),
     "another salience": (good_batches(), {"salience": "magnitude"}, ValueError, "must be one of outputs"),
-    "no round": (good_batches(), {"rounds": 0}, ValueError, "at least one round"),
+    "no round": (good_batches(), {"rounds": 0}, ValueError, "rounds is 0: .* at least 1"),
+    "half a round": (good_batches(), {"rounds": 2.5}, ValueError, "rounds is 2.5: it must be a whole number"),
+    "whether to reconstruct": (good_batches(), {"reconstruct": True}, ValueError, "reconstruct is True"),
+    "labels alone": (Dataset.from_list([{"text": "a", "label": 1}]), {}, OTOError, "no column that .* tokenizer"),
     "no number": (NAN, {}, OTOError, "finite number"),
     "too little": (good_batches(), {"target_macs": 0.01}, ValueError, "not feasible"),
     "two targets": (good_batches(), {"target_params": 0.5}, ValueError, "one target at a time"),
@@ -565,6 +567,32 @@ def test_the_model_is_untouched_if_anything_fails(monkeypatch, place):
     assert threading.active_count() == num_threads
 
 
+def test_adapters_and_what_is_no_module_are_refused():
+    """What an adapter saves can't say what was pruned. Merged, it can be; and so can a base that has none."""
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(small_bert(), config)
+    with pytest.raises(OTOError, match="merge the adapter"):
+        prune(adapted, good_batches(), target_macs=0.6)
+    small, _ = prune(adapted.merge_and_unload(), good_batches(), target_macs=0.6)
+    assert small.num_parameters() < small_bert().num_parameters()
+    with pytest.raises(ValueError, match=r"model is a str, .* pipeline"):
+        prune("dense", good_batches())
+
+
+def test_the_error_that_is_reported_is_one_on_other_data():
+    """Few rows fit themselves, and nothing else."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    batches = list(torch.randn(80, 6).split(8))
+    small, report = prune(copy.deepcopy(dense), batches, target_macs=0.5)
+    assert report["output_error_is_held_out"] and "held out" in str(report)
+    x = batches[-1]
+    off = ((small(x) - dense(x)).square().mean() / dense(x).var()).item()
+    assert report["output_error"] == pytest.approx(off, rel=1e-3)
+    _, report = prune(copy.deepcopy(dense), batches[:3], target_macs=0.5)
+    assert not report["output_error_is_held_out"] and "fitted to" in str(report)
+
+
 @pytest.mark.parametrize("way", ["forward", "hook"])
 def test_functions_that_lead_from_the_copy_to_the_model_are_refused(way):
     torch.manual_seed(0)
@@ -605,7 +633,7 @@ def test_numbers_frozen_weights_and_autocast():
         small, same_report = prune(copy.deepcopy(dense), batches, target_macs=0.5)
     assert same(weights(small), weights(plain)) and same_report["fits"] == report["fits"]
     with pytest.raises(OTOError, match="logits are not finite"):
-        prune(dense, [*batches, {"x": torch.full((8, 6), torch.nan)}], target_macs=0.5)
+        prune(dense, [batches[0], {"x": torch.full((8, 6), torch.nan)}, *batches], target_macs=0.5)
 
 
 def test_weights_that_are_not_there_are_an_error():
