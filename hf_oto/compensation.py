@@ -99,7 +99,7 @@ class Compensation:
     Attributes:
         weights: the matrices that are fitted.
         changed: the names of the parameters and buffers that this may change.
-        fits: the last fit of every weight, by its name.
+        fits: the last fit of every weight, by its label.
     """
 
     def __init__(self, dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]) -> None:
@@ -135,9 +135,8 @@ class Compensation:
         """
         own_(self._small, self._dense, self.changed)
         fitting = _Fitting(self._dense, self._small, cut, self._places)
-        to_fit = [mixing for mixing in self._places if mixing.name not in cut.scales]
-        together = [mixing for mixing in to_fit if self._places[mixing].is_steady]
-        apart = [mixing for mixing in to_fit if mixing not in together]
+        together = [mixing for mixing, place in self._places.items() if place.is_steady]
+        apart = [mixing for mixing, place in self._places.items() if not place.is_steady]
         self._small.eval()
         with evaluating(self._dense):
             one_by_one_(self._dense)
@@ -326,7 +325,7 @@ class _Fitting:
         mixing.write_(weight, fit.layer.weight)
         if bias is not None:
             bias.copy_(fit.layer.bias)
-        self.fits[mixing.name] = fit
+        self.fits[mixing.label] = fit._replace(layer=None)
 
 
 class _Pair(NamedTuple):

@@ -42,6 +42,12 @@ class Mixing(NamedTuple):
     index: tuple[tuple[int, int], ...] = ()
     is_flipped: bool = False
 
+    @property
+    def label(self) -> str:
+        """The name of the parameter, and where in it the matrix lies: "experts.weight[3]"."""
+        positions = [str(position) for _, position in self.index]
+        return f"{self.name}[{', '.join(positions)}]" if positions else self.name
+
     def matrix(self, parameter: Tensor) -> Tensor:
         """A copy of the matrix, (features x kernel, results)."""
         weight = self._ordered(parameter)

@@ -272,7 +272,7 @@ def _put_(model: nn.Module, cut: Cut, weights: Mapping[str, Tensor]) -> None:
     places_of_id = places(model)
     for name, left in weights.items():
         old = tensors[name]
-        if name in cut.scales:
+        if name in cut.scales:  # the cut will multiply it
             factor, offset = cut.scales[name]
             left = scaled(left.detach(), 1 / factor, offset)
         kept = []

@@ -121,7 +121,7 @@ class Layer(NamedTuple):
 class Fit(NamedTuple):
     """The new weights of a layer, and how far it is from the dense one, as a fraction of the variance."""
 
-    layer: Layer
+    layer: Layer | None  # None once the weights are in the model
     error_before: float
     error: float
     is_short_of_rows: bool = False  # the batches show fewer rows than the layer has features

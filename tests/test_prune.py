@@ -435,6 +435,12 @@ class Chosen(nn.Module):
         return out
 
 
+def test_stacked_experts_are_fitted_one_by_one():
+    _, report = prune(make("mixtral").eval(), batches_of("mixtral", 8), target_macs=0.6)
+    experts = {name.partition("[")[2] for name in report["fits"] if "experts.down_proj" in name}
+    assert len(experts) == make("mixtral").config.num_local_experts
+
+
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_experts_that_get_other_tokens_in_the_cut_model(batch_size):
     torch.manual_seed(0)
