@@ -75,6 +75,18 @@ def test_a_plain_model_computes_what_the_zeroed_one_does(name):
     assert outputs_differ(model, stock, inputs)[0] < 1e-5
 
 
+@pytest.mark.parametrize("num_gone", [1, 16])
+def test_a_config_that_could_not_be_saved_is_no_stock_config(num_gone):
+    """A config of Llama wants heads to divide the hidden size, and says so only when it is saved."""
+    model, inputs, partition, ties = parts("llama")
+    (tie,) = (tie for tie in ties if ("hidden_size",) in tie.numbers)
+    sizes = {axis.name: axis.size for axis in partition.axes}
+    plan = PruningPlan({name: range(sizes[name] - num_gone) for name in tie.axes})
+    small = compact(copy.deepcopy(model), partition, plan)
+    stock = plain(small, partition, plan, [tie], inputs)
+    assert (stock is None) == (num_gone == 1)
+
+
 @pytest.mark.parametrize("name", ["bloom", "swin", "convnext", "swapped"])
 def test_a_config_that_says_nothing_is_an_error_before_training(name):
     with pytest.raises(OTOError, match="no number in the config"):
