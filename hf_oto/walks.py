@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 Stop = Callable[[Any], None]
+NAME = "hf_oto walk"  # of the threads
 
 
 class _Ended(BaseException):
@@ -44,7 +45,7 @@ class Walk:
         self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._may_go = threading.Semaphore(0)
         self._stands = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._walk, daemon=True)
+        self._thread = threading.Thread(target=self._walk, name=NAME, daemon=True)
 
     def go_on(self) -> None:
         """Lets the forward run to its next stop, or to its end; what it raises is raised here.

@@ -14,7 +14,7 @@ from hf_oto.calibration import Rows
 from hf_oto.calls import Forward
 from hf_oto.mixing import Mixing, Product, Tensors, Watched
 from hf_oto.ridge import Layer, Regression
-from hf_oto.walks import Walk
+from hf_oto.walks import NAME, Walk
 
 # the regression ------------------------------------------------------------------------------------
 
@@ -261,7 +261,6 @@ def test_an_error_on_the_way_is_raised_here():
 
 
 def test_ended_forwards_leave_no_thread():
-    before = threading.active_count()
     cleaned = []
 
     def run(stop):
@@ -274,8 +273,8 @@ def test_ended_forwards_leave_no_thread():
     walks = [Walk(run) for _ in range(5)]
     for walk in walks[:3]:
         walk.go_on()
-    assert threading.active_count() == before + 3
+    assert [thread.name for thread in threading.enumerate()].count(NAME) == 3
     for walk in walks:
         walk.end()
         walk.end()
-    assert threading.active_count() == before and cleaned == ["cleaned"] * 3
+    assert NAME not in {thread.name for thread in threading.enumerate()} and cleaned == ["cleaned"] * 3
