@@ -34,7 +34,7 @@ from .wide import wide_dtype
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Stop], Any]  # a forward that can be stopped
+Run = Callable[[Stop], None]  # a forward that can be stopped, and whose output nobody needs
 
 ROWS_PER_FEATURE = 32  # a regression looks at so many rows for each of its features; more change little
 FEWEST_VALUES = 100  # of which statistics of a batch norm are taken
@@ -143,7 +143,8 @@ class Compensation:
             for group in _fitting_in_memory(apart, fitting):
                 self._fit_on_dense_(group, fitting)
                 told(len(group))
-            self._fit_in_step_(set(together), fitting, told)
+            if together or self._statistics:
+                self._fit_in_step_(set(together), fitting, told)
         self.fits |= fitting.fits
         short = [name for name, fit in fitting.fits.items() if fit.is_short_of_rows]
         if short:
@@ -217,6 +218,8 @@ class Compensation:
                     now = [pair.small.at[1] for pair in here]
                     fitting.renew_(place, now, [pair.result_of_dense() for pair in here])
                     statistics.discard(place)
+                    for pair in here:
+                        pair.dense.go_on()
                 else:
                     regression = Regression()
                     for pair in here:
@@ -224,6 +227,8 @@ class Compensation:
                         y = pair.result_of_dense()
                         if y is not None and len(x) == len(y):
                             self._add(regression, x, fitting.results_left(place, y), pair.rows)
+                        del x, y
+                        pair.dense.go_on()  # its results are large where they are logits
                     fitting.fit_(place, regression)
                     to_come.discard(place)
                     told(1)
@@ -235,10 +240,17 @@ class Compensation:
                 pair.small.end()
 
     def _stopping_after(self, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]) -> Run:
-        """A forward of the dense model that stops after products, with their results, and after batch norms."""
+        """A forward of the dense model that stops after products, with their results, and after batch norms.
+
+        It also stops before products, with None, so that the results of all batches are not in memory together.
+        """
         tensors = Tensors(self._dense)
 
-        def run(stop: Stop) -> Any:
+        def run(stop: Stop) -> None:
+            def before(seen: Seen) -> None:
+                if isinstance(seen, Product) and seen.mixing in places_to_stop:
+                    stop((seen.mixing, None))
+
             def after(seen: Seen, output: Any) -> None:
                 if isinstance(seen, Normalization):
                     if tensors.named(seen.mean) in statistics:
@@ -246,8 +258,8 @@ class Compensation:
                 elif seen.mixing in places_to_stop:
                     stop((seen.mixing, self._results(seen, output)))
 
-            with Watched(tensors, after=after):
-                return forward.run(self._dense)
+            with Watched(tensors, before, after):
+                forward.run(self._dense)
 
         return run
 
@@ -255,7 +267,7 @@ class Compensation:
         """A forward of the cut model that stops before products and batch norms, with what they are computed of."""
         tensors = Tensors(self._small)
 
-        def run(stop: Stop) -> Any:
+        def run(stop: Stop) -> None:
             def before(seen: Seen) -> None:
                 if isinstance(seen, Normalization):
                     if tensors.named(seen.mean) in statistics:
@@ -264,7 +276,7 @@ class Compensation:
                     stop((seen.mixing, seen))
 
             with Watched(tensors, before):
-                return forward.run(self._small)
+                forward.run(self._small)
 
         return run
 
@@ -281,8 +293,7 @@ class _Fitting:
 
     def num_features(self, mixing: Mixing) -> int:
         """How many features, each as often as the kernel has places, a weight reads after the cut."""
-        parameter = self._tensors[mixing.name]
-        return len(mixing.matrix(parameter))
+        return mixing.num_features(self._tensors[mixing.name])
 
     def _left(self, mixing: Mixing, dim: int, device: torch.device) -> Tensor:
         gone = self._positions.get(mixing.name, {}).get(dim, np.empty(0, int))
@@ -343,12 +354,13 @@ class _Pair(NamedTuple):
     def result_of_dense(self) -> Tensor | None:
         """What the dense model returns where the cut one has stopped; None: it doesn't come there."""
         while True:
+            if self.dense.at is not None:
+                place, result = self.dense.at
+                if place == self.place and result is not None:
+                    return result
             self.dense.go_on()
             if self.dense.at is None:
                 return None
-            place, result = self.dense.at
-            if place == self.place:
-                return result
 
 
 def _renewed(

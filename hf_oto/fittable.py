@@ -78,7 +78,8 @@ def looked_at(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[Mixin
         is_steady = not mixing.index and not keeps_tensors and _are_steady(numbers, sizes)
         if mixing.name not in refused:
             found[mixing] = Place(name if is_own else None, is_steady)
-    return found, statistics
+    # forwards that find each other's tensors must not walk together, and statistics are taken on such walks only
+    return found, {} if keeps_tensors else statistics
 
 
 def _keeps_other_tensors(before: Contents) -> bool:

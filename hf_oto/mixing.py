@@ -11,6 +11,7 @@ parameter. The rows that go in are (8, 3), those that come out (8, 8).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,11 @@ class Mixing(NamedTuple):
         if self.is_flipped:
             weight = weight.flip(self._kernel_dims(weight))
         return weight.reshape(-1, weight.shape[-1]).clone()
+
+    def num_features(self, parameter: Tensor) -> int:
+        """How many rows the matrix has: features x kernel."""
+        *features_and_kernel, _ = self._ordered(parameter).shape
+        return math.prod(features_and_kernel)
 
     def write_(self, parameter: Tensor, matrix: Tensor) -> None:
         """Puts another matrix, (features x kernel, results), into the parameter."""

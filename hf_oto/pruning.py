@@ -2,7 +2,7 @@
 
 The salience of every ZIG is measured (sensitivity.py), `choice.choose` says which ZIGs go, as in training, and what is
 left gets new weights by which it returns what the dense model does (compensation.py). All of this happens on a copy
-that shares its tensors with the model. The model itself is changed at the very end, once the certificate holds.
+that shares its parameters with the model. The model itself is changed at the very end, once the certificate holds.
 
 Worked example: of Linear(3, 8), ReLU, Linear(8, 2) half of the MACs are to be left. The 4 least salient units go, the
 second layer gets new weights for the other 4, and the model is cut as `compact` cuts it.
@@ -84,7 +84,7 @@ def prune(
         rounds: in so many steps the target is reached. After each the weights are fitted, and the salience is
             measured anew. More rounds take several times as long. They help some convolutional networks.
         reconstruct: after that so many steps of AdamW make all weights imitate the dense model's outputs on these
-            batches. Language models need it.
+            batches. It helps language models most.
         protect: as in `partition_zigs`.
         min_keep, group_divisible: as in `DHSPG`.
         uniform: whether the compact model has widths that its stock config can say.

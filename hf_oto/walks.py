@@ -31,12 +31,10 @@ class Walk:
 
     Attributes:
         at: what the forward has stopped with; None before it has begun, and at its end.
-        result: what `run` has returned.
     """
 
-    def __init__(self, run: Callable[[Stop], Any]) -> None:
+    def __init__(self, run: Callable[[Stop], None]) -> None:
         self.at: Any = None
-        self.result: Any = None
         self._run = run
         self._error: BaseException | None = None
         self._is_to_end = False
@@ -76,7 +74,7 @@ class Walk:
                 torch.accelerator.set_device_index(self._device)
             torch.manual_seed(0)
             with torch.no_grad():  # each thread has a mode of its own
-                self.result = self._run(self._stop)
+                self._run(self._stop)
         except _Ended:
             pass
         except BaseException as error:

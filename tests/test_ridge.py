@@ -236,16 +236,17 @@ def test_forwards_stop_and_go_on():
         for place in "ab":
             way.append(place)
             stop(place)
-        return "end"
+        way.append("end")
 
     walk = Walk(run)
     assert walk.at is None and not way
     walk.go_on()
     assert walk.at == "a" and way == ["a"]
     walk.go_on()
-    assert walk.at == "b" and way == ["a", "b"] and walk.result is None
+    assert walk.at == "b" and way == ["a", "b"]
     walk.go_on()
-    assert walk.at is None and walk.result == "end"
+    walk.go_on()  # there is no further to go
+    assert walk.at is None and way == ["a", "b", "end"]
 
 
 def test_an_error_on_the_way_is_raised_here():
