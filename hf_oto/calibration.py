@@ -73,18 +73,14 @@ def _taken_by(model: nn.Module, batch: Any) -> Call:
     Raises:
         ValueError: there is no tensor among them.
     """
+    parameters = _parameters_of_forward(model)
     if isinstance(batch, Forward):
         return batch
-    parameters = _parameters_of_forward(model)
     if isinstance(batch, (list, tuple)):  # a loader gives lists
-        has_any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())
-        taken = tuple(batch) if has_any_number else tuple(batch)[: len(parameters)]
+        taken = _taken_by_position(batch, parameters)
         values = taken
     elif isinstance(batch, Mapping):
-        batch = {("labels" if name in OTHER_NAMES_OF_LABELS else name): value for name, value in batch.items()}
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names = {name for name, parameter in parameters.items() if parameter.kind not in variable}
-        taken = {name: value for name, value in batch.items() if not names or name in names}
+        taken = _taken_by_name(batch, parameters)
         values = tuple(taken.values())
     else:
         return batch
@@ -93,6 +89,23 @@ def _taken_by(model: nn.Module, batch: Any) -> Call:
             f"a batch has no tensor that {type(model).__name__} takes ({_first_names(model)}): pass batches of "
             "tensors, a DataLoader of such, or a datasets.Dataset of rows"
         )
+    return taken
+
+
+def _taken_by_position(batch: Sequence[Any], parameters: Mapping[str, inspect.Parameter]) -> tuple[Any, ...]:
+    takes_any_number = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters.values())
+    return tuple(batch) if takes_any_number else tuple(batch)[: len(parameters)]
+
+
+def _taken_by_name(batch: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {name for name, parameter in parameters.items() if parameter.kind not in variable}
+    taken: dict[str, Any] = {}
+    for key, value in batch.items():
+        name = "labels" if key in OTHER_NAMES_OF_LABELS else key
+        # a forward that only has **kwargs takes whatever there is
+        if not names or name in names:
+            taken[name] = value
     return taken
 
 
@@ -121,14 +134,12 @@ def _collated(model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_token: in
         name = "labels" if column in OTHER_NAMES_OF_LABELS else column
         if name not in parameters:
             continue
-        try:
-            values = [torch.as_tensor(row[column]) for row in rows]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise OTOError(f"the column {column!r} of the dataset holds no numbers: {error}") from error
+        values = _values_of(column, rows)
         fill = {"input_ids": pad_token, "labels": NO_LABEL}.get(name, 0)
         batch[name] = _stacked(values, fill)
         lengths = {len(value) for value in values if value.dim()}
-        if name == "input_ids" and "attention_mask" not in rows[0] and len(lengths) > 1:
+        is_padded = name == "input_ids" and len(lengths) > 1
+        if is_padded and "attention_mask" not in rows[0]:
             ones = [torch.ones_like(value) for value in values]
             batch["attention_mask"] = _stacked(ones, 0)
     if not batch.keys() - {"labels"}:
@@ -139,9 +150,18 @@ def _collated(model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_token: in
     return batch
 
 
+def _values_of(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """One tensor for each row."""
+    try:
+        return [torch.as_tensor(row[column]) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OTOError(f"the column {column!r} of the dataset holds no numbers: {error}") from error
+
+
 def _stacked(values: Sequence[Tensor], fill: int) -> Tensor:
     """Tensors of equal shapes, or of different lengths, one upon the other."""
-    if len({value.shape for value in values}) == 1:
+    shapes = {value.shape for value in values}
+    if len(shapes) == 1:
         return torch.stack(list(values))
     return nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
 
@@ -153,7 +173,7 @@ class Rows:
     """
 
     def __init__(self, forward: Forward, seed: int = 0) -> None:
-        self._seed = seed
+        self._seed = seed  # of the rows that are drawn
         self._masks: dict[int, Tensor] = {}  # number of positions -> bool, those that count
         for name, value in forward.kwargs.items():
             if isinstance(value, Tensor) and value.dim() == 2 and name.endswith("attention_mask"):

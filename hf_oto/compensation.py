@@ -3,7 +3,9 @@
 Whatever multiplies features by a weight gets the weights of a ridge regression (ridge.py): from the features that it
 reads in the cut model to what the dense model returns at the same place. This is done from the first layer to the
 last, each time with the new weights before it, so that later layers make up for errors of earlier ones. The statistics
-of batch norms are taken anew on the way.
+of batch norms are taken anew on the way (batch_norms.py).
+
+For that all batches walk through both models together (walks.py), and stop wherever a weight is to be fitted.
 
 Worked example: in Linear(3, 8), ReLU, Linear(8, 2) the cut takes 4 of 8 units. The first layer reads what it read
 before, so its 4 rows stay. The second one reads 4 features, and gets the weights that make of them what it made of 8.
@@ -11,86 +13,32 @@ before, so its 4 rows stay. The second one reads 4 features, and gets the weight
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batch_norms import aligned_statistics
 from .calibration import Rows
 from .calls import Forward, raise_if_out_of_memory
 from .cut import Cut, kept_positions
 from .evaluating import evaluating
-from .fittable import Place, looked_at, one_by_one_
+from .fittable import Fittable, fittable_weights, one_by_one_
+from .light_copy import unshare_
 from .mixing import Mixing, Normalization, Product, Seen, Tensors, Watched
 from .modeling_oto import OTOError, named_tensors
-from .restore import contents, places
-from .ridge import HELD_OUT, TINY, Fit, Layer, Regression
+from .ridge import Fit, Layer, Regression
 from .walks import Stop, Walk
-from .wide import wide_dtype
 
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Stop], None]  # a forward that can be stopped, and whose output nobody needs
 
 ROWS_PER_FEATURE = 32  # a regression looks at so many rows for each of its features; more change little
-FEWEST_VALUES = 100  # of which statistics of a batch norm are taken
-BATCHES_LOOKED_AT = 4
-
-
-def light_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares its parameters. Buffers are its own, because a forward may write to them.
-
-    Raises:
-        OTOError: the model keeps something that can't be copied.
-    """
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    buffers = {id(buffer) for buffer in model.buffers()}
-    for container, _ in contents(model).containers:
-        for value in container.values() if isinstance(container, dict) else container:
-            if isinstance(value, Tensor) and id(value) not in buffers:
-                shared[id(value)] = value
-    try:
-        copied = copy.deepcopy(model, shared)
-    except (TypeError, RuntimeError) as error:
-        name = type(model).__name__
-        raise OTOError(
-            f"{name} can't be copied: {error}; take what can't be off the model while it is pruned"
-        ) from error
-    _refuse_ways_back(copied, model)
-    return copied
-
-
-def _refuse_ways_back(copied: nn.Module, model: nn.Module) -> None:
-    """Raises OTOError where a copy still leads to the model: functions are not copied with what they close over."""
-    modules = {id(vars(module)): path for path, module in model.named_modules()}
-    for container, _ in contents(copied).containers:
-        if id(container) in modules:
-            name = type(model).__name__
-            path = modules[id(container)] or "the model itself"
-            raise OTOError(
-                f"a hook, or a forward that was put in the place of another, leads to {path} in {name}, and would in "
-                "its copy: take it off while the model is pruned"
-            )
-
-
-def own_(copied: nn.Module, model: nn.Module, names: Iterable[str]) -> None:
-    """Gives a `light_copy` tensors of its own where it still shares these with the model."""
-    of_model = named_tensors(model)
-    of_copy = named_tensors(copied)
-    places_of_id = places(copied)
-    for name in names:
-        shared = of_copy[name]
-        if shared is not of_model[name]:
-            continue
-        own = shared.detach().clone()
-        if isinstance(shared, nn.Parameter):
-            own = nn.Parameter(own, shared.requires_grad)
-        for place in places_of_id[id(shared)]:
-            place.put(own)
+BATCHES_LOOKED_AT = 4  # to find out which weights can be fitted
 
 
 class Compensation:
@@ -114,37 +62,37 @@ class Compensation:
         self._small = small
         self._forwards = forwards
         self._rows = [Rows(forward, seed) for seed, forward in enumerate(forwards)]
-        self._places, self._statistics = looked_at(dense, forwards[:BATCHES_LOOKED_AT])
+        self._fittable, self._batch_norms = fittable_weights(dense, forwards[:BATCHES_LOOKED_AT])
         self.fits: dict[str, Fit] = {}
-        self.changed = {*self._statistics, *self._statistics.values()}
-        for mixing, place in self._places.items():
+        self.changed = {*self._batch_norms, *self._batch_norms.values()}
+        for mixing, fittable in self._fittable.items():
             self.changed.add(mixing.name)
-            if place.bias is not None:
-                self.changed.add(place.bias)
+            if fittable.bias is not None:
+                self.changed.add(fittable.bias)
 
     @property
     def weights(self) -> list[Mixing]:
-        return list(self._places)
+        return list(self._fittable)
 
-    def fit_(self, cut: Cut, told: Callable[[int], None] = lambda number: None) -> None:
+    def fit_(self, cut: Cut, advance: Callable[[int], None] = lambda number: None) -> None:
         """Fits all weights anew after a cut.
 
         Args:
             cut: all that has been cut out of the dense model.
-            told: is called with the number of weights that were fitted.
+            advance: is called with the number of weights that were fitted.
         """
-        own_(self._small, self._dense, self.changed)
-        fitting = _Fitting(self._dense, self._small, cut, self._places)
-        together = [mixing for mixing, place in self._places.items() if place.is_steady]
-        apart = [mixing for mixing, place in self._places.items() if not place.is_steady]
+        unshare_(self._small, self._dense, self.changed)
+        fitting = _Fitting(self._dense, self._small, cut, self._fittable)
+        steady = {mixing for mixing, fittable in self._fittable.items() if fittable.is_steady}
+        unsteady = [mixing for mixing in self._fittable if mixing not in steady]
         self._small.eval()
         with evaluating(self._dense):
             one_by_one_(self._dense)
-            for group in _fitting_in_memory(apart, fitting):
+            for group in fitting.groups_in_memory(unsteady):
                 self._fit_on_dense_(group, fitting)
-                told(len(group))
-            if together or self._statistics:
-                self._fit_in_step_(set(together), fitting, told)
+                advance(len(group))
+            if steady or self._batch_norms:
+                self._fit_in_step_(steady, fitting, advance)
         self.fits |= fitting.fits
         short = [name for name, fit in fitting.fits.items() if fit.is_short_of_rows]
         if short:
@@ -153,6 +101,8 @@ class Compensation:
                 "were, or are fitted to these batches alone; pass more of them",
                 len(short), short[0],
             )  # fmt: skip
+
+    # on the dense model alone --------------------------------------------------------------------
 
     def _fit_on_dense_(self, mixings: Sequence[Mixing], fitting: _Fitting) -> None:
         """Fits weights by what the dense model alone shows: of experts, which get other tokens in the cut model, and
@@ -165,7 +115,7 @@ class Compensation:
                 if isinstance(seen, Product) and seen.mixing in regressions:
                     x = fitting.features_left(seen.mixing, seen.features())
                     y = fitting.results_left(seen.mixing, self._results(seen, output))
-                    self._add(regressions[seen.mixing], x, y, rows)
+                    self._add_rows(regressions[seen.mixing], x, y, rows)
 
             with Watched(tensors, after=after):
                 forward.run(self._dense)
@@ -175,71 +125,90 @@ class Compensation:
     def _results(self, product: Product, output: Tensor) -> Tensor:
         """What a layer of the dense model returns, without what it adds, unless that is fitted."""
         results = product.results(output)
-        if product.added is not None and self._places[product.mixing].bias is None:
+        if product.added is not None and self._fittable[product.mixing].bias is None:
             results = results - product.added
         return results
 
-    def _add(self, regression: Regression, x: Tensor, y: Tensor, rows: Rows) -> None:
-        most = max(1, ROWS_PER_FEATURE * x.shape[1] // len(self._forwards))
+    def _add_rows(self, regression: Regression, x: Tensor, y: Tensor, rows: Rows) -> None:
+        """Adds rows of one batch to a regression, so many that all batches together give it enough.
+
+        Args:
+            x: (rows, features). y: (rows, results).
+        """
+        num_features = x.shape[1]
+        most = max(1, ROWS_PER_FEATURE * num_features // len(self._forwards))
         counting = rows.counting(len(x), x.device, most)
         regression.add(x[counting], y[counting])
 
-    def _fit_in_step_(self, mixings: set[Mixing], fitting: _Fitting, told: Callable[[int], None]) -> None:
+    # on both models ------------------------------------------------------------------------------
+
+    def _fit_in_step_(self, mixings: set[Mixing], fitting: _Fitting, advance: Callable[[int], None]) -> None:
         """Fits weights while all batches walk through both models."""
         one_by_one_(self._small)
         to_come = set(mixings)
         try:
-            self._walk_(to_come, fitting, told)
+            self._walk_(to_come, fitting, advance)
         except OTOError:
             raise
         except Exception as error:
             # a forward that keeps something in its modules may find what that of another batch has put there
             raise_if_out_of_memory(error)
             logger.info("batches can't walk together: %s: %s", type(error).__name__, error)
-            rest = list(to_come)
-            self._fit_on_dense_(rest, fitting)
-            told(len(rest))
+            self._fit_on_dense_(list(to_come), fitting)
+            advance(len(to_come))
 
-    def _walk_(self, to_come: set[Mixing], fitting: _Fitting, told: Callable[[int], None]) -> None:
+    def _walk_(self, to_come: set[Mixing], fitting: _Fitting, advance: Callable[[int], None]) -> None:
         """See `_fit_in_step_`; what has been fitted is taken out of `to_come`."""
-        statistics = set(self._statistics)
+        norms_to_come = set(self._batch_norms)
         pairs = []
         for forward, rows in zip(self._forwards, self._rows, strict=True):
-            in_dense = Walk(self._stopping_after(forward, to_come, statistics))
-            in_small = Walk(self._stopping_before(forward, to_come, statistics))
+            in_dense = Walk(self._stopping_after(forward, to_come, norms_to_come))
+            in_small = Walk(self._stopping_before(forward, to_come, norms_to_come))
             pairs.append(_Pair(in_dense, in_small, rows))
         try:
             for pair in pairs:
                 pair.small.go_on()
-            while waiting := [pair for pair in pairs if pair.small.at is not None]:
-                place = waiting[0].place
-                here = [pair for pair in waiting if pair.place == place]
-                if isinstance(place, str):
-                    now = [pair.small.at[1] for pair in here]
-                    fitting.renew_(place, now, [pair.result_of_dense() for pair in here])
-                    statistics.discard(place)
-                    for pair in here:
-                        pair.dense.go_on()
+            while standing := [pair for pair in pairs if pair.small.at is not None]:
+                stop = standing[0].stop
+                together = [pair for pair in standing if pair.stop == stop]
+                if isinstance(stop, str):
+                    self._renew_(stop, together, fitting)
+                    norms_to_come.discard(stop)
                 else:
-                    regression = Regression()
-                    for pair in here:
-                        x = pair.small.at[1].features()
-                        y = pair.result_of_dense()
-                        if y is not None and len(x) == len(y):
-                            self._add(regression, x, fitting.results_left(place, y), pair.rows)
-                        del x, y
-                        pair.dense.go_on()  # its results are large where they are logits
-                    fitting.fit_(place, regression)
-                    to_come.discard(place)
-                    told(1)
-                for pair in here:
+                    self._fit_at_stop_(stop, together, fitting)
+                    to_come.discard(stop)
+                    advance(1)
+                for pair in together:
                     pair.small.go_on()
         finally:
             for pair in pairs:
                 pair.dense.end()
                 pair.small.end()
 
-    def _stopping_after(self, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]) -> Run:
+    def _renew_(self, name: str, pairs: Sequence[_Pair], fitting: _Fitting) -> None:
+        """Takes the statistics of a batch norm anew, at which these batches have come together."""
+        in_small = [pair.small.at[1] for pair in pairs]
+        in_dense = [pair.result_of_dense() for pair in pairs]
+        goes_the_same_way = all(seen is not None for seen in in_dense)
+        if goes_the_same_way:
+            fitting.renew_(name, in_small, in_dense)
+        for pair in pairs:
+            pair.dense.go_on()
+
+    def _fit_at_stop_(self, mixing: Mixing, pairs: Sequence[_Pair], fitting: _Fitting) -> None:
+        """Fits the weight before which these batches have come together."""
+        regression = Regression()
+        for pair in pairs:
+            x = pair.small.at[1].features()
+            y = pair.result_of_dense()
+            if y is not None and len(x) == len(y):
+                self._add_rows(regression, x, fitting.results_left(mixing, y), pair.rows)
+            # results are large where they are logits, so those of one batch at a time are in memory
+            del x, y
+            pair.dense.go_on()
+        fitting.fit_(mixing, regression)
+
+    def _stopping_after(self, forward: Forward, products: set[Mixing], norms: set[str]) -> Run:
         """A forward of the dense model that stops after products, with their results, and after batch norms.
 
         It also stops before products, with None, so that the results of all batches are not in memory together.
@@ -248,14 +217,14 @@ class Compensation:
 
         def run(stop: Stop) -> None:
             def before(seen: Seen) -> None:
-                if isinstance(seen, Product) and seen.mixing in places_to_stop:
+                if isinstance(seen, Product) and seen.mixing in products:
                     stop((seen.mixing, None))
 
             def after(seen: Seen, output: Any) -> None:
                 if isinstance(seen, Normalization):
-                    if tensors.named(seen.mean) in statistics:
+                    if tensors.named(seen.mean) in norms:
                         stop((tensors.named(seen.mean), seen))
-                elif seen.mixing in places_to_stop:
+                elif seen.mixing in products:
                     stop((seen.mixing, self._results(seen, output)))
 
             with Watched(tensors, before, after):
@@ -263,80 +232,22 @@ class Compensation:
 
         return run
 
-    def _stopping_before(self, forward: Forward, places_to_stop: set[Mixing], statistics: set[str]) -> Run:
+    def _stopping_before(self, forward: Forward, products: set[Mixing], norms: set[str]) -> Run:
         """A forward of the cut model that stops before products and batch norms, with what they are computed of."""
         tensors = Tensors(self._small)
 
         def run(stop: Stop) -> None:
             def before(seen: Seen) -> None:
                 if isinstance(seen, Normalization):
-                    if tensors.named(seen.mean) in statistics:
+                    if tensors.named(seen.mean) in norms:
                         stop((tensors.named(seen.mean), seen))
-                elif seen.mixing in places_to_stop:
+                elif seen.mixing in products:
                     stop((seen.mixing, seen))
 
             with Watched(tensors, before):
                 forward.run(self._small)
 
         return run
-
-
-class _Fitting:
-    """One cut, the places of what it leaves, and the fits after it."""
-
-    def __init__(self, dense: nn.Module, small: nn.Module, cut: Cut, places_of: Mapping[Mixing, Place]) -> None:
-        self._shapes = {name: tensor.shape for name, tensor in named_tensors(dense).items()}
-        self._tensors = named_tensors(small)
-        self._positions = cut.positions
-        self._places = places_of
-        self.fits: dict[str, Fit] = {}
-
-    def num_features(self, mixing: Mixing) -> int:
-        """How many features, each as often as the kernel has places, a weight reads after the cut."""
-        return mixing.num_features(self._tensors[mixing.name])
-
-    def _left(self, mixing: Mixing, dim: int, device: torch.device) -> Tensor:
-        gone = self._positions.get(mixing.name, {}).get(dim, np.empty(0, int))
-        return kept_positions(self._shapes[mixing.name][dim], gone, device)
-
-    def features_left(self, mixing: Mixing, features: Tensor) -> Tensor:
-        """Those of the dense model's features that are left, (rows, features x kernel)."""
-        left = self._left(mixing, mixing.in_dim, features.device)
-        num_features = self._shapes[mixing.name][mixing.in_dim]
-        by_feature = features.reshape(len(features), num_features, -1)  # (rows, features, kernel)
-        return by_feature[:, left].flatten(1)
-
-    def results_left(self, mixing: Mixing, results: Tensor) -> Tensor:
-        """Those of the dense model's results that are left, (rows, results)."""
-        return results[:, self._left(mixing, mixing.out_dim, results.device)]
-
-    def renew_(self, name: str, now: Sequence[Normalization], before: Sequence[Normalization | None]) -> None:
-        """Puts new statistics into a batch norm of the cut model.
-
-        Args:
-            name: of its means.
-            now, before: those of the cut and of the dense model, in all batches.
-        """
-        of_dense = [each for each in before if each is not None]
-        if len(of_dense) < len(now):  # the models go different ways
-            return
-        gone = self._positions.get(name, {}).get(0, np.empty(0, int))
-        left = kept_positions(self._shapes[name][0], gone, now[0].mean.device)
-        renewed = _renewed(now, of_dense, left)
-        if renewed is not None:
-            now[0].mean.copy_(renewed[0])
-            now[0].variance.copy_(renewed[1])
-
-    def fit_(self, mixing: Mixing, regression: Regression) -> None:
-        """Puts the weights of a regression into the cut model."""
-        weight = self._tensors[mixing.name]
-        name_of_bias = self._places[mixing].bias
-        bias = None if name_of_bias is None else self._tensors[name_of_bias].data
-        fit = regression.fit(Layer(mixing.matrix(weight), bias), mixing.name)
-        mixing.write_(weight, fit.layer.weight)
-        if bias is not None:
-            bias.copy_(fit.layer.bias)
-        self.fits[mixing.label] = fit._replace(layer=None)
 
 
 class _Pair(NamedTuple):
@@ -347,78 +258,92 @@ class _Pair(NamedTuple):
     rows: Rows
 
     @property
-    def place(self) -> Mixing | str:
-        """Where the walk through the cut model has stopped."""
+    def stop(self) -> Mixing | str:
+        """Where the walk through the cut model stands: before a product, or before a batch norm (its means' name)."""
         return self.small.at[0]
 
-    def result_of_dense(self) -> Tensor | None:
-        """What the dense model returns where the cut one has stopped; None: it doesn't come there."""
+    def result_of_dense(self) -> Tensor | Normalization | None:
+        """What the dense model returns where the cut one stands; None: it doesn't come there."""
         while True:
             if self.dense.at is not None:
-                place, result = self.dense.at
-                if place == self.place and result is not None:
+                stop, result = self.dense.at
+                if stop == self.stop and result is not None:
                     return result
             self.dense.go_on()
             if self.dense.at is None:
                 return None
 
 
-def _renewed(
-    now: Sequence[Normalization], before: Sequence[Normalization], left: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """The statistics by which a batch norm returns values of the same mean and variance as in the dense model.
-
-    Where the dense model's statistics are those of the batches, the new ones are those of the batches, too. None: the
-    old ones are as good on values that are held out, or there are too few values.
+class _Fitting:
+    """What is fitted after one cut.
 
     Args:
-        now, before: those of the cut and of the dense model, in all batches.
-        left: the channels that are left, (channels,).
+        fittable: what is known of each weight.
+
+    Attributes:
+        fits: by the label of the weight.
     """
-    wide = wide_dtype(now[0].input.device)
-    x = torch.cat([_values(each) for each in now]).to(wide)  # (values, channels)
-    y = torch.cat([_values(each)[:, left] for each in before]).to(wide)
-    num_fitted = len(x) - len(x) // HELD_OUT
-    if len(x) < FEWEST_VALUES or len(x) != len(y):
-        return None
-    of_dense = before[0].mean[left].to(wide), before[0].variance[left].to(wide)
-    eps = before[0].eps
-    wanted = _normalized(y[num_fitted:], *of_dense, eps)
-    old = now[0].mean.to(wide), now[0].variance.to(wide)
-    fitted = _aligned(x[:num_fitted], y[:num_fitted], *of_dense, eps)
-    errors = [(_normalized(x[num_fitted:], *each, eps) - wanted).square().mean() for each in (old, fitted)]
-    return _aligned(x, y, *of_dense, eps) if errors[1] < errors[0] else None
 
+    def __init__(self, dense: nn.Module, small: nn.Module, cut: Cut, fittable: Mapping[Mixing, Fittable]) -> None:
+        self._dense_shapes = {name: tensor.shape for name, tensor in named_tensors(dense).items()}
+        self._tensors = named_tensors(small)
+        self._positions_gone = cut.positions
+        self._fittable = fittable
+        self.fits: dict[str, Fit] = {}
 
-def _values(seen: Normalization) -> Tensor:
-    """What is normalised, (values, channels)."""
-    return seen.input.movedim(1, -1).reshape(-1, seen.input.shape[1])
+    def groups_in_memory(self, mixings: Sequence[Mixing]) -> list[list[Mixing]]:
+        """Groups of weights whose moments together take no more memory than the cut model, or one weight each."""
+        num_weights = sum(tensor.numel() for tensor in self._tensors.values())
+        groups: list[list[Mixing]] = []
+        num_moments = num_weights  # of the last group; the first weight opens one
+        for mixing in mixings:
+            num_features = mixing.num_features(self._tensors[mixing.name])
+            needed = 2 * num_features**2  # of the rows that are fitted, and of those that are held out
+            if num_moments + needed > num_weights:
+                groups.append([])
+                num_moments = 0
+            groups[-1].append(mixing)
+            num_moments += needed
+        return groups
 
+    def _positions_left(self, name: str, dim: int, device: torch.device) -> Tensor:
+        """The positions that are left of a dimension of a parameter or buffer."""
+        gone = self._positions_gone.get(name, {}).get(dim, np.empty(0, int))
+        return kept_positions(self._dense_shapes[name][dim], gone, device)
 
-def _normalized(values: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    return (values - mean) / (variance + eps).sqrt()
+    def features_left(self, mixing: Mixing, features: Tensor) -> Tensor:
+        """Those of the dense model's features that are left, (rows, features x kernel)."""
+        left = self._positions_left(mixing.name, mixing.in_dim, features.device)
+        num_features = self._dense_shapes[mixing.name][mixing.in_dim]
+        by_feature = features.reshape(len(features), num_features, -1)  # (rows, features, kernel)
+        return by_feature[:, left].flatten(1)
 
+    def results_left(self, mixing: Mixing, results: Tensor) -> Tensor:
+        """Those of the dense model's results that are left, (rows, results)."""
+        left = self._positions_left(mixing.name, mixing.out_dim, results.device)
+        return results[:, left]
 
-def _aligned(x: Tensor, y: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Statistics that give x the mean and the variance that y has by the given ones."""
-    variance_of_y = y.var(0)
-    # what is constant in the dense model says nothing of the scale
-    ratio = torch.where(variance_of_y > TINY, x.var(0) / variance_of_y.clamp_min(TINY), 1.0)
-    new_mean = x.mean(0) - (y.mean(0) - mean) * ratio.sqrt()
-    new_variance = ratio * (variance + eps) - eps
-    return new_mean, new_variance.clamp_min(0)
+    def renew_(self, name: str, in_small: Sequence[Normalization], in_dense: Sequence[Normalization]) -> None:
+        """Puts new statistics into a batch norm of the cut model.
 
+        Args:
+            name: of its means.
+            in_small, in_dense: what it normalises in the cut and in the dense model, in all batches.
+        """
+        mean, variance = in_small[0].mean, in_small[0].variance
+        left = self._positions_left(name, 0, mean.device)
+        renewed = aligned_statistics(in_small, in_dense, left)
+        if renewed is not None:
+            mean.copy_(renewed.mean)
+            variance.copy_(renewed.variance)
 
-def _fitting_in_memory(mixings: Sequence[Mixing], fitting: _Fitting) -> list[list[Mixing]]:
-    """Groups of weights whose regressions together take no more memory than the weights of the model, or one each."""
-    most = sum(tensor.numel() for tensor in fitting._tensors.values())
-    groups: list[list[Mixing]] = []
-    taken = most
-    for mixing in mixings:
-        needed = 2 * fitting.num_features(mixing) ** 2
-        if taken + needed > most:
-            groups.append([])
-            taken = 0
-        groups[-1].append(mixing)
-        taken += needed
-    return groups
+    def fit_(self, mixing: Mixing, regression: Regression) -> None:
+        """Puts the weights of a regression into the cut model."""
+        weight = self._tensors[mixing.name]
+        name_of_bias = self._fittable[mixing].bias
+        bias = None if name_of_bias is None else self._tensors[name_of_bias].data
+        fit = regression.fit(Layer(mixing.matrix(weight), bias), mixing.name)
+        mixing.write_(weight, fit.layer.weight)
+        if bias is not None:
+            bias.copy_(fit.layer.bias)
+        self.fits[mixing.label] = fit._replace(layer=None)  # which is in the model now

@@ -15,9 +15,11 @@ from torch import nn
 
 from .calls import Forward, input_tensors, outermost_pretrained
 from .evaluating import evaluating
-from .mixing import Mixing, Product, Seen, Tensors, Watched
+from .mixing import Mixing, Normalization, Product, Seen, Tensors, Watched
 from .modeling_oto import named_tensors
 from .restore import Contents, contents
+
+Sizes = tuple[torch.Size, ...]  # of the tensors of one batch
 
 
 def one_by_one_(model: nn.Module) -> None:
@@ -26,8 +28,8 @@ def one_by_one_(model: nn.Module) -> None:
         part.set_experts_implementation("eager")
 
 
-class Place(NamedTuple):
-    """What some forwards show of a matrix.
+class Fittable(NamedTuple):
+    """What some forwards show of a matrix that can be fitted.
 
     Attributes:
         bias: the name of the bias that is added; None: none is, or not as a parameter of its own.
@@ -40,46 +42,79 @@ class Place(NamedTuple):
     is_steady: bool
 
 
-def looked_at(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[Mixing, Place], dict[str, str]]:
-    """What some forwards multiply by, in order, and their batch norms: name of the means -> name of the variances."""
-    numbers_of_rows: dict[Mixing, list[tuple[int, int]]] = {}  # (number of a forward, rows), for each product
-    names_of_added: dict[Mixing, set[str | None]] = {}
-    statistics: dict[str, str] = {}
-    read_otherwise: set[str] = set()
+def fittable_weights(model: nn.Module, forwards: Sequence[Forward]) -> tuple[dict[Mixing, Fittable], dict[str, str]]:
+    """The matrices that can be fitted, in the order of the forward, and the batch norms whose statistics can be taken
+    anew: name of the means -> name of the variances."""
+    looks = _Looks()
     keeps_tensors = False
     with evaluating(model):
         one_by_one_(model)
         tensors = Tensors(model)
         for number, forward in enumerate(forwards):
-
-            def before(seen: Seen, number: int = number) -> None:
-                if isinstance(seen, Product):
-                    rows = len(seen.inputs())
-                    numbers_of_rows.setdefault(seen.mixing, []).append((number, rows))
-                    is_bias = seen.added is not None and seen.added.dim() == 1
-                    name = tensors.named(seen.added) if is_bias else None
-                    names_of_added.setdefault(seen.mixing, set()).add(name)
-                else:
-                    mean, variance = tensors.named(seen.mean), tensors.named(seen.variance)
-                    if mean is not None and variance is not None:
-                        statistics[mean] = variance
-
             kept_before = contents(model)
-            with Watched(tensors, before, otherwise=read_otherwise.add):
-                forward.run(model)
+            looks.look(model, forward, number, tensors)
             keeps_tensors = keeps_tensors or _keeps_other_tensors(kept_before)
-    sizes = [_sizes_of_batch(forward) for forward in forwards]
-    times_added = Counter(name for names in names_of_added.values() for name in names)
-    refused = _used_otherwise(model, numbers_of_rows) | read_otherwise
-    found: dict[Mixing, Place] = {}
-    for mixing, numbers in numbers_of_rows.items():
-        name, *others = names_of_added[mixing]
-        is_own = not others and times_added[name] == 1 and name not in read_otherwise
-        is_steady = not mixing.index and not keeps_tensors and _are_steady(numbers, sizes)
+    sizes_of_batches = [_sizes_of(forward) for forward in forwards]
+    refused = _used_otherwise(model, looks.uses) | looks.read_otherwise
+    found: dict[Mixing, Fittable] = {}
+    for mixing, uses in looks.uses.items():
         if mixing.name not in refused:
-            found[mixing] = Place(name if is_own else None, is_steady)
+            is_steady = not mixing.index and not keeps_tensors and _are_steady(uses, sizes_of_batches)
+            found[mixing] = Fittable(looks.bias_of(mixing), is_steady)
     # forwards that find each other's tensors must not walk together, and statistics are taken on such walks only
-    return found, {} if keeps_tensors else statistics
+    return found, {} if keeps_tensors else looks.batch_norms
+
+
+class _Use(NamedTuple):
+    """One multiplication by a matrix."""
+
+    forward: int  # its number
+    num_rows: int
+
+
+class _Looks:
+    """What forwards have shown.
+
+    Attributes:
+        uses: of each matrix, in the order of the forward.
+        batch_norms: name of the means -> name of the variances.
+        read_otherwise: the names of parameters that something else than a product reads, an embedding, say.
+    """
+
+    def __init__(self) -> None:
+        self.uses: dict[Mixing, list[_Use]] = {}
+        self.batch_norms: dict[str, str] = {}
+        self.read_otherwise: set[str] = set()
+        self._biases: dict[Mixing, set[str | None]] = {}  # None: something else is added, or nothing
+
+    def look(self, model: nn.Module, forward: Forward, number: int, tensors: Tensors) -> None:
+        """Runs one forward; `tensors` are the model's."""
+
+        def before(seen: Seen) -> None:
+            if isinstance(seen, Normalization):
+                mean, variance = tensors.named(seen.mean), tensors.named(seen.variance)
+                if mean is not None and variance is not None:
+                    self.batch_norms[mean] = variance
+                return
+            use = _Use(number, len(seen.inputs()))
+            self.uses.setdefault(seen.mixing, []).append(use)
+            self._biases.setdefault(seen.mixing, set()).add(_bias(seen, tensors))
+
+        with Watched(tensors, before, otherwise=self.read_otherwise.add):
+            forward.run(model)
+
+    def bias_of(self, mixing: Mixing) -> str | None:
+        """The bias that belongs to a matrix alone; None: there is none."""
+        name, *others = self._biases[mixing]
+        times_added = Counter(each for names in self._biases.values() for each in names)
+        is_own = not others and times_added[name] == 1 and name not in self.read_otherwise
+        return name if is_own else None
+
+
+def _bias(product: Product, tensors: Tensors) -> str | None:
+    """The name of the parameter that a product adds to each of its rows."""
+    is_row = product.added is not None and product.added.dim() == 1
+    return tensors.named(product.added) if is_row else None
 
 
 def _keeps_other_tensors(before: Contents) -> bool:
@@ -92,23 +127,21 @@ def _keeps_other_tensors(before: Contents) -> bool:
     return False
 
 
-def _sizes_of_batch(forward: Forward) -> tuple[torch.Size, ...]:
+def _sizes_of(forward: Forward) -> Sizes:
     return tuple(tensor.shape for tensor in input_tensors([forward]))
 
 
-def _are_steady(numbers_of_rows: Sequence[tuple[int, int]], sizes: Sequence[tuple[torch.Size, ...]]) -> bool:
-    """Whether every forward makes a product once, with a number of rows that follows from the sizes of its batch.
-
-    Args:
-        numbers_of_rows: (number of the forward, rows) for each product.
-        sizes: of the tensors of each batch.
-    """
-    if [number for number, _ in numbers_of_rows] != list(range(len(sizes))):
+def _are_steady(uses: Sequence[_Use], sizes_of_batches: Sequence[Sizes]) -> bool:
+    """Whether every forward makes a product once, with a number of rows that follows from the sizes of its batch."""
+    if [use.forward for use in uses] != list(range(len(sizes_of_batches))):
         return False
-    rows_of_sizes: dict[tuple[torch.Size, ...], int] = {}
-    for number, rows in numbers_of_rows:
-        batch_size = next((shape[0] for shape in sizes[number] if shape), 1)
-        if rows % max(1, batch_size) or rows_of_sizes.setdefault(sizes[number], rows) != rows:
+    rows_of_sizes: dict[Sizes, int] = {}
+    for use, sizes in zip(uses, sizes_of_batches, strict=True):
+        batch_size = next((shape[0] for shape in sizes if shape), 1)
+        if use.num_rows % max(1, batch_size):
+            return False
+        # batches of equal sizes must show equally many rows
+        if rows_of_sizes.setdefault(sizes, use.num_rows) != use.num_rows:
             return False
     return True
 
@@ -118,7 +151,10 @@ def _used_otherwise(model: nn.Module, mixings: Iterable[Mixing]) -> set[str]:
     names_of_id: dict[int, list[str]] = {}
     for name, tensor in named_tensors(model).items():
         names_of_id.setdefault(id(tensor), []).append(name)
-    refused = {name for names in names_of_id.values() if len(names) > 1 for name in names}
+    refused: set[str] = set()
+    for names in names_of_id.values():
+        if len(names) > 1:
+            refused.update(names)
     dims_of_name: dict[str, set[tuple[int, int]]] = {}
     for mixing in mixings:
         dims_of_name.setdefault(mixing.name, set()).add((mixing.in_dim, mixing.out_dim))

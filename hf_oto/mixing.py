@@ -151,16 +151,20 @@ class Tensors:
         if owner is None:
             return None
         name, parameter = owner
+        sizes_and_strides = list(zip(parameter.shape, parameter.stride(), strict=True))
         dims: list[int] = []
-        for size, stride in zip(view.shape, view.stride(), strict=True):
-            same = (parameter.shape[d] == size and parameter.stride(d) == stride for d in range(parameter.dim()))
-            matching = [d for d, is_same in enumerate(same) if is_same and d not in dims]
+        for size_and_stride in zip(view.shape, view.stride(), strict=True):
+            matching = [
+                dim for dim, other in enumerate(sizes_and_strides) if other == size_and_stride and dim not in dims
+            ]
             if not matching:
                 return None
             dims.append(matching[0])
+        # what the other dimensions' positions are follows from how far the view begins from the parameter's beginning
         offset = view.storage_offset() - parameter.storage_offset()
+        other_dims = set(range(parameter.dim())) - set(dims)
         index: dict[int, int] = {}
-        for dim in sorted(set(range(parameter.dim())) - set(dims), key=parameter.stride, reverse=True):
+        for dim in sorted(other_dims, key=parameter.stride, reverse=True):
             index[dim], offset = divmod(offset, parameter.stride(dim))
             if index[dim] >= parameter.shape[dim]:  # a view of another parameter, in the same memory
                 return None
@@ -198,11 +202,8 @@ class Watched(TorchDispatchMode):
         # with keyword arguments a product may be scaled
         if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten" and not kwargs:
             seen = list(self._seen(func.overloadpacket.__name__, args))
-        if self._otherwise is not None and not seen and not _gives_views(func):
-            for argument in tree_iter((args, kwargs)):
-                owner = self._tensors.owner(argument)
-                if owner is not None:
-                    self._otherwise(owner[0])
+        if not seen and not _gives_views(func):
+            self._tell_of_owners((args, kwargs))
         if self._before is not None:
             for each in seen:
                 self._before(each)
@@ -212,11 +213,21 @@ class Watched(TorchDispatchMode):
                 self._after(each, output)
         return output
 
+    def _tell_of_owners(self, arguments: Any) -> None:
+        """Calls `otherwise` with the parameters among some arguments."""
+        if self._otherwise is None:
+            return
+        for argument in tree_iter(arguments):
+            owner = self._tensors.owner(argument)
+            if owner is not None:
+                self._otherwise(owner[0])
+
     def _seen(self, name: str, args: tuple) -> Iterator[Seen]:
+        """What an operation computes, by its name and its arguments."""
         if name in FIRST_FACTOR:
-            place = FIRST_FACTOR[name]
-            added = args[0] if place == 1 else None
-            yield from self._products(args[place], args[place + 1], added)
+            position = FIRST_FACTOR[name]
+            added = args[0] if position == 1 else None
+            yield from self._products(args[position], args[position + 1], added)
         elif name == "convolution":
             yield from self._convolution(*args)
         elif RULES.get(name) is batch_norm and args[3] is not None and args[4] is not None:
@@ -230,17 +241,15 @@ class Watched(TorchDispatchMode):
                 continue
             name, dims, index = shown
             # features are rows where the weight comes second, and columns where it comes first
-            in_dim, out_dim = dims[-2:] if weight_is_second else dims[:-3:-1]
-            is_stack = weight.dim() == 3
-            for number in range(len(weight)) if is_stack else [None]:
-                of_matrix = dict(index)
-                if is_stack:
-                    of_matrix[dims[0]] = number
+            *stack_dims, in_dim, out_dim = dims
+            if not weight_is_second:
+                in_dim, out_dim = out_dim, in_dim
+            for number in range(len(weight)) if stack_dims else [None]:
+                of_matrix = index | dict.fromkeys(stack_dims, number)
                 mixing = Mixing(name, in_dim, out_dim, tuple(sorted(of_matrix.items())))
                 rows = _RowsOf(number, weight_is_second)
                 inputs = rows.reader(features)
-                is_row = added is not None and added.dim() == 1 and weight_is_second
-                yield Product(mixing, inputs, inputs, rows, added if added is None or is_row else rows(added))
+                yield Product(mixing, inputs, inputs, rows, added=_added_to(rows, added))
 
     def _convolution(
         self,
@@ -291,6 +300,14 @@ class _RowsOf(NamedTuple):
     def reader(self, tensor: Tensor) -> Callable[[], Tensor]:
         """A function that gives those of one tensor."""
         return lambda: self(tensor)
+
+
+def _added_to(rows: _RowsOf, added: Tensor | None) -> Tensor | None:
+    """What is added to some rows: one row for all of them, or a row for each."""
+    if added is None:
+        return None
+    is_one_row = added.dim() == 1 and rows.are_rows
+    return added if is_one_row else rows(added)
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ from .calls import Forward, outermost_pretrained
 from .certificate import certify, own_outputs
 from .choice import choose, weigh_survivors
 from .compaction import Compaction
-from .compensation import Compensation, light_copy, own_
+from .compensation import Compensation
 from .cut import Cut, TrialCut, kept_positions, scaled
 from .evaluating import random_states_kept
+from .light_copy import light_copy, unshare_
 from .modeling_oto import OTOError, named_tensors
 from .partition import partition_zigs
 from .reconstruction import reconstruct_
@@ -36,7 +37,7 @@ from .rehearsal import no_progress_bars, refuse_adapter
 from .report import Report, measure
 from .restore import contents, places, put_back, restored
 from .sensitivity import SALIENCES, measured
-from .targets import Budget, Limits, budget_of, counts_exactly, limits_of, the_target
+from .targets import Budget, Limits, Target, budget_of, counts_exactly, limits_of, the_target
 from .uniform import Tie, find_ties, plain
 from .zigs import PruningPlan, ZIGPartition
 
@@ -112,11 +113,7 @@ def prune(
           (2): Linear(in_features=4, out_features=2, bias=True)
         )
     """
-    if salience not in SALIENCES:
-        raise ValueError(f"salience is {salience!r}: it must be one of {', '.join(SALIENCES)}")
-    for name, value, least in (("rounds", rounds, 1), ("reconstruct", reconstruct, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}")
+    _refuse_out_of_range(salience, rounds, reconstruct)
     target = the_target(
         {
             "target_macs": target_macs,
@@ -125,16 +122,8 @@ def prune(
             "target_per_axis": target_per_axis,
         }
     )
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}, and must be a torch module (of a pipeline, its model)")
-    if any(weight.is_meta for weight in model.parameters()):
-        raise OTOError(f"{type(model).__name__} has weights on the meta device: load them, to prune without training")
-    devices = {weight.device.type for weight in model.parameters()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(random_states_kept(model))
-        for device in devices:  # in autocast weights are copies, of which nobody knows whose they are
-            if torch.amp.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    _refuse_no_model(model)
+    with _undisturbed(model):
         forwards = calls_of(model, batches, batch_size, max_batches)
         examples = forwards[:1]  # on which everything is found and proven
         partition = partition_zigs(model, examples, protect)
@@ -142,19 +131,31 @@ def prune(
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
         _refuse_adapters(model)
         ties = find_ties(model, partition, examples) if uniform else None
-        tied = None if ties is None else [tie.axes for tie in ties]
-        limits = limits_of(partition.axes, target, min_keep, group_divisible, tied)
-        exact = counts_exactly(target, group_divisible, tied)
-        budget = budget_of(target, limits, partition.axes, partition, partition.params(model), exact, min_keep)
-        copied = _PrunedCopy(model, partition, forwards)
-        copied.prune_(limits, budget, salience, rounds, reconstruct)
-        cut, weights, facts = copied.result()
-        del copied  # what is left of it are the changed weights
-        report = _cut_for_good_(model, cut, weights, examples)
+        limits, budget = _goal(model, partition, target, min_keep, group_divisible, ties)
+        pruned_copy = _PrunedCopy(model, partition, forwards)
+        pruned_copy.prune_(limits, budget, salience, rounds, reconstruct)
+        cut, new_weights, facts = pruned_copy.result()
+        del pruned_copy  # its memory, but for the new weights
+        report = _cut_for_good_(model, cut, new_weights, examples)
         report |= facts
         if ties is not None:
             model = _stock(model, partition, facts["plan"], ties, examples)
     return model, report
+
+
+def _refuse_out_of_range(salience: str, rounds: int, reconstruct: int) -> None:
+    if salience not in SALIENCES:
+        raise ValueError(f"salience is {salience!r}: it must be one of {', '.join(SALIENCES)}")
+    for name, value, least in (("rounds", rounds, 1), ("reconstruct", reconstruct, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {least}")
+
+
+def _refuse_no_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, and must be a torch module (of a pipeline, its model)")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise OTOError(f"{type(model).__name__} has weights on the meta device: load them, to prune without training")
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -165,6 +166,36 @@ def _refuse_adapters(model: nn.Module) -> None:
     with tempfile.TemporaryDirectory() as folder, no_progress_bars(), restored(model):
         model.save_pretrained(folder)
         refuse_adapter(model, folder)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """While open, autocast is off; at the end the random states are as before."""
+    devices = {weight.device.type for weight in model.parameters()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_states_kept(model))
+        for device in devices:
+            # in autocast weights are copies, of which nobody knows whose they are
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _goal(
+    model: nn.Module,
+    partition: ZIGPartition,
+    target: Target,
+    min_keep: float,
+    group_divisible: int | None,
+    ties: Sequence[Tie] | None,
+) -> tuple[Limits, Budget]:
+    """How many ZIGs of every axis may go, and how much goes in all."""
+    tied_axes = None if ties is None else [tie.axes for tie in ties]
+    limits = limits_of(partition.axes, target, min_keep, group_divisible, tied_axes)
+    is_exact = counts_exactly(target, group_divisible, tied_axes)
+    num_params = partition.params(model)
+    budget = budget_of(target, limits, partition.axes, partition, num_params, is_exact, min_keep)
+    return limits, budget
 
 
 class _PrunedCopy:
@@ -189,19 +220,20 @@ class _PrunedCopy:
                 self._compensation.fit_(self._compaction.whole_cut(), bar.update)
             if reconstruct:
                 self._changed |= dict(self._small.named_parameters()).keys()
-                own_(self._small, self._model, self._changed)
+                unshare_(self._small, self._model, self._changed)
                 reconstruct_(self._small, self._model, self._forwards, reconstruct, bar.update)
 
     def _cut_(self, limits: Limits, budget: Budget, kind: str, share: float) -> None:
         """Cuts out the least salient ZIGs that are left, up to a share of the way to the goal."""
-        gone = self._compaction.gone
+        gone = self._compaction.gone  # (num_zigs,), those of earlier rounds
         forwards = self._forwards[:BATCHES_OF_SALIENCE]
-        of_left, of_axes = measured(self._small, self._compaction.left, forwards, kind)
+        of_zigs_left, of_axes = measured(self._small, self._compaction.left, forwards, kind)
         salience = np.zeros(len(gone))
-        salience[~gone] = np.nan_to_num(of_left, nan=np.inf)
+        # what nobody knows the salience of goes last
+        salience[~gone] = np.nan_to_num(of_zigs_left, nan=np.inf)
         weighted = weigh_survivors(salience, of_axes, gone, limits)
-        every_axis = np.ones(len(limits.sizes), bool)
-        chosen = choose(weighted, gone, every_axis, share, limits, budget)
+        may_be_cut = np.ones(len(limits.sizes), bool)  # (axes,)
+        chosen = choose(weighted, gone, may_be_cut, share, limits, budget)
         plan = PruningPlan.removing(chosen | gone, self._compaction.partition)
         self._compaction.keep_(self._small, self._compaction.resolve(plan))
 
@@ -209,14 +241,14 @@ class _PrunedCopy:
         """The cut, the weights that have changed, by name, and what the report says of both."""
         cut = self._compaction.whole_cut()
         tensors = named_tensors(self._small)
-        weights = {name: tensors[name] for name in self._changed}
+        new_weights = {name: tensors[name] for name in self._changed}
         facts = {
             "plan": PruningPlan.removing(cut.removed, cut.partition),
             "fits": {name: (fit.error_before, fit.error) for name, fit in self._compensation.fits.items()},
             "output_error": _output_error(self._model, self._small, self._held_out or self._forwards[:4]),
             "output_error_is_held_out": bool(self._held_out),
         }
-        return cut, weights, facts
+        return cut, new_weights, facts
 
 
 def _output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]) -> float:

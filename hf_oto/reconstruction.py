@@ -26,7 +26,7 @@ BATCHES_COMPARED = 8  # before and after, to see whether it helps
 
 
 def reconstruct_(
-    small: nn.Module, dense: nn.Module, forwards: Sequence[Forward], steps: int, told: Callable[[int], None]
+    small: nn.Module, dense: nn.Module, forwards: Sequence[Forward], steps: int, advance: Callable[[int], None]
 ) -> None:
     """Trains all weights of the cut model, in place. If they get no nearer to the dense model, they stay as they were.
 
@@ -34,12 +34,12 @@ def reconstruct_(
         small: the cut model, in eval mode; all its tensors are its own.
         dense: the model that it imitates.
         forwards: the batches, taken in turn.
-        told: is called with 1 after each step.
+        advance: is called with 1 after each step.
     """
     imitation = _Imitation(small, dense)
     compared = forwards[:BATCHES_COMPARED]
     before = imitation.distance(compared)
-    imitation.train_(forwards, steps, told)
+    imitation.train_(forwards, steps, advance)
     after = imitation.distance(compared)
     if not after < before:
         logger.warning(
@@ -63,40 +63,40 @@ class _Imitation:
     def _loss(self, forward: Forward) -> Tensor:
         with evaluating(self._dense):
             wanted = forward.run(self._dense)
-        return _difference(forward.run(self._small), wanted, Rows(forward))
+        output = forward.run(self._small)
+        return _difference(output, wanted, Rows(forward))
 
     @torch.no_grad()
     def distance(self, forwards: Sequence[Forward]) -> float:
         """The mean loss of some batches."""
         return sum(float(self._loss(forward)) for forward in forwards) / len(forwards)
 
-    def train_(self, forwards: Sequence[Forward], steps: int, told: Callable[[int], None]) -> None:
-        """Trains the weights. In 16 bits steps would be lost in rounding, so copies in float32 take them."""
+    def train_(self, forwards: Sequence[Forward], steps: int, advance: Callable[[int], None]) -> None:
+        """Trains the weights."""
         asked_before = [weight.requires_grad for weight in self._weights]
+        # in 16 bits steps would be lost in rounding, so copies in float32 take them
         copies = [weight.detach().float().clone() for weight in self._weights]
         optimizer = torch.optim.AdamW(copies, lr=LEARNING_RATE, weight_decay=0.0)
-        num_warm_up = max(1, int(WARM_UP * steps))
-
-        def rate(step: int) -> float:
-            return min((step + 1) / num_warm_up, (steps - step) / max(1, steps - num_warm_up))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_decay(steps))
         try:
             for weight in self._weights:
                 weight.requires_grad_(True)
             for step in range(steps):
-                with torch.enable_grad():
-                    loss = self._loss(forwards[step % len(forwards)])
-                    gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
-                for copied, gradient in zip(copies, gradients, strict=True):
+                forward = forwards[step % len(forwards)]
+                for copied, gradient in zip(copies, self._gradients(forward), strict=True):
                     copied.grad = None if gradient is None else gradient.float()
                 optimizer.step()
                 schedule.step()
                 self._put_(copies)
-                told(1)
+                advance(1)
         finally:
             for weight, asked in zip(self._weights, asked_before, strict=True):
                 weight.requires_grad_(asked)
+
+    @torch.enable_grad()
+    def _gradients(self, forward: Forward) -> tuple[Tensor | None, ...]:
+        """One for each weight; None: the loss doesn't depend on it."""
+        return torch.autograd.grad(self._loss(forward), self._weights, allow_unused=True)
 
     def undo_(self) -> None:
         """Puts the weights back."""
@@ -106,6 +106,19 @@ class _Imitation:
     def _put_(self, values: Sequence[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):
             weight.copy_(value)
+
+
+def _warm_up_and_decay(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate, by the number of the step: it grows to 1, and then falls to 0."""
+    num_warm_up = max(1, int(WARM_UP * steps))
+    num_decay = max(1, steps - num_warm_up)
+
+    def factor(step: int) -> float:
+        growing = (step + 1) / num_warm_up
+        falling = (steps - step) / num_decay
+        return min(growing, falling)
+
+    return factor
 
 
 def _difference(output: Any, wanted: Any, rows: Rows) -> Tensor:

@@ -64,13 +64,13 @@ class Sums:
             self._near = x.mean(0), y.mean(0)
         x = x - self._near[0]
         y = y - self._near[1]
-        new = [x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0)]
+        of_rows = [x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0)]
         self.num_rows += len(x)
-        if self._sums:
-            for old, more in zip(self._sums, new, strict=True):
-                old += more
-        else:
-            self._sums = new
+        if not self._sums:
+            self._sums = of_rows
+            return
+        for total, more in zip(self._sums, of_rows, strict=True):
+            total += more
 
     def means(self) -> Means:
         """The averages, in double where the device has it."""
@@ -100,8 +100,10 @@ class Layer(NamedTuple):
         else:
             about = means
             offset = self.bias + means.x @ self.weight - means.y
-        squares = about.yy.sum() - 2 * (self.weight * about.xy).sum()
-        squares = squares + ((about.xx @ self.weight) * self.weight).sum() + offset.square().sum()
+        # E |x W - y|^2 = tr(W^T xx W) - 2 tr(W^T xy) + tr(yy)
+        squares = ((about.xx @ self.weight) * self.weight).sum()
+        squares = squares - 2 * (self.weight * about.xy).sum()
+        squares = squares + about.yy.sum() + offset.square().sum()
         return float(squares.clamp_min(0) / means.yy.sum().clamp_min(TINY))
 
     def fitted(self, means: Means, pull: float) -> Layer:
@@ -110,12 +112,18 @@ class Layer(NamedTuple):
         weight = self.weight
         if math.isfinite(pull):
             ridge = pull * about.xx.diagonal().mean().clamp_min(TINY)
-            regular = about.xx + ridge * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
-            factor, failed = torch.linalg.cholesky_ex(regular)
+            identity = torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
+            factor, failed = torch.linalg.cholesky_ex(about.xx + ridge * identity)
             if failed:
                 return self
             weight = weight + torch.cholesky_solve(about.xy - about.xx @ weight, factor)
-        return Layer(weight, None if self.bias is None else means.y - means.x @ weight)
+        # whatever the weight is, this bias makes the mean right
+        bias = None if self.bias is None else means.y - means.x @ weight
+        return Layer(weight, bias)
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """The same in another dtype."""
+        return Layer(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class Fit(NamedTuple):
@@ -141,7 +149,8 @@ class Regression:
         The last rows of a batch are held out; of batches that are too small for that, every fourth one is.
         """
         num_fitted = len(x) - len(x) // HELD_OUT
-        if 0 < len(x) < HELD_OUT:
+        is_small = 0 < len(x) < HELD_OUT
+        if is_small:
             self._num_small += 1
             if self._num_small % HELD_OUT == 0:
                 num_fitted = 0
@@ -166,19 +175,20 @@ class Regression:
                 raise OTOError(
                     f"what {name} takes or returns is not a finite number (NaN or infinity) on these batches"
                 )
-        wide = Layer(*(None if t is None else t.to(for_fit.xx.dtype) for t in layer))
-        before = best = wide.error(for_choice)
-        best_pull = None
+        old = layer.to(for_fit.xx.dtype)
+        error_before = old.error(for_choice)
+        best_error, best_pull = error_before, None
         for pull in PULLS:
-            error = wide.fitted(for_fit, pull).error(for_choice)
-            if error < best:
-                best, best_pull = error, pull
+            error = old.fitted(for_fit, pull).error(for_choice)
+            if error < best_error:
+                best_error, best_pull = error, pull
         if best_pull is None:
-            return Fit(layer, before, before)
+            return Fit(layer, error_before, error_before)
+        # the pull is chosen, so the rows that were held out may teach, too
         num_rows = self._fitted.num_rows + self._held_out.num_rows
-        fitted = wide.fitted(_of_both(for_fit, for_choice, self._held_out.num_rows / num_rows), best_pull)
-        new = Layer(*(None if t is None else t.to(old) for t, old in zip(fitted, layer, strict=True)))
-        return Fit(new, before, best, is_short_of_rows=num_rows < len(layer.weight))
+        of_all_rows = _of_both(for_fit, for_choice, self._held_out.num_rows / num_rows)
+        new = old.fitted(of_all_rows, best_pull).to(layer.weight.dtype)
+        return Fit(new, error_before, best_error, is_short_of_rows=num_rows < len(layer.weight))
 
 
 def _of_both(first: Means, second: Means, share: float) -> Means:

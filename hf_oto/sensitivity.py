@@ -23,6 +23,7 @@ from .evaluating import evaluating, seed_everything
 from .mixing import Mixing, Product, Seen, Tensors, Watched
 from .modeling_oto import OTOError, named_tensors
 from .salience import inner
+from .wide import wide_dtype
 from .zigs import ZIGPartition
 
 SALIENCES = ("outputs", "labels", "activations")
@@ -55,32 +56,41 @@ def measured(model: nn.Module, partition: ZIGPartition, forwards: Iterable[Forwa
 def _of_gradients(
     model: nn.Module, partition: ZIGPartition, forwards: Iterable[Forward], loss_of: Callable[[Any, Rows], Tensor]
 ) -> Salience:
-    weights = partition.tensors(model)
-    trained = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
-    asked_before = {name: weight.requires_grad for name, weight in trained.items()}
+    weights: dict[str, Tensor] = {}
+    for name, weight in partition.tensors(model).items():
+        if weight.is_floating_point():
+            weights[name] = weight
+    asked_before = {name: weight.requires_grad for name, weight in weights.items()}
     of_zigs = np.zeros(partition.num_zigs)
     of_axes = np.zeros(len(partition.axes))
     num_batches = 0
     try:
-        for weight in trained.values():
+        for weight in weights.values():
             weight.requires_grad_(True)
         for forward in forwards:
-            with evaluating(model), torch.enable_grad():
-                seed_everything()
-                loss = loss_of(forward.run(model), Rows(forward))
-                if not loss.requires_grad:
-                    raise OTOError(
-                        f"the outputs of {type(model).__name__} have no gradient: use salience='activations'"
-                    )
-                gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            sums = _sums_of_zigs(partition, trained, dict(zip(trained, gradients, strict=True)))
+            gradients = _gradients(model, forward, weights, loss_of)
+            sums = _sums_of_zigs(partition, weights, gradients)
             of_zigs += sums**2
-            of_axes += [part.sum() ** 2 for _, part in partition.split(sums)]
+            of_axes += [of_axis.sum() ** 2 for _, of_axis in partition.split(sums)]
             num_batches += 1
     finally:
-        for name, weight in trained.items():
+        for name, weight in weights.items():
             weight.requires_grad_(asked_before[name])
     return Salience(of_zigs / num_batches, of_axes / num_batches)
+
+
+def _gradients(
+    model: nn.Module, forward: Forward, weights: Mapping[str, Tensor], loss_of: Callable[[Any, Rows], Tensor]
+) -> dict[str, Tensor | None]:
+    """Of the loss of one batch, by the name of the weight; None: the loss doesn't depend on it."""
+    with evaluating(model), torch.enable_grad():
+        # every batch draws the same random numbers, whatever has run before it
+        seed_everything()
+        loss = loss_of(forward.run(model), Rows(forward))
+        if not loss.requires_grad:
+            raise OTOError(f"the outputs of {type(model).__name__} have no gradient: use salience='activations'")
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    return dict(zip(weights, gradients, strict=True))
 
 
 def _sums_of_zigs(
@@ -93,10 +103,11 @@ def _sums_of_zigs(
             gradient = gradients.get(member.param)
             if gradient is None:
                 continue
-            products = inner(weights[member.param].detach(), gradient).movedim(member.dim, 0)
-            of_positions = products.flatten(1).sum(1) if products.dim() > 1 else products
+            products = inner(weights[member.param].detach(), gradient)
+            products = products.movedim(member.dim, 0)
+            of_positions = products.flatten(1).sum(1) if products.dim() > 1 else products  # (length of the dimension,)
             positions = member.positions(axis.size)  # (size, k)
-            of_axis += of_positions.double().cpu().numpy()[positions].sum(1)
+            of_axis += of_positions.cpu().double().numpy()[positions].sum(1)
     return sums
 
 
@@ -131,68 +142,92 @@ def _loss_of_own_outputs(output: Any, rows: Rows) -> Tensor:
 # activations ---------------------------------------------------------------------------------------
 
 
-class _Variances:
-    """The variances of what a matrix reads and returns."""
+class _Moments:
+    """Mean and variance of each column of the rows that are added."""
 
     def __init__(self) -> None:
-        self._sums: list[Tensor | float] = [0.0] * 4
-        self._num_rows = [0, 0]  # of what is read, and of what is returned
+        self._num_rows = 0
+        self._sum: Tensor | float = 0.0  # (columns,)
+        self._sum_of_squares: Tensor | float = 0.0  # (columns,)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows, (rows, columns)."""
+        rows = rows.to(wide_dtype(rows.device))
+        self._num_rows += len(rows)
+        self._sum = self._sum + rows.sum(0)
+        self._sum_of_squares = self._sum_of_squares + rows.square().sum(0)
+
+    def mean_square(self) -> Tensor:
+        return self._sum_of_squares / max(1, self._num_rows)
+
+    def variance(self) -> Tensor:
+        mean = self._sum / max(1, self._num_rows)
+        return self.mean_square() - mean.square()
+
+
+class _Energies:
+    """How much of what a matrix returns comes from each feature that it reads."""
+
+    def __init__(self) -> None:
+        self._features = _Moments()
+        self._results = _Moments()
         self._has_bias = False
 
     def add(self, x: Tensor, y: Tensor, has_bias: bool) -> None:
         """Adds rows, (rows, features) and (rows, results)."""
-        x, y = x.double(), y.double()
-        for place, more in enumerate((x.sum(0), x.square().sum(0), y.sum(0), y.square().sum(0))):
-            self._sums[place] = self._sums[place] + more
-        self._num_rows[0] += len(x)
-        self._num_rows[1] += len(y)
+        self._features.add(x)
+        self._results.add(y)
         self._has_bias = has_bias
 
-    def energies(self, matrix: Tensor) -> Tensor:
-        """How much of the variance of the results each feature makes, (features,).
+    def of_features(self, matrix: Tensor) -> Tensor:
+        """The fraction of the variance of the results that each feature makes, (features,).
 
         Args:
             matrix: (features x kernel, results).
         """
-        num_x, num_y = (max(1, number) for number in self._num_rows)
-        x, xx = (total / num_x for total in self._sums[:2])
-        y, yy = (total / num_y for total in self._sums[2:])
-        of_features = xx - x.square() if self._has_bias else xx
-        of_results = (yy - y.square()).sum().clamp_min(1e-30)
-        of_weights = matrix.double().square().reshape(len(of_features), -1).sum(1)
+        # a bias makes up for the mean of a feature that is gone
+        of_features = self._features.variance() if self._has_bias else self._features.mean_square()
+        of_weights = matrix.to(of_features.dtype).square().reshape(len(of_features), -1).sum(1)
+        of_results = self._results.variance().sum().clamp_min(1e-30)
         return of_features * of_weights / of_results
 
 
 def _of_activations(model: nn.Module, partition: ZIGPartition, forwards: Iterable[Forward]) -> Salience:
-    read = {(member.param, member.dim) for axis in partition.axes for member in axis.members}
-    variances: dict[Mixing, _Variances] = {}
+    energies = _energies(model, partition, forwards)
+    weights = named_tensors(model)
+    of_zigs = np.zeros(partition.num_zigs)
+    for axis, of_axis in partition.split(of_zigs):
+        is_read = False
+        for member in axis.members:
+            positions = member.positions(axis.size)  # (size, k)
+            for mixing, of_mixing in energies.items():
+                if (mixing.name, mixing.in_dim) == (member.param, member.dim):
+                    of_features = of_mixing.of_features(mixing.matrix(weights[mixing.name]))
+                    of_axis += of_features.cpu().numpy()[positions].sum(1)
+                    is_read = True
+        if not is_read:
+            of_axis[:] = np.inf
+    return Salience(of_zigs, np.full(len(partition.axes), np.inf))
+
+
+def _energies(model: nn.Module, partition: ZIGPartition, forwards: Iterable[Forward]) -> dict[Mixing, _Energies]:
+    """Those of all matrices that read a prunable axis."""
+    reading = {(member.param, member.dim) for axis in partition.axes for member in axis.members}
+    energies: dict[Mixing, _Energies] = {}
     with evaluating(model):
         tensors = Tensors(model)
         for forward in forwards:
             rows = Rows(forward)
 
             def after(seen: Seen, output: Any, rows: Rows = rows) -> None:
-                if not isinstance(seen, Product) or (seen.mixing.name, seen.mixing.in_dim) not in read:
+                if not isinstance(seen, Product) or (seen.mixing.name, seen.mixing.in_dim) not in reading:
                     return
                 x, y = seen.inputs(), seen.results(output)
                 counting_x = rows.counting(len(x), x.device)
                 counting_y = rows.counting(len(y), y.device)  # places of a kernel, which may be fewer
-                of_mixing = variances.setdefault(seen.mixing, _Variances())
+                of_mixing = energies.setdefault(seen.mixing, _Energies())
                 of_mixing.add(x[counting_x], y[counting_y], seen.added is not None)
 
             with Watched(tensors, after=after):
                 forward.run(model)
-    by_name = named_tensors(model)
-    of_zigs = np.zeros(partition.num_zigs)
-    unknown = np.ones(len(partition.axes), bool)
-    for number, (axis, of_axis) in enumerate(partition.split(of_zigs)):
-        for member in axis.members:
-            positions = member.positions(axis.size)  # (size, k)
-            for mixing, of_mixing in variances.items():
-                if (mixing.name, mixing.in_dim) == (member.param, member.dim):
-                    energies = of_mixing.energies(mixing.matrix(by_name[mixing.name]))
-                    of_axis += energies.cpu().numpy()[positions].sum(1)
-                    unknown[number] = False
-        if unknown[number]:  # nothing that was seen reads it
-            of_axis[:] = np.inf
-    return Salience(of_zigs, np.full(len(partition.axes), np.inf))
+    return energies
