@@ -85,7 +85,10 @@ class Ending:
             self._tell_callbacks(trained.model, rest)
         self._cut = self._compaction.whole_cut()
         if self._ties is not None and not trained.stock(self.partition, self.plan, self._ties, self._forwards):
-            logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+            logger.warning(
+                "no stock config says these widths, so the compact model is saved with a record of them; "
+                "with another group_divisible, or a width in protect, there may be one"
+            )
         self._take_compact(trained)
         self.report = Report(
             before=before,

@@ -38,7 +38,7 @@ from .report import Report, measure
 from .restore import contents, places, put_back, restored
 from .sensitivity import SALIENCES, measured
 from .targets import Budget, Limits, Target, budget_of, counts_exactly, limits_of, the_target
-from .uniform import Tie, find_ties, plain
+from .uniform import Tie, find_ties, in_steps, plain
 from .zigs import PruningPlan, ZIGPartition
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,10 @@ def prune(
         if not partition.axes:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{partition}")
         _refuse_adapters(model)
-        ties = find_ties(model, partition, examples) if uniform else None
+        ties = None
+        if uniform:
+            ties = find_ties(model, partition, examples)
+            partition = in_steps(partition, ties)
         limits, budget = _goal(model, partition, target, min_keep, group_divisible, ties)
         pruned_copy = _PrunedCopy(model, partition, forwards)
         pruned_copy.prune_(limits, budget, salience, rounds, reconstruct)
@@ -327,6 +330,9 @@ def _stock(
     """The stock model with the widths and weights of a cut one, whose config says them."""
     stock = plain(model, partition, plan, ties, examples)
     if stock is None:
-        logger.warning("no stock config says these widths: the compact model is saved with a record of them")
+        logger.warning(
+            "no stock config says these widths, so the compact model is saved with a record of them; "
+            "with another group_divisible, or a width in protect, there may be one"
+        )
         return model
     return stock

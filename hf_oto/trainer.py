@@ -48,7 +48,7 @@ from .resume import Resuming
 from .sharded import BeforeSharding, let_go_of_whole_weights
 from .shrinking import Shrinking
 from .undivided import Undivided
-from .uniform import Tie, find_ties
+from .uniform import Tie, find_ties, in_steps
 from .zero import ZeroDHSPG, models_stay_whole
 from .zigs import ZIGPartition
 
@@ -219,6 +219,7 @@ class OTOMixin(FirstCalls, Resuming, Rehearsing, Distilling, Shrinking, Ending, 
                 print(self.partition)
         if self._setting("uniform"):
             self._ties = of_rank_zero(lambda: find_ties(model, self.partition, self._forwards))
+            self.partition = in_steps(self.partition, self._ties)
         if not self.partition.axes and self._setting("target_group_sparsity") != 0:
             raise OTOError(f"{type(model).__name__} has no prunable ZIG:\n{self.partition}")
         if self._rehearsed is not self.partition:

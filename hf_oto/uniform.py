@@ -4,14 +4,16 @@ With `uniform=True`, axes that one number makes lose equal shares, so that the c
 
 Worked example: `intermediate_size=3072` makes the 12 axes of 3072 FFN units of a model of 12 layers. They form one
 `Tie` of 3072 steps: after half of each axis has gone, the config with intermediate_size=1536 builds the compact model.
+The config wants the 12 heads to divide `hidden_size=768`, so that number goes in 64 steps of 12.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ Path = tuple[str | int, ...]  # ("vision_config", "hidden_sizes", 2)
 Numbers = Mapping[Path, int]
 Shapes = dict[str, torch.Size]  # of the parameters of a model, by name
 
+MANY = 32  # of more steps not every width is tried
+
 
 class Tie(NamedTuple):
     """Axes that keep the same fraction, a multiple of 1 / `steps`, and the numbers of the config that say it."""
@@ -44,7 +48,8 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
 
     Numbers of the config are changed, one or two at a time, and the model is built without weights. The numbers and
     some axes are a tie if the shapes change exactly as a cut of these axes changes them. If the model has weights, its
-    outputs must be those of the cut model, too.
+    outputs must be those of the cut model, too. The steps of a tie are as small as the config allows, whatever widths
+    the ties before it have; `in_steps` makes a partition keep to them.
 
     Raises:
         OTOError: the config can't say any width that can be cut.
@@ -54,6 +59,9 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
     for tie in _candidates(model, partition):
         if not tied_axes.isdisjoint(tie.axes):
             continue  # an axis belongs to one tie only
+        tie = _in_valid_steps(model.config, tie, ties)
+        if tie is None:
+            continue
         if model.device.type == "meta" or _builds_the_cut_model(model, partition, tie, inputs):
             ties.append(tie)
             tied_axes.update(tie.axes)
@@ -64,6 +72,69 @@ def find_ties(model: PreTrainedModel, partition: ZIGPartition, inputs: Inputs) -
             "uniform=True every layer gets a width of its own, and the checkpoint a record of the widths"
         )
     return tuple(ties)
+
+
+def in_steps(partition: ZIGPartition, ties: Sequence[Tie]) -> ZIGPartition:
+    """A partition whose axes keep a multiple of the steps of their ties; the same one if they do already."""
+    steps_of_axis: dict[str, int] = {}
+    for tie in ties:
+        steps_of_axis |= dict.fromkeys(tie.axes, tie.steps)
+    axes = []
+    for axis in partition.axes:
+        zigs_of_step = axis.size // steps_of_axis.get(axis.name, axis.size)
+        multiple = math.lcm(axis.multiple, zigs_of_step)
+        axes.append(dataclasses.replace(axis, multiple=multiple))
+    if tuple(axes) == partition.axes:
+        return partition
+    return dataclasses.replace(partition, axes=tuple(axes))
+
+
+def _in_valid_steps(config: PreTrainedConfig, tie: Tie, others: Sequence[Tie]) -> Tie | None:
+    """A tie in the smallest steps with which the config is valid, whatever the others keep; None: there are none."""
+    if not _is_valid(config, []):
+        return tie  # then it says nothing of other widths
+    for steps in range(tie.steps, 1, -1):
+        coarser = tie._replace(steps=steps)
+        if tie.steps % steps == 0 and _are_valid_together(config, coarser, others):
+            return coarser
+    return None
+
+
+def _are_valid_together(config: PreTrainedConfig, tie: Tie, others: Sequence[Tie]) -> bool:
+    """Whether the config is valid with what a tie may keep, alone and with what each of the others may keep."""
+    if not all(_is_valid(config, [(tie, share)]) for share in _shares(tie)):
+        return False
+    for other in others:
+        pairs = itertools.chain(
+            itertools.product(_shares(tie), _few_shares(other)), itertools.product(_few_shares(tie), _shares(other))
+        )
+        if not all(_is_valid(config, [(tie, share), (other, of_other)]) for share, of_other in pairs):
+            return False
+    return True
+
+
+def _shares(tie: Tie) -> list[Fraction]:
+    """What a tie may keep, or a good part of it where that is much."""
+    numbers_kept = range(1, tie.steps, -(-tie.steps // MANY))
+    return [Fraction(number, tie.steps) for number in numbers_kept] + _few_shares(tie)
+
+
+def _few_shares(tie: Tie) -> list[Fraction]:
+    """What a tie keeps after the first step, about half-way, and after the last step."""
+    numbers_kept = {tie.steps - 1, tie.steps // 2, 1}
+    return [Fraction(number, tie.steps) for number in sorted(numbers_kept)]
+
+
+def _is_valid(config: PreTrainedConfig, kept: Iterable[tuple[Tie, Fraction]]) -> bool:
+    """Whether a config can be saved in which some ties keep these shares."""
+    scaled = copy.deepcopy(config)
+    try:
+        for tie, share in kept:
+            _scale_numbers_(scaled, tie.numbers, share)
+        scaled.validate()
+    except Exception:  # not every number is a possible one
+        return False
+    return True
 
 
 def _candidates(model: PreTrainedModel, partition: ZIGPartition) -> Iterator[Tie]:

@@ -1,6 +1,7 @@
 """Widths that a stock config can say: the ties are found by trying, and the model in the end needs no record."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import transformers as tf
 from models import TABLE, make, randomise_
 from test_trainer import arguments, sentences
 
-from hf_oto import DHSPG, OTOTrainer, PruningPlan, compact, partition_zigs, uniform
+from hf_oto import DHSPG, OTOTrainer, PruningPlan, compact, partition_zigs, prune, uniform
 from hf_oto.certificate import outputs_differ
-from hf_oto.uniform import find_ties, plain
+from hf_oto.uniform import find_ties, in_steps, plain
 from hf_oto.zigs import OTOError
 
 TIES = {  # the numbers that say widths, and how many axes
@@ -87,6 +88,47 @@ def test_a_config_that_could_not_be_saved_is_no_stock_config(num_gone):
     assert (stock is None) == (num_gone == 1)
 
 
+HEADS_DIVIDE_WIDTHS = {  # heads and heads of keys, whose number has to divide the hidden size
+    "grouped": (dict(num_attention_heads=4, num_key_value_heads=2), {4, 2}),
+    "with a head size": (dict(num_attention_heads=8, num_key_value_heads=4, head_dim=4), {8, 4}),
+    "many": (dict(num_attention_heads=16, num_key_value_heads=16), {16, 8}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_DIVIDE_WIDTHS)
+def test_the_steps_of_ties_go_together(name):
+    """Whatever steps go of each tie, the config is one that can be saved and loaded."""
+    numbers, heads = HEADS_DIVIDE_WIDTHS[name]
+    torch.manual_seed(0)
+    model = randomise_(tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER | dict(hidden_size=64) | numbers)).eval())
+    inputs = {"input_ids": torch.arange(16).view(2, 8)}
+    partition = partition_zigs(model, inputs)
+    ties = find_ties(model, partition, inputs)
+    stepped = in_steps(partition, ties)
+    assert in_steps(stepped, ties) is stepped
+    assert {sum(tie.numbers, ()) for tie in ties} >= {("hidden_size",), ("intermediate_size",)}
+    multiples = {axis.name: axis.multiple for axis in stepped.axes}
+    sizes = {axis.name: axis.size for axis in stepped.axes}
+    found_heads = set()
+    for kept in itertools.product(*(sorted({1, tie.steps // 2, tie.steps - 1, tie.steps}) for tie in ties)):
+        plan = {}
+        for tie, number in zip(ties, kept, strict=True):
+            plan |= {axis: range(sizes[axis] * number // tie.steps) for axis in tie.axes}
+        assert all(len(positions) % multiples[axis] == 0 for axis, positions in plan.items())
+        small = compact(copy.deepcopy(model), stepped, PruningPlan(plan))
+        stock = plain(small, stepped, PruningPlan(plan), ties, inputs)
+        assert stock is not None
+        found_heads.add(stock.config.num_attention_heads)
+    assert found_heads == heads
+
+
+def test_pruning_without_training_ends_with_a_stock_model():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED))
+    batches = list(torch.randint(0, 60, (6, 8, 12)))
+    small, _ = prune(model, [{"input_ids": ids} for ids in batches], target_macs=0.5, uniform=True)
+    assert "oto" not in vars(small.config) and small.config.hidden_size < 32
+
+
 @pytest.mark.parametrize("name", ["bloom", "swin", "convnext", "swapped"])
 def test_a_config_that_says_nothing_is_an_error_before_training(name):
     with pytest.raises(OTOError, match="no number in the config"):
@@ -108,6 +150,7 @@ def test_tied_axes_lose_equal_shares_and_others_do_not(target):
     def shares(tie_them):
         model, inputs, partition, ties = parts("llama")
         tied = [tie.axes for tie in ties] if tie_them else None
+        partition = in_steps(partition, ties) if tie_them else partition
         optimizer = DHSPG(model, partition, lr=1e-3, total_steps=40, tied=tied, **target)
         for _ in range(40):
             optimizer.zero_grad()
