@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .targets import the_target
+from .targets import check_limits, check_patterns, the_target
 
 TARGETS = ("target_group_sparsity", "target_params", "target_macs", "target_per_axis")
 # beginnings of the names of arguments that are about the machine, the files or the Hub, not about the training
@@ -119,15 +118,10 @@ class OTOArguments:
         is_pair = isinstance(window, Sequence) and len(window) == 2
         if window is not None and not (is_pair and 0 <= window[0] < window[1] <= 1):
             raise ValueError(f"pruning_window is {window}: it must be two fractions of the run, 0 <= start < end <= 1")
-        if not 0 <= self.min_keep < 1:
-            raise ValueError(f"min_keep is {self.min_keep}: it must be in [0, 1)")
-        divisible = self.group_divisible
-        if divisible is not None and not (isinstance(divisible, int) and divisible >= 1):
-            raise ValueError(f"group_divisible is {divisible!r}: it must be a whole number of at least 1")
+        check_limits(self.min_keep, self.group_divisible)
         if isinstance(self.protect, str):  # its letters would each be taken for an expression
             raise ValueError(f"protect is {self.protect!r}: it must be a list of regular expressions")
-        _check_patterns("protect", self.protect or ())
-        _check_patterns("target_per_axis", self.target_per_axis or ())
+        check_patterns("protect", self.protect or ())
         check_distillation(self.distillation_weight, self.distillation_temperature)
 
 
@@ -137,14 +131,6 @@ def check_distillation(weight: float, temperature: float) -> None:
         raise ValueError(f"distillation_weight is {weight}: it must be in [0, 1]")
     if not 0 < temperature < math.inf:
         raise ValueError(f"distillation_temperature is {temperature}: it must be a number above 0")
-
-
-def _check_patterns(name: str, patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
 
 
 def _parsed(name: str, text: str) -> Any:

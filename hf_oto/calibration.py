@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
-from .calls import Call, Forward, as_forwards, at_home, device_of
+from .calls import Call, Forward, as_forwards, at_home, device_of, input_tensors
 from .modeling_oto import OTOError
 
 Batches = Call | Iterable[Call] | Dataset | IterableDataset
@@ -36,8 +37,9 @@ def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: i
         OTOError: there is no batch, or a dataset has no column for the model.
         ValueError: a batch can't be the arguments of a forward, or a number is out of range.
     """
-    if batch_size < 1 or max_batches < 1:
-        raise ValueError(f"batch_size is {batch_size}, max_batches {max_batches}: both must be at least 1")
+    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
     if isinstance(batches, (Dataset, IterableDataset)):
         batches = _of_dataset(model, batches, batch_size)
     if isinstance(batches, (Mapping, Tensor, tuple, Forward)):
@@ -49,6 +51,9 @@ def calls_of(model: nn.Module, batches: Batches, batch_size: int, max_batches: i
     forwards: list[Forward] = []
     for batch in itertools.islice(batches, max_batches):
         forwards += as_forwards(_taken_by(model, batch))
+        tensors = input_tensors(forwards[-1:])
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise ValueError(f"batch {len(forwards) - 1} has no rows: leave empty batches out")
     if not forwards:
         raise OTOError("there is no batch: pass at least one, with which the model can be run")
     device = device_of(model)
@@ -78,16 +83,16 @@ def _taken_by(model: nn.Module, batch: Any) -> Call:
         return batch
     if isinstance(batch, (list, tuple)):  # a loader gives lists
         taken = _taken_by_position(batch, parameters)
-        values = taken
+        entries = f"{len(batch)} positions"
     elif isinstance(batch, Mapping):
         taken = _taken_by_name(batch, parameters)
-        values = tuple(taken.values())
+        entries = ", ".join(map(str, batch))
     else:
         return batch
-    if not any(isinstance(value, Tensor) for value in values):
+    if not any(isinstance(value, Tensor) for value in tree_iter(taken)):
         raise ValueError(
-            f"a batch has no tensor that {type(model).__name__} takes ({_first_names(model)}): pass batches of "
-            "tensors, a DataLoader of such, or a datasets.Dataset of rows"
+            f"a batch has no tensor that {type(model).__name__} takes ({_first_names(model)}): it has {entries}; pass "
+            "batches of tensors, a DataLoader of such, or a datasets.Dataset of rows"
         )
     return taken
 

@@ -39,7 +39,7 @@ from .cost import Work
 from .modeling_oto import OTOError
 from .salience import Moments, elements_of_zig, gradient_squared, inner, weight_squared
 from .schedule import Schedule
-from .targets import FRACTIONS_REMOVED, Budget, Target, budget_of, counts_exactly, limits_of, the_target
+from .targets import FRACTIONS_REMOVED, Budget, Target, budget_of, check_limits, counts_exactly, limits_of, the_target
 from .zig_optimizer import ZIGOptimizer
 from .zigs import PrunableAxis, ZIGPartition
 
@@ -341,10 +341,7 @@ def _asks_for_nothing(target: Target) -> bool:
 
 
 def _check_ranges(min_keep: float, group_divisible: int | None, num_events: int | None) -> None:
-    if not 0 <= min_keep < 1:
-        raise ValueError(f"min_keep is {min_keep}: it must be in [0, 1)")
-    if group_divisible is not None and group_divisible < 1:
-        raise ValueError(f"group_divisible is {group_divisible}: it must be at least 1")
+    check_limits(min_keep, group_divisible)
     if num_events is not None and num_events < 1:
         raise ValueError(f"num_events is {num_events}: it must be at least 1")
 

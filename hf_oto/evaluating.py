@@ -37,6 +37,8 @@ def evaluating(
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(restored(model))
         stack.enter_context(random_states_kept(model))
+        # in inference mode the operations that a model is made of don't show
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings())

@@ -36,6 +36,7 @@ from .scales import solve_scales
 from .sizes import Attribute, Equation, Sizes, Spans, is_comparison, spans_of
 from .solve import solve
 from .table import fold
+from .targets import check_patterns
 from .trace import Trace, trace
 from .zigs import ZIGPartition, random_half
 
@@ -68,7 +69,7 @@ def partition_zigs(
 
     Raises:
         OTOError: the model can't run on the inputs, or gives other outputs every time.
-        ValueError: a pattern of `protect` that matches nothing.
+        ValueError: a pattern of `protect` that matches nothing, or is no regular expression.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -123,6 +124,7 @@ def _protected(model: nn.Module, protect: Sequence[str]) -> set[str]:
         first_of_name[name] = first_of_id.setdefault(id(parameter), name)
     modules = [path for path, _ in model.named_modules() if path]
     patterns = [protect] if isinstance(protect, str) else protect
+    check_patterns("protect", patterns)
     protected: set[str] = set()
     for pattern in patterns:
         # the dot keeps module "layer.1" from matching "layer.10"

@@ -22,22 +22,23 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from .calibration import Batches, calls_of
-from .calls import Forward, outermost_pretrained
-from .certificate import certify, own_outputs
+from .calls import Forward, described, outermost_pretrained, raise_if_out_of_memory
+from .certificate import certify
 from .choice import choose, weigh_survivors
 from .compaction import Compaction
 from .compensation import Compensation
 from .cut import Cut, TrialCut, kept_positions, scaled
-from .evaluating import random_states_kept
+from .evaluating import evaluating, random_states_kept
 from .light_copy import light_copy, unshare_
 from .modeling_oto import OTOError, named_tensors
+from .output_error import output_error
 from .partition import partition_zigs
 from .reconstruction import reconstruct_
 from .rehearsal import no_progress_bars, refuse_adapter
 from .report import Report, measure
 from .restore import contents, places, put_back, restored
 from .sensitivity import SALIENCES, measured
-from .targets import Budget, Limits, Target, budget_of, counts_exactly, limits_of, the_target
+from .targets import Budget, Limits, Target, budget_of, check_limits, counts_exactly, limits_of, the_target
 from .uniform import Tie, find_ties, in_steps, plain
 from .zigs import PruningPlan, ZIGPartition
 
@@ -70,6 +71,7 @@ def prune(
     What is left gets new weights by ridge regression, from layer to layer, so that it returns what the dense model
     does (as GRAIL, arXiv 2602.23795, and Kwon et al., arXiv 2204.09656, do for single architectures). Labels are not
     needed. The model is changed in place, as by `compact`, and at the very end: it stays as it was if anything fails.
+    Its parameters are new objects then, without gradients, so make optimizers after it.
 
     It takes the memory of a second, smaller model, of the largest layer's moments, and of one forward of all batches.
 
@@ -96,8 +98,10 @@ def prune(
         the compact model, the same object (with `uniform`, a new one of the stock class), and a report. It has
         "before" and "after" (see `measure`), "group_sparsity", "max_output_difference" (of the zeroed and the compact
         model, see `OTOTrainer.report`), "plan", "fits" (how far the layer of each weight is from the dense one, as a
-        fraction of the variance, without and with new weights) and "output_error" (the same of the model's outputs, on
-        the last batch, which of four or more batches is not fitted to: "output_error_is_held_out").
+        fraction of the variance, without and with new weights) and "output_error": how far the outputs are from the
+        dense model's, as a fraction of what these differ by between examples, of the logits or else of the first
+        output. It is measured on the last batch, which of four or more batches is not fitted to
+        ("output_error_is_held_out"), and None where nothing can be compared. All but "plan" goes into JSON.
 
     Raises:
         OTOError: the batches don't suit the model or the salience, or the certificate fails.
@@ -114,6 +118,7 @@ def prune(
         )
     """
     _refuse_out_of_range(salience, rounds, reconstruct)
+    check_limits(min_keep, group_divisible)
     target = the_target(
         {
             "target_macs": target_macs,
@@ -135,9 +140,10 @@ def prune(
             ties = find_ties(model, partition, examples)
             partition = in_steps(partition, ties)
         limits, budget = _goal(model, partition, target, min_keep, group_divisible, ties)
-        pruned_copy = _PrunedCopy(model, partition, forwards)
-        pruned_copy.prune_(limits, budget, salience, rounds, reconstruct)
-        cut, new_weights, facts = pruned_copy.result()
+        with _naming_bad_batches(model, forwards):
+            pruned_copy = _PrunedCopy(model, partition, forwards)
+            pruned_copy.prune_(limits, budget, salience, rounds, reconstruct)
+            cut, new_weights, facts = pruned_copy.result()
         del pruned_copy  # its memory, but for the new weights
         report = _cut_for_good_(model, cut, new_weights, examples)
         report |= facts
@@ -173,15 +179,38 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """While open, autocast is off; at the end the random states are as before."""
+    """While open, autocast and inference mode are off; at the end the random states are as before."""
     devices = {weight.device.type for weight in model.parameters()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(model))
+        # in inference mode nothing has gradients, and new weights could never be trained
+        stack.enter_context(torch.inference_mode(False))
         for device in devices:
             # in autocast weights are copies, of which nobody knows whose they are
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _naming_bad_batches(model: nn.Module, forwards: Sequence[Forward]) -> Iterator[None]:
+    """Raises OTOError in the place of another error if the model itself can't run a batch."""
+    try:
+        yield
+    except OTOError:
+        raise
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        for number, forward in enumerate(forwards):
+            try:
+                with evaluating(model):
+                    forward.run(model)
+            except Exception as of_batch:
+                name = type(model).__name__
+                raise OTOError(
+                    f"{name} can't take batch {number}, {described([forward])}: {type(of_batch).__name__}: {of_batch}"
+                ) from of_batch
+        raise
 
 
 def _goal(
@@ -248,22 +277,10 @@ class _PrunedCopy:
         facts = {
             "plan": PruningPlan.removing(cut.removed, cut.partition),
             "fits": {name: (fit.error_before, fit.error) for name, fit in self._compensation.fits.items()},
-            "output_error": _output_error(self._model, self._small, self._held_out or self._forwards[:4]),
+            "output_error": output_error(self._model, self._small, self._held_out or self._forwards[:4]),
             "output_error_is_held_out": bool(self._held_out),
         }
         return cut, new_weights, facts
-
-
-def _output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]) -> float:
-    """How far the outputs are from the dense model's, as a fraction of their variance; of logits, say."""
-    squares = variance = 0.0
-    pairs = zip(own_outputs(dense, forwards), own_outputs(small, forwards), strict=True)
-    for of_dense, of_small in pairs:
-        if of_dense.shape == of_small.shape and of_dense.numel() > 1:
-            of_dense, of_small = of_dense.float(), of_small.float()
-            squares += float((of_dense - of_small).square().mean())
-            variance += float(of_dense.var())
-    return squares / max(variance, 1e-30)
 
 
 def _cut_for_good_(model: nn.Module, cut: Cut, weights: Mapping[str, Tensor], examples: Sequence[Forward]) -> Report:

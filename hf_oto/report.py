@@ -255,7 +255,7 @@ class Report(dict):
         if "max_output_difference_in_own_dtype" in self:
             difference += f" in double, {self['max_output_difference_in_own_dtype']:.1e} as it runs"
         notes.append(difference)
-        if "output_error" in self:
+        if self.get("output_error") is not None:
             percent = 100 * self["output_error"]
             where = "a batch that was held out" if self["output_error_is_held_out"] else "the batches it was fitted to"
             notes.append(f"outputs are off the dense model's by {percent:.2g} % of their variance, on {where}")

@@ -112,11 +112,19 @@ def _sums_of_zigs(
 
 
 def _own_loss(output: Any, rows: Rows) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
+    """The loss that a forward returns: by its name, alone, or as the first of several outputs."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, (list, tuple)):
+        loss = output[0]
+    else:
+        loss = getattr(output, "loss", output)
+    # of several devices each has a loss of its own
+    is_loss = isinstance(loss, Tensor) and loss.dim() <= 1 and loss.is_floating_point()
+    if not is_loss:
         raise OTOError(
-            "salience='labels' needs the loss that a model returns for batches with labels: add them, or use "
-            "salience='outputs'"
+            "salience='labels' needs the loss that a model returns, as 'loss' or first, for batches with labels: add "
+            "them, or use salience='outputs'"
         )
     return loss.mean()
 

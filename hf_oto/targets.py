@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -44,15 +44,36 @@ def the_target(targets: Mapping[str, Any]) -> Target:
     kind, value = next(iter(given.items()), ("target_group_sparsity", 0.5))
     if kind == "target_per_axis" and not isinstance(value, Mapping):
         raise ValueError(f"target_per_axis is {value!r}: it must be a dict, regular expression -> fraction")
+    if kind == "target_per_axis":
+        check_patterns(kind, value)
     fractions = value.values() if kind == "target_per_axis" else [value]
     for fraction in fractions:
-        if not isinstance(fraction, Real):
+        if not isinstance(fraction, Real) or isinstance(fraction, bool):
             raise ValueError(f"{kind} is {value!r}: {fraction!r} is no number")
         if kind in FRACTIONS_REMOVED and not 0 <= fraction < 1:
             raise ValueError(f"{kind} is {value}: it must be in [0, 1)")
         if kind not in FRACTIONS_REMOVED and not 0 < fraction <= 1:
             raise ValueError(f"{kind} is {value}: it must be in (0, 1]")
     return Target(kind, value)
+
+
+def check_limits(min_keep: float, group_divisible: int | None) -> None:
+    """Raises ValueError if one of these arguments is out of its range."""
+    if not 0 <= min_keep < 1:
+        raise ValueError(f"min_keep is {min_keep}: it must be in [0, 1)")
+    if group_divisible is not None and not (type(group_divisible) is int and group_divisible >= 1):
+        raise ValueError(f"group_divisible is {group_divisible!r}: it must be a whole number of at least 1")
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raises ValueError where an argument, by its name, holds what is no regular expression."""
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"{name} is {patterns!r}: it must be a list of regular expressions")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -596,7 +596,7 @@ def test_every_axis_may_have_its_own_target():
         (dict(target_group_sparsity=None, target_per_axis={"a": 0.95}), "not feasible for a: .* at most 0.9"),
         (dict(cls=PaperDHSPG, target_params=0.5), "target_params: OTOv2's own rule has none, use DHSPG"),
         (dict(min_keep=1.0), r"min_keep is 1.0: it must be in \[0, 1\)"),
-        (dict(group_divisible=0), "group_divisible is 0: it must be at least 1"),
+        (dict(group_divisible=0), "group_divisible is 0: it must be a whole number of at least 1"),
         (dict(steps=0), "total_steps is missing"),
         (dict(num_events=0), "num_events is 0: it must be at least 1"),
         (dict(target_group_sparsity=None, target_per_axis={"nowhere": 0.5}), "'nowhere' matches no axis, .* 'a'"),

@@ -345,7 +345,7 @@ def test_the_dtype_stays(dtype):
     batches = [padded(rows()[i : i + 8]) for i in (0, 8, 16)]
     small, report = prune(small_bert().to(dtype), batches, target_macs=0.6)
     assert {p.dtype for p in small.parameters()} == {dtype}
-    assert report["output_error"] < 0.2 and report["max_output_difference"] < 1e-9
+    assert report["output_error"] < 0.4 and report["max_output_difference"] < 1e-9
 
 
 def test_forwards_that_keep_something_in_their_modules():
@@ -513,7 +513,30 @@ ERRORS = {  # name -> (batches, options, error, what it says)
     "rows that are lists": ([{"input_ids": [3, 4, 5]}], {}, ValueError, "no tensor .*Dataset of rows"),
     "several datasets": ({"train": Dataset.from_list([{"a": 1}])}, {}, ValueError, "dict of datasets, train"),
     "no numbers": (Dataset.from_list([{"input_ids": "words"}]), {}, OTOError, "'input_ids' .* no numbers"),
-    "no batch size": (good_batches(), {"batch_size": 0}, ValueError, "must be at least 1"),
+    "no batch size": (good_batches(), {"batch_size": 0}, ValueError, "batch_size is 0: .* at least 1"),
+    "no number of batches": (
+        good_batches(),
+        {"max_batches": None},
+        ValueError,
+        "max_batches is None: .* whole number",
+    ),
+    "an empty batch": (torch.zeros(0, 12, dtype=torch.int64), {}, ValueError, "no rows"),
+    "no list in protect": (good_batches(), {"protect": None}, ValueError, "protect is None: .* list"),
+    "no pattern in protect": (
+        good_batches(),
+        {"protect": ["("]},
+        ValueError,
+        r"protect has '\(', which is no regular",
+    ),
+    "no pattern": (
+        good_batches(),
+        {"target_macs": None, "target_per_axis": {"(": 0.5}},
+        ValueError,
+        "target_per_axis has '\\(', which is no",
+    ),
+    "half a width": (good_batches(), {"group_divisible": 1.5}, ValueError, "group_divisible is 1.5: .* whole number"),
+    "a floor below zero": (good_batches(), {"min_keep": -0.1}, ValueError, "min_keep is -0.1"),
+    "a target that is no number": (good_batches(), {"target_macs": True}, ValueError, "True is no number"),
     "another salience": (good_batches(), {"salience": "magnitude"}, ValueError, "must be one of outputs"),
     "no round": (good_batches(), {"rounds": 0}, ValueError, "rounds is 0: .* at least 1"),
     "half a round": (good_batches(), {"rounds": 2.5}, ValueError, "rounds is 2.5: it must be a whole number"),
@@ -593,10 +616,98 @@ def test_the_error_that_is_reported_is_one_on_other_data():
     small, report = prune(copy.deepcopy(dense), batches, target_macs=0.5)
     assert report["output_error_is_held_out"] and "held out" in str(report)
     x = batches[-1]
-    off = ((small(x) - dense(x)).square().mean() / dense(x).var()).item()
+    off = ((small(x) - dense(x)).square().mean() / dense(x).var(0, correction=0).mean()).item()
     assert report["output_error"] == pytest.approx(off, rel=1e-3)
     _, report = prune(copy.deepcopy(dense), batches[:3], target_macs=0.5)
     assert not report["output_error_is_held_out"] and "fitted to" in str(report)
+
+
+class Constantly(nn.Module):
+    """Most of what differs between its outputs has nothing to do with the inputs."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.register_buffer("offset", torch.tensor([0.0, 50.0, 100.0]))
+        self.returns = returns
+
+    def forward(self, x, labels=None):
+        logits = self.layers(x) + self.offset
+        loss = None if labels is None else nn.functional.cross_entropy(logits / 100, labels)
+        return {"logits": logits, "loss": loss, "tuple": (loss, logits)}[self.returns]
+
+
+def test_what_all_examples_share_is_no_variance():
+    torch.manual_seed(0)
+    dense = Constantly("logits").eval()
+    batches = list(torch.randn(80, 6).split(8))
+    small, report = prune(copy.deepcopy(dense), batches, target_macs=0.3, min_keep=0)
+    x = batches[-1]
+    squares = (small(x) - dense(x)).square()
+    assert report["output_error"] == pytest.approx(
+        (squares.sum() / (dense(x) - dense(x).mean(0)).square().sum()).item()
+    )
+    assert report["output_error"] > 100 * squares.mean() / dense(x).var()
+
+
+@pytest.mark.parametrize("returns", ["loss", "tuple"])
+def test_a_loss_is_found_alone_and_first(returns):
+    torch.manual_seed(0)
+    model = Constantly(returns).eval()
+    batches = [{"x": torch.randn(16, 6), "labels": torch.randint(0, 3, (16,))} for _ in range(5)]
+    _, report = prune(model, batches, target_macs=0.5, salience="labels")
+    if returns == "loss":  # of a loss alone nobody knows how much it differs between examples
+        assert report["output_error"] is None and "off the dense" not in str(report)
+    else:
+        assert 0 < report["output_error"] < 1
+    with pytest.raises(OTOError, match="loss that a model returns"):
+        prune(Constantly("logits"), [batch["x"] for batch in batches], salience="labels")
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_no_number_in_any_batch_is_an_error(number):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    batches = list(torch.randn(40, 6).split(8))
+    batches[number] = batches[number] * torch.nan
+    model = copy.deepcopy(dense)
+    with pytest.raises(OTOError, match="finite"):
+        prune(model, batches, target_macs=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_a_batch_that_the_model_cannot_take_is_named():
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    batches = list(torch.randn(40, 6).split(8))
+    batches[2] = torch.randn(8, 7)
+    with pytest.raises(OTOError, match=r"can't take batch 2, .*\(8, 7\)"):
+        prune(model, batches, target_macs=0.5)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def forward(self, of, scale=1.0):
+        return self.layers(of["x"][0]) * scale
+
+
+def test_tensors_may_lie_deeper_in_a_batch():
+    batches = [{"of": {"x": [rows]}} for rows in torch.randn(40, 6).split(8)]
+    _, report = prune(Nested().eval(), batches, target_macs=0.5)
+    assert report["after"]["macs"] <= 0.5 * report["before"]["macs"]
+
+
+def test_in_inference_mode_it_prunes_and_the_result_can_be_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    with torch.inference_mode():
+        batches = list(torch.randn(40, 6).split(8))
+        small, _ = prune(model, batches, target_macs=0.5, reconstruct=3)
+        assert torch.is_inference_mode_enabled()
+    small(torch.randn(4, 6)).sum().backward()
+    assert all(weight.grad is not None for weight in small.parameters())
 
 
 @pytest.mark.parametrize("way", ["forward", "hook"])
