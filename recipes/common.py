@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,7 @@ def vit(labels: int) -> PreTrainedModel:
 def reload(auto_class: str, folder: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
     """Loads `folder` in another process, by plain `from_pretrained`, and prints how far its logits are from ours."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    probe = f"{folder}-probe.safetensors"  # beside the folder: it belongs to no checkpoint
-    save_file(inputs | {"expected_logits": model.eval()(**inputs).logits.contiguous()}, probe)
-    subprocess.run([sys.executable, "-c", RELOAD, auto_class, folder, probe], check=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        probe = f"{temporary}/probe.safetensors"
+        save_file(inputs | {"expected_logits": model.eval()(**inputs).logits.contiguous()}, probe)
+        subprocess.run([sys.executable, "-c", RELOAD, auto_class, folder, probe], check=True)

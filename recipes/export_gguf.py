@@ -60,8 +60,16 @@ def main() -> None:
         if options.smoke:
             options.folder, options.out = temporary, f"{temporary}/tiny.gguf"
             tiny(temporary)
-        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype="auto")
-        written = export(model, AutoTokenizer.from_pretrained(options.folder), options.out, options.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(options.folder, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(options.folder)
+        except (OSError, ValueError) as error:
+            parser.error(f"{options.folder} must be a folder or a Hub name with a model and its tokenizer: {error}")
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            written = export(model, tokenizer, options.out, options.dtype)
+        except hf_oto.OTOError as error:
+            parser.error(str(error))
         print(f"{options.out}: {written.architecture}, {written.dtype}")
         for note in written.notes:
             print(f"note: {note}")
