@@ -131,10 +131,18 @@ def _is_valid(config: PreTrainedConfig, kept: Iterable[tuple[Tie, Fraction]]) ->
     try:
         for tie, share in kept:
             _scale_numbers_(scaled, tie.numbers, share)
-        scaled.validate()
+        _validate(scaled)
     except Exception:  # not every number is a possible one
         return False
     return True
+
+
+def _validate(config: PreTrainedConfig) -> None:
+    """Raises as saving does where numbers of a config don't go together, and as loading does for its parts."""
+    config.validate()
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            _validate(value)
 
 
 def _candidates(model: PreTrainedModel, partition: ZIGPartition) -> Iterator[Tie]:
@@ -187,7 +195,7 @@ def plain(
     try:
         stock = built_by_config(small, partition, plan, ties)
         stock.load_state_dict(small.state_dict())
-        stock.config.validate()  # as it will be when the model is saved
+        _validate(stock.config)
     except (RuntimeError, ValueError, StrictDataclassClassValidationError):
         return None
     difference, tolerance = outputs_differ(small, stock, inputs)
