@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
@@ -69,7 +70,9 @@ def _one(batch: Call) -> list[Call]:
 
 
 def _parameters_of_forward(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+    # around a compiled model or a parallel one there is a module that takes anything
+    inside = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inspect.signature(inside.forward).parameters
 
 
 def _taken_by(model: nn.Module, batch: Any) -> Call:

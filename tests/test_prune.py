@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import peft
@@ -620,6 +621,16 @@ def test_the_error_that_is_reported_is_one_on_other_data():
     assert report["output_error"] == pytest.approx(off, rel=1e-3)
     _, report = prune(copy.deepcopy(dense), batches[:3], target_macs=0.5)
     assert not report["output_error_is_held_out"] and "fitted to" in str(report)
+
+
+@pytest.mark.parametrize("around", [partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_what_stands_around_a_model_does_not_hide_its_columns(around):
+    dataset = Dataset.from_list(
+        [{"input_ids": row.tolist(), "text": "unused"} for row in torch.randint(0, VOCAB, (40, 12))]
+    )
+    model = small_bert()
+    small, _ = prune(around(model), dataset, target_macs=0.6)
+    assert isinstance(small, type(around(model))) and model.num_parameters() < small_bert().num_parameters()
 
 
 class Constantly(nn.Module):
