@@ -81,9 +81,9 @@ def _taken_by(model: nn.Module, batch: Any) -> Call:
     Raises:
         ValueError: there is no tensor among them.
     """
-    parameters = _parameters_of_forward(model)
     if isinstance(batch, Forward):
         return batch
+    parameters = _parameters_of_forward(model)
     if isinstance(batch, (list, tuple)):  # a loader gives lists
         taken = _taken_by_position(batch, parameters)
         entries = f"{len(batch)} positions"

@@ -25,7 +25,8 @@ def output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]
     class is rare, say) is no part of the variance, as a model that ignores its inputs could return it.
 
     Returns:
-        the fraction; None if the models return nothing that can be compared (a loss alone, say).
+        the fraction, infinity where the cut model returns no number and the dense one does; None if the models return
+        nothing that can be compared (a loss alone, say).
 
     Raises:
         OTOError: the dense model returns no finite number.
@@ -43,7 +44,7 @@ def output_error(dense: nn.Module, small: nn.Module, forwards: Sequence[Forward]
                 f"the outputs of {type(dense).__name__} are not finite numbers (NaN or infinity) on a batch"
             )
         # logits that are minus infinity stay so
-        difference = (found - wanted)[is_finite]
+        difference = (found - wanted)[is_finite].nan_to_num(nan=torch.inf)
         deviation = _deviations(wanted, is_finite)[is_finite]
         squares += float(difference.square().sum())
         variance += float(deviation.square().sum())

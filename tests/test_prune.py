@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hf_oto
 from hf_oto import OTOError, PruningPlan, compact, partition_zigs, prune
+from hf_oto.calls import Forward
+from hf_oto.output_error import output_error
 from hf_oto.walks import NAME
 
 
@@ -659,6 +661,21 @@ def test_what_all_examples_share_is_no_variance():
         (squares.sum() / (dense(x) - dense(x).mean(0)).square().sum()).item()
     )
     assert report["output_error"] > 100 * squares.mean() / dense(x).var()
+
+
+class Divided(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return (x - x[0]) / self.by
+
+
+def test_no_number_where_the_dense_model_has_one_is_infinitely_far():
+    forwards = [Forward((torch.arange(6.0).reshape(3, 2),))]
+    assert output_error(Divided(1.0), Divided(0.5), forwards) == pytest.approx(2.5)
+    assert output_error(Divided(1.0), Divided(0.0), forwards) == float("inf")
 
 
 @pytest.mark.parametrize("returns", ["loss", "tuple"])
